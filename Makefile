@@ -1,0 +1,39 @@
+# The two commands of the README are `make quickstart` and `make test`; `make help` lists the rest.
+SHELL := /bin/bash
+VENV ?= .venv
+export RLPOST_VENV := $(VENV)
+RUN := $(VENV)/bin
+PYTEST := $(RUN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow test-gpu check format bench docs clean
+
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install:  ## create .venv with everything (returns at once when nothing changed)
+	@launch/install.sh
+
+quickstart: install  ## post-train a real language model with GRPO on this machine and show what it learned
+	@$(RUN)/accelerate launch --config_file launch/cpu.yaml -m rlpost recipes/quickstart.yaml $(ARGS)
+
+test: install  ## the test suite (real vLLM, DeepSpeed, several processes; minutes)
+	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
+
+test-slow: install  ## the long tests
+	@$(PYTEST) -m "slow and not gpu" $(ARGS)
+
+test-gpu: install  ## the tests that need a CUDA device
+	@$(PYTEST) -m gpu $(ARGS)
+
+check: install  ## the fast inner loop: format, lint, types, quick tests
+	@$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/mypy && $(PYTEST) -q -m "not slow and not gpu and not engine" $(ARGS)
+
+docs: install  ## regenerate the recipe reference and its JSON schema
+	@$(RUN)/rlpost schema > recipes/schema.json && $(RUN)/rlpost recipe-docs > docs/recipe.md
+
+format:  ## rewrite files in the house style
+	@$(RUN)/ruff format . && $(RUN)/ruff check --fix .
+
+clean:  ## remove caches (never runs or checkpoints)
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

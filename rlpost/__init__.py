@@ -1,0 +1,1 @@
+"""rlpost: reinforcement-learning post-training for reasoning LLMs."""

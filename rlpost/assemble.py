@@ -1,0 +1,302 @@
+"""Puts a run together from its recipe, cheapest checks first: nothing slow happens before everything else is known good."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from rlpost.errors import CheckpointError, DataError
+from rlpost.experience import Prompt
+from rlpost.learner.checkpoint import CheckpointStore
+from rlpost.learner.factory import make_learner
+from rlpost.learner.learner import Learner
+from rlpost.learner.process import Processes
+from rlpost.learner.rng import seed_everything
+from rlpost.learner.state import read_counters
+from rlpost.learner.update import Updater
+from rlpost.learner.watch import Phases
+from rlpost.methods.capo import CurvatureTracker, make_tracker
+from rlpost.policy.attention import choose_layout
+from rlpost.policy.model import Policy, load_policy
+from rlpost.recipe.root import Recipe
+from rlpost.rollout.engine import RolloutEngine, SamplingSettings
+from rlpost.scoring.scorer import Scorer
+from rlpost.tracking.rundir import RunDirectory
+from rlpost.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlpost.data.prompts import PromptSets
+    from rlpost.data.sampler import PromptSampler
+    from rlpost.evaluation import EvaluationResult
+    from rlpost.recipe.load import LoadedRecipe
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a run is made of."""
+
+    recipe: Recipe
+    processes: Processes
+    run: RunDirectory
+    tracker: Tracker
+    phases: Phases
+    store: CheckpointStore
+    resume_from: Path | None
+    tokenizer: PreTrainedTokenizerBase
+    prompts: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    sampler: PromptSampler
+    scorer: Scorer
+    engine: RolloutEngine
+    learner: Learner
+    updater: Updater
+    sampling: SamplingSettings
+    model_path: str
+    _reference: Policy | None = field(default=None)
+
+    def phase(self, name: str, action: Callable[[], T]) -> T:
+        """Runs `action` under a name, a clock and the watchdog."""
+        with self.phases(name):
+            return action()
+
+    @contextmanager
+    def reference(self) -> Iterator[Policy]:
+        """The policy before any training: the frozen model under an adapter, else a second copy, loaded when first used."""
+        policy = self.learner.policy
+        if policy.has_adapter:
+            with policy.disable_adapter():
+                yield policy
+            return
+        if self._reference is None:
+            self._reference = load_reference(self.recipe, self.model_path, self.processes.device)
+        yield self._reference
+
+    def evaluate(self) -> EvaluationResult:
+        """Held-out accuracy of the policy as it stands in the engine; each process takes its share of the prompts."""
+        from rlpost.evaluation import evaluate
+
+        recipe, processes = self.recipe, self.processes
+        return evaluate(
+            self.engine,
+            self.scorer,
+            self.held_out,
+            recipe.evaluation,
+            recipe.rollout,
+            seed=recipe.seed,
+            weights=tuple(r.weight for r in recipe.rewards),
+            accuracy_rewards=[r.accuracy for r in recipe.rewards],
+            rank=processes.rank,
+            world_size=processes.world,
+            gather=lambda groups: [group for part in processes.gather(groups) for group in part],
+        )
+
+    def close(self, status: str) -> None:
+        """Ends everything that was started."""
+        self.scorer.close()
+        self.tracker.close("finished" if status == "finished" else "stopped" if status == "interrupted" else "failed")
+        self.engine.close()
+        self.run.close()
+        self.processes.close()
+
+
+def assemble(loaded: LoadedRecipe) -> Parts:
+    """Builds all parts. Raises an RlpostError for whatever is wrong with recipe, data, rewards, model or machine."""
+    from rlpost.data.prompts import build_prompts
+    from rlpost.data.sampler import PromptSampler
+    from rlpost.data.tokenizer import load_tokenizer
+
+    recipe = loaded.recipe
+    processes = Processes()
+    seed_everything(recipe.seed)
+    scorer = Scorer(recipe.rewards, recipe.scoring, loaded.path.parent)
+    run, resume_from = open_run(recipe, processes)
+    started: list[Callable[[], Any]] = [scorer.close, run.close]
+    try:
+        tokenizer = load_tokenizer(recipe.model)
+        sets = build_prompts(
+            recipe.data,
+            tokenizer,
+            max_context=context_window(recipe),
+            seed=recipe.seed,
+            max_completion_tokens=recipe.rollout.max_completion_tokens,
+        )
+        check_prompts(sets, recipe, scorer)
+        tracker = Tracker(run, recipe, is_main=processes.is_main)
+        tracker.note(sets.note())
+        started.insert(0, lambda: tracker.close("failed"))
+        model_path, policy = build_policy(recipe, resume_from, processes)
+        engine = build_engine(recipe, model_path, tokenizer, processes)
+        started.insert(0, engine.close)
+        curvature = build_curvature(recipe, policy, processes)  # before ZeRO shards the head, whose shape it needs
+        learner = make_learner(policy, recipe.learner, processes)
+        layout, note = choose_layout(policy.config, recipe.learner.layout, recipe.model.attention)
+        for line in (*policy.notes, *([note] if note else [])):
+            tracker.note(line)
+    except BaseException:
+        for close in started:
+            close()
+        raise
+    pad_id = tokenizer.pad_token_id
+    return Parts(
+        recipe=recipe,
+        processes=processes,
+        run=run,
+        tracker=tracker,
+        phases=Phases(recipe.learner.watchdog_s),
+        store=CheckpointStore(run.checkpoints, recipe.checkpoint.keep, processes),
+        resume_from=resume_from,
+        tokenizer=tokenizer,
+        prompts=sets.train,
+        held_out=sets.held_out if recipe.evaluation.prompts else (),
+        sampler=PromptSampler(len(sets.train), recipe.seed, recipe.data.shuffle, sets.fingerprint),
+        scorer=scorer,
+        engine=engine,
+        learner=learner,
+        updater=Updater(
+            learner=learner,
+            method=recipe.method,
+            section=recipe.learner,
+            layout=layout,
+            pad_id=pad_id,
+            probe=recipe.rollout.probe,
+            seed=recipe.seed,
+            curvature=curvature,
+        ),
+        sampling=sampling_settings(recipe),
+        model_path=model_path,
+    )
+
+
+def open_run(recipe: Recipe, processes: Processes) -> tuple[RunDirectory, Path | None]:
+    """The run's folder, locked by the main process, and the checkpoint to go on from."""
+    path = recipe.run_dir
+    fresh = recipe.resume == "never"
+    problem: BaseException | None = None
+    run = RunDirectory.at(path)
+    resume_from: Path | None = None
+    if processes.is_main:
+        try:
+            run = RunDirectory.open(path, fresh=fresh, overwrite=recipe.overwrite)
+            resume_from = find_checkpoint(recipe, run, processes)
+            if not fresh:
+                step = read_counters(resume_from)["optimizer_step"] if resume_from is not None else -1
+                run.truncate_after(step)
+        except Exception as error:
+            run.close()
+            problem = error
+    problems = processes.gather(problem)
+    if problems[0] is not None:
+        raise problems[0]
+    resume_from = processes.gather(resume_from)[0]
+    return run, resume_from
+
+
+def find_checkpoint(recipe: Recipe, run: RunDirectory, processes: Processes) -> Path | None:
+    """The checkpoint that `resume` means."""
+    if recipe.resume == "never":
+        return None
+    store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep, processes)
+    if recipe.resume == "auto":
+        return store.latest()
+    path = Path(recipe.resume).expanduser()
+    if not path.is_dir():
+        raise CheckpointError(
+            f"resume: there is no folder {path}. Name a folder such as {run.checkpoints}/step_000010, or use resume=auto."
+        )
+    return path
+
+
+def context_window(recipe: Recipe) -> int | None:
+    """How many tokens the model can attend to, from its configuration; None where that does not say."""
+    from rlpost.data.packaged import resolve_model_path
+    from rlpost.policy.loading import load_config
+
+    config, _notes = load_config(recipe.model, resolve_model_path(recipe.model.path))
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_prompts(sets: PromptSets, recipe: Recipe, scorer: Scorer) -> None:
+    """What can only be judged once the prompts are there."""
+    if not sets.train:
+        raise DataError(
+            f"No training prompt is left ({sets.note()}). Raise data.max_prompt_tokens, or give more data in data.train."
+        )
+    scorer.check(sets.train[0].columns.keys())
+
+
+def build_policy(recipe: Recipe, resume_from: Path | None, processes: Processes) -> tuple[str, Policy]:
+    """The path of the original model, and the policy: the original, or as a checkpoint left it."""
+    from rlpost.data.packaged import resolve_model_path
+
+    model_path = resolve_model_path(recipe.model.path)
+    weights_from = model_path if resume_from is None or recipe.model.lora is not None else str(resume_from)
+    policy = load_policy(
+        recipe.model,
+        weights_from,
+        device=processes.device,
+        temperature=recipe.rollout.temperature,
+        head_chunk_tokens=recipe.learner.head_chunk_tokens,
+    )
+    if resume_from is not None and recipe.model.lora is not None:
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        set_peft_model_state_dict(policy.model, load_peft_weights(str(resume_from), device=str(processes.device)))
+    return model_path, policy
+
+
+def build_engine(
+    recipe: Recipe, model_path: str, tokenizer: PreTrainedTokenizerBase, processes: Processes
+) -> RolloutEngine:
+    """The rollout engine; several CPU processes take turns with their threads by having one each."""
+    from rlpost.rollout.factory import make_engine
+
+    return make_engine(
+        recipe.rollout.engine,
+        recipe.model,
+        model_path,
+        tokenizer,
+        max_model_len=recipe.data.max_prompt_tokens + recipe.rollout.max_completion_tokens,
+        seed=recipe.seed,
+        device=str(processes.device),
+    )
+
+
+def build_curvature(recipe: Recipe, policy: Policy, processes: Processes) -> CurvatureTracker | None:
+    """The moments of the LM head's rows, for methods with a curvature mask."""
+    vocabulary, width = policy.causal_lm.get_output_embeddings().weight.shape
+    section = recipe.learner
+    return make_tracker(recipe.method, vocabulary, width, betas=section.betas, eps=section.eps, device=processes.device)
+
+
+def load_reference(recipe: Recipe, path: str, device: torch.device) -> Policy:
+    """A frozen copy of the original model."""
+    section = recipe.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
+    policy = load_policy(
+        section,
+        path,
+        device=device,
+        temperature=recipe.rollout.temperature,
+        head_chunk_tokens=recipe.learner.head_chunk_tokens,
+    )
+    return policy.requires_grad_(False)
+
+
+def sampling_settings(recipe: Recipe) -> SamplingSettings:
+    """The recipe's sampling, as engines take it."""
+    rollout = recipe.rollout
+    return SamplingSettings(
+        max_completion_tokens=rollout.max_completion_tokens,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        stop=rollout.stop,
+    )

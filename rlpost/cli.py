@@ -1,0 +1,182 @@
+"""The command line: each command parses, imports what it needs, and hands over."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlpost.errors import RecipeError, RlpostError
+
+app = typer.Typer(
+    name="rlpost",
+    help="Reinforcement-learning post-training for reasoning LLMs. `rlpost RECIPE` is short for `rlpost train RECIPE`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+rewards_app = typer.Typer(help="Look at reward functions and try them.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(rewards_app, name="rewards")
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as learner.steps=20 or rewards.0.weight=2."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Train. Usually started by `accelerate launch --config_file launch/<topology>.yaml -m rlpost RECIPE`."""
+    from rlpost.recipe.load import load_recipe
+    from rlpost.recipe.rules import refuse_unsound
+
+    loaded = load_recipe(recipe, overrides or ())
+    refuse_unsound(loaded)
+    from rlpost.loop import train as run  # imports torch: only for a recipe that is sound
+
+    if run(loaded).interrupted:
+        raise typer.Exit(130)
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    processes: Annotated[int | None, typer.Option(min=1, help="Plan for so many processes.")] = None,
+    zero: Annotated[int, typer.Option(min=0, max=3, help="Plan for this DeepSpeed ZeRO stage.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a recipe means: every value and its origin, the batch arithmetic, memory. Fails on any problem."""
+    from rlpost.recipe.load import load_recipe
+    from rlpost.recipe.plan import make_plan, print_plan
+
+    made = make_plan(load_recipe(recipe, overrides or ()), processes=processes, zero_stage=zero)
+    print_plan(made, as_json=as_json)
+    if made.problems:
+        raise typer.Exit(RecipeError.exit_code)
+
+
+@app.command("eval")
+def evaluate(
+    recipe: RecipeArgument,
+    checkpoint: Annotated[Path, typer.Option(help="A checkpoint's folder, such as runs/<name>/checkpoints/step_100.")],
+    overrides: Overrides = None,
+) -> None:
+    """Judge a checkpoint on the recipe's held-out prompts: pass@k and avg@k."""
+    from rlpost.recipe.load import load_recipe
+    from rlpost.recipe.rules import refuse_unsound
+
+    loaded = load_recipe(recipe, overrides or ())
+    refuse_unsound(loaded)
+    from rlpost.evaluate import evaluate_checkpoint
+
+    evaluate_checkpoint(loaded, checkpoint)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's folder, such as runs/quickstart.")],
+) -> None:
+    """Draw a run's pictures and write its page, from metrics.jsonl."""
+    from rlpost.tracking.report import write_report
+
+    typer.echo(write_report(run_dir))
+
+
+@app.command()
+def doctor(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Do not try to import vLLM and DeepSpeed (saves half a minute).")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is installed, what works on this machine, and what to do about the rest."""
+    from rlpost.doctor import examine, print_findings
+
+    raise typer.Exit(print_findings(examine(quick=quick), as_json=as_json))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of recipes (recipes/schema.json: editors complete and check recipes with it)."""
+    from rlpost.recipe.schema import json_schema
+
+    sys.stdout.write(json_schema())
+
+
+@app.command("recipe-docs")
+def recipe_docs() -> None:
+    """Print the reference of all recipe keys (docs/recipe.md)."""
+    from rlpost.recipe.schema import reference
+
+    sys.stdout.write(reference())
+
+
+@rewards_app.command("list")
+def rewards_list() -> None:
+    """List the ready-made rewards."""
+    import ast
+
+    from rlpost.scoring.load import list_rewards
+
+    for name, file in sorted(list_rewards().items()):
+        purpose = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        typer.echo(f"{name:20} {purpose.partition(chr(10))[0]}")
+
+
+@rewards_app.command("try")
+def rewards_try(
+    function: Annotated[str, typer.Argument(metavar="FILE:FUNCTION", help="As in a recipe's rewards.N.function.")],
+    samples: Annotated[
+        Path, typer.Option(help="JSON lines with `prompt`, `completion` and the columns that the reward takes.")
+    ],
+    deadline: Annotated[float, typer.Option(min=0.01, help="Seconds that one completion may take.")] = 10.0,
+    argument: Annotated[
+        list[str] | None, typer.Option(metavar="K=V", help="A fixed keyword argument; repeatable.")
+    ] = None,
+) -> None:
+    """Run a reward function on samples, just as training would, and show every outcome."""
+    from rlpost.recipe.load import parse_values
+    from rlpost.scoring.tryout import run_tryout
+
+    raise typer.Exit(run_tryout(function, samples, deadline, parse_values(argument or ())))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point: prints errors that users can fix as one paragraph, and exits with their code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and _is_recipe(arguments[0]):
+        arguments = ["train", *arguments]
+    try:
+        app(args=arguments, prog_name="rlpost")
+    except RlpostError as error:
+        _print_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _is_recipe(word: str) -> bool:
+    """Whether the first word names a file rather than a command (a mistyped command gets the list of commands)."""
+    return not word.startswith("-") and (word.endswith((".yaml", ".yml")) or os.sep in word or Path(word).is_file())
+
+
+def _print_error(error: RlpostError) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0" and isinstance(error, RecipeError):
+        return  # every process reads the same recipe: rank 0 says it
+    prefix = f"[process {rank}] " if rank != "0" else ""
+    if not sys.stderr.isatty():
+        print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr)
+        return
+    from rich.console import Console
+    from rich.panel import Panel
+    from rich.text import Text
+
+    panel = Panel(Text(f"{prefix}{error}"), title=type(error).__name__, title_align="left", border_style="red")
+    Console(stderr=True).print(panel)

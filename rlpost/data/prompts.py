@@ -1,0 +1,178 @@
+"""From rows to prompts: chat template, token ids, length limit, and the split into training and held-out prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from rlpost.data.rows import Row
+from rlpost.data.sources import load_rows
+from rlpost.errors import DataError
+from rlpost.experience import Message, Prompt
+from rlpost.recipe.data import DataSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+TOKENIZER_BATCH = 1000  # rows at once: fast tokenizers work through a batch in parallel, memory stays small
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSets:
+    """The prompts of a run. No text of `held_out` occurs in `train`."""
+
+    train: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    dropped_too_long: int = 0  # of both sets, for `data.too_long: drop`
+    dropped_duplicates: int = 0  # training prompts whose text is among the held-out ones
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max((len(prompt.token_ids) for prompt in (*self.train, *self.held_out)), default=0)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the training prompts in their order, by which a resumed run knows them again."""
+        digest = hashlib.blake2b(digest_size=8)
+        for prompt in self.train:
+            digest.update(f"{prompt.id}\0{prompt.text}\0".encode())
+        return digest.hexdigest()
+
+    def note(self) -> str:
+        """The counts in one line."""
+        return (
+            f"{len(self.train)} training and {len(self.held_out)} held-out prompts, longest {self.longest} tokens; "
+            f"dropped: {self.dropped_too_long} too long, {self.dropped_duplicates} from training for being held out"
+        )
+
+
+def build_prompts(
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_context: int | None,
+    seed: int = 0,
+    max_completion_tokens: int = 0,
+) -> PromptSets:
+    """Loads, templates, tokenises and splits the prompts of a recipe.
+
+    `max_context` is the model's context window in tokens, of which `max_completion_tokens` are kept free. The split
+    is determined by `seed` and the data alone. Raises DataError; see docs/data.md for the rules.
+    """
+    _require_template(tokenizer)
+    limit = _prompt_limit(section, max_context, max_completion_tokens)
+    train = list(_tokenised(load_rows(section.train, "data.train"), section, tokenizer))
+    train, too_long = _fitting(train, limit, section, "data.train")
+    if section.eval is None:
+        held_out = _split_off(train, section.held_out, seed)
+    else:
+        held_out = list(_tokenised(load_rows(section.eval, "data.eval"), section, tokenizer))
+        held_out, more = _fitting(held_out, limit, section, "data.eval")
+        too_long += more
+    held_texts = {prompt.text for prompt in held_out}
+    kept = [prompt for prompt in train if prompt.text not in held_texts]
+    if not kept:
+        raise DataError(
+            f"data: all {len(train)} training prompts are also held-out prompts. Use more or other training data, "
+            f"or lower data.held_out (now {section.held_out})."
+        )
+    set_aside = len(held_out) if section.eval is None else 0
+    duplicates = len(train) - len(kept) - set_aside
+    sets = PromptSets(tuple(kept), tuple(held_out), too_long, duplicates)
+    logger.info("%s", sets.note())
+    return sets
+
+
+def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"The tokenizer of `{tokenizer.name_or_path or 'the model'}` has no chat template, so prompts cannot be "
+            "turned into tokens. Give one in the recipe: `model.chat_template: path/to/template.jinja`."
+        )
+
+
+def _prompt_limit(section: DataSection, max_context: int | None, max_completion_tokens: int) -> int:
+    if max_context is None:
+        return section.max_prompt_tokens
+    if max_context <= max_completion_tokens:
+        raise DataError(
+            f"The model's context of {max_context} tokens leaves no room for a prompt beside completions of "
+            f"{max_completion_tokens} tokens. Lower rollout.max_completion_tokens."
+        )
+    return min(section.max_prompt_tokens, max_context - max_completion_tokens)
+
+
+def _messages(row: Row, system_prompt: str | None) -> tuple[Message, ...]:
+    question = row.question
+    messages = (Message(role="user", content=question),) if isinstance(question, str) else question
+    if system_prompt is None:
+        return messages
+    if messages[0]["role"] == "system":
+        raise DataError(
+            f"data.system_prompt is given, but row {row.id} has a system message of its own, and there can be only "
+            "one. Remove data.system_prompt, or the system messages from the data set."
+        )
+    return (Message(role="system", content=system_prompt), *messages)
+
+
+def _tokenised(rows: Iterable[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
+    rows = iter(rows)
+    while batch := list(islice(rows, TOKENIZER_BATCH)):
+        messages = [_messages(row, section.system_prompt) for row in batch]
+        texts = _apply_template(messages, batch, section, tokenizer)
+        # The template has written the special tokens (the beginning of the text among them) already.
+        token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for row, chat, text, ids in zip(batch, messages, texts, token_ids, strict=True):
+            yield Prompt(row.id, chat, text, tuple(ids), row.columns, row.demonstration)
+
+
+def _apply_template(
+    messages: list[tuple[Message, ...]], rows: Sequence[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(
+            [list(chat) for chat in messages], tokenize=False, add_generation_prompt=True, **section.template_options
+        )
+    except (TemplateError, TypeError) as error:  # TypeError: keywords that the template or the tokenizer cannot take
+        raise DataError(
+            f"The chat template fails on rows {rows[0].id} to {rows[-1].id}: {error}. Check the roles of the messages, "
+            "data.system_prompt (some templates take no system message), data.template_options and model.chat_template."
+        ) from error
+
+
+def _fitting(prompts: list[Prompt], limit: int, section: DataSection, where: str) -> tuple[list[Prompt], int]:
+    """The prompts within the limit, and how many are not. A cut prompt would be another question, so none is cut."""
+    fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
+    too_long = len(prompts) - len(fitting)
+    if too_long and (section.too_long == "refuse" or not fitting):
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+        way_out = " or set data.too_long: drop" if fitting else ""
+        raise DataError(
+            f"{where}: {too_long} of {len(prompts)} prompts have more than {limit} tokens (data.max_prompt_tokens is "
+            f"{section.max_prompt_tokens}; the model's context less rollout.max_completion_tokens also counts). The "
+            f"longest, {longest.id}, has {len(longest.token_ids)}. Raise the limit{way_out}."
+        )
+    return fitting, too_long
+
+
+def _split_off(prompts: list[Prompt], count: int, seed: int) -> list[Prompt]:
+    """`count` prompts with distinct texts, drawn from the run's seed."""
+    by_text = {prompt.text: prompt for prompt in reversed(prompts)}  # reversed: the first of equal prompts stays
+    distinct = [prompt for prompt in prompts if by_text[prompt.text] is prompt]
+    if count >= len(distinct):
+        raise DataError(
+            f"data.held_out asks for {count} prompts to be set aside for evaluation, but data.train has only "
+            f"{len(distinct)} distinct prompts that fit, and some must remain for training. Lower data.held_out or "
+            "give data.eval."
+        )
+    return random.Random(f"held-out/{seed}").sample(distinct, count)

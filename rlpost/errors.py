@@ -1,0 +1,35 @@
+"""Errors that a user is meant to read: what, where, what to do."""
+
+
+class RlpostError(Exception):
+    """A problem that the user can fix. The CLI prints its message as one paragraph and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class RecipeError(RlpostError):
+    """The recipe is wrong, or asks for something impossible."""
+
+
+class DataError(RlpostError):
+    """The data set is missing, empty, or lacks what the recipe names."""
+
+
+class RewardError(RlpostError):
+    """A reward function cannot be loaded, or breaks its contract."""
+
+
+class RolloutError(RlpostError):
+    """The rollout engine cannot start, or disagrees with the learner."""
+
+
+class CheckpointError(RlpostError):
+    """A checkpoint cannot be written or read."""
+
+    exit_code = 3
+
+
+class TrainingError(RlpostError):
+    """Training cannot go on; the last good checkpoint is intact."""
+
+    exit_code = 4

@@ -1,0 +1,84 @@
+"""CAPO's closed forms (arXiv 2510.00819): what one token's own step on the LM head would do to the policy.
+
+All from u = D h, the logit shift of a candidate step D (learning rate included) at the token's own position. With
+p the policy, v = e_a - p, s = v.u (the predicted change of log pi(a)) and A the advantage:
+
+    m_H = A (s + (s^2 - Var_p(u)) / 2)        predicted change of the objective, to second order; equals A (r - 1) + O(u^3)
+    m_F = s^2 / 2  or  Var_p(u) / 2           predicted KL, from the sampled token or exact over p
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Kl = Literal["sampled", "exact"]
+
+
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """Predictions for N tokens, in nats. Detached."""
+
+    shift: Tensor  # [N] s: change of the sampled token's log-prob
+    kl: Tensor  # [N] m_F
+    objective: Tensor  # [N] m_H
+
+
+def taylor_forms(shift: Tensor, variance: Tensor, advantage: Tensor, kl: Kl) -> Curvature:
+    """m_F and m_H from s [N] and Var_p(u) [N]."""
+    objective = advantage * (shift + 0.5 * (shift**2 - variance))
+    return Curvature(shift, 0.5 * (shift**2 if kl == "sampled" else variance), objective)
+
+
+def sgd_curvature(
+    logp: Tensor, sum_p2: Tensor, sum_p3: Tensor, hidden_square: Tensor, advantage: Tensor, learning_rate: float, kl: Kl
+) -> Curvature:
+    """D = lr A v h': four scalars a token over the full vocabulary, `hidden_square` [N] being |h|^2.
+
+    s = k n and Var_p(u) = k^2 Var_p(v), with k = lr A |h|^2, n = |v|^2 and v = e_a - p.
+    """
+    p = logp.exp()
+    rest = -torch.expm1(logp)  # 1 - p without cancellation
+    n = rest**2 + (sum_p2 - p**2).clamp(min=0)
+    variance = (p * rest**2 + (sum_p3 - p**3).clamp(min=0) - (p - sum_p2) ** 2).clamp(min=0)
+    k = learning_rate * advantage * hidden_square
+    return taylor_forms(k * n, k**2 * variance, advantage, kl)
+
+
+def shift_curvature(
+    u: Tensor, p: Tensor, onehot: Tensor, advantage: Tensor, kl: Kl, form: Literal["taylor", "exact"]
+) -> Curvature:
+    """From u [N, k] over the kept ids with p [N, k] (sums to 1) and the sampled token's one-hot [N, k] bool.
+
+    exact: log r = u_a - log E_p[exp u], m_H = A (r - 1), m_F = (log r)^2 / 2 or KL(p || p') = log E_p[exp u] - p.u.
+    """
+    mean = (p * u).sum(-1)
+    own = torch.where(onehot, u, torch.zeros_like(u)).sum(-1)
+    if form == "taylor":
+        variance = (p * (u - mean[:, None]) ** 2).sum(-1)
+        return taylor_forms(own - mean, variance, advantage, kl)
+    normaliser = torch.logsumexp(p.log() + u, dim=-1)
+    log_ratio = own - normaliser
+    return Curvature(
+        log_ratio, 0.5 * log_ratio**2 if kl == "sampled" else normaliser - mean, advantage * torch.expm1(log_ratio)
+    )
+
+
+def rank_correlation(predicted: Tensor, realised: Tensor) -> float:
+    """Spearman's correlation of predicted shifts with realised log-ratios, both [N]; ties share their mean rank.
+
+    NaN when one of them is constant or N < 2.
+    """
+    a, b = _ranks(predicted), _ranks(realised)
+    a, b = a - a.mean(), b - b.mean()
+    scale = (a.square().sum() * b.square().sum()).sqrt()
+    return float((a * b).sum() / scale) if scale > 0 else float("nan")
+
+
+def _ranks(values: Tensor) -> Tensor:
+    _, inverse, counts = values.flatten().unique(return_inverse=True, return_counts=True)
+    counts = counts.double()
+    return (counts.cumsum(0) - (counts - 1) / 2)[inverse]

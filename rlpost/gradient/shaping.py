@@ -1,0 +1,43 @@
+"""What changes rewards before they become advantages, and which groups are worth another sampling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlpost.gradient.segments import spread_by
+from rlpost.recipe.method import DynamicSamplingSection, OverlongSection
+
+
+def overlong_penalty(section: OverlongSection, lengths: Tensor, max_completion_tokens: int) -> Tensor:
+    """DAPO's soft overlong punishment (arXiv 2503.14476 eq. 13) as a penalty >= 0 to subtract, [S] float64.
+
+    0 up to L_max - L_cache tokens, then linear, `section.penalty` from L_max on; L_cache is the share
+    `section.buffer` of L_max = `max_completion_tokens`.
+    """
+    cache = section.buffer * max_completion_tokens
+    into = lengths.double() - (max_completion_tokens - cache)
+    return section.penalty * (into / cache).clamp(0.0, 1.0)
+
+
+def sum_rewards(rewards: Tensor) -> Tensor:
+    """[S] sum over the rewards [S, R] that apply (are not NaN); NaN where none does."""
+    known = ~rewards.isnan()
+    total = torch.where(known, rewards, torch.zeros_like(rewards)).sum(1)
+    return torch.where(known.any(1), total, torch.full_like(total, torch.nan))
+
+
+def equal_rewards(rewards: Tensor, prompt: Tensor, groups: int) -> Tensor:
+    """[P] bool: the group's known rewards [S] are all equal, or fewer than two are known."""
+    known = ~rewards.isnan()
+    return spread_by(rewards[known], prompt[known], groups) == 0
+
+
+def groups_to_refill(section: DynamicSamplingSection, rewards: Tensor, prompt: Tensor, groups: int) -> Tensor:
+    """DAPO's dynamic sampling (arXiv 2503.14476 eq. 11): [P] bool, the groups to be replaced by other prompts.
+
+    `rewards` [S, R] are the scores before any shaping (NaN: unknown or not applicable).
+    """
+    if not section.enabled:
+        return torch.zeros(groups, dtype=torch.bool, device=rewards.device)
+    return equal_rewards(sum_rewards(rewards), prompt, groups)

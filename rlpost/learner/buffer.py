@@ -1,0 +1,119 @@
+"""The rollout buffer: scored groups with their advantages, from which one or more optimizer steps are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from rlpost.experience import Group, TokenRows
+from rlpost.gradient.types import Counts, TokenView
+from rlpost.policy.model import PolicyOutput
+from rlpost.policy.rows import RowGroup, build_rows
+
+
+@dataclass(slots=True)
+class RolloutBuffer:
+    """One rollout of one process: S completions of its groups, N tokens, in the order of the groups.
+
+    Plain tensors and nouns, so that it can be saved in the middle of its optimizer steps and taken up again.
+    """
+
+    step: int  # the rollout's number in the run, from 0
+    groups: tuple[Group, ...]
+    minibatch: tuple[int, ...]  # by group: in which minibatch it is learned from
+    dead: tuple[bool, ...]  # by group: no coefficient differs from zero, so it is not sent through the model
+    advantage: Tensor  # [S] float32
+    counts: tuple[Counts, ...]  # by minibatch: the denominators, over all processes
+    old_logp: Tensor | None = None  # [N] None while the policy has not changed since the rollout
+    ref_logp: Tensor | None = None  # [N]
+    metrics: dict[str, float] = field(default_factory=dict)  # of the rollout, over all processes
+    updates_done: int = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(c.token_ids) for group in self.groups for c in group.completions]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    def row_groups(self, minibatch: int | None = None, *, skip_dead: bool = True) -> list[RowGroup]:
+        """What `build_rows` takes: the groups of a minibatch (None: of all), dead ones left out."""
+        rows: list[RowGroup] = []
+        sequence, offset = 0, 0
+        for i, group in enumerate(self.groups):
+            entries = []
+            for completion in group.completions:
+                entries.append((sequence, offset, completion.token_ids))
+                sequence, offset = sequence + 1, offset + len(completion.token_ids)
+            if (minibatch is None or self.minibatch[i] == minibatch) and not (skip_dead and self.dead[i]):
+                rows.append(RowGroup(prompt_ids=group.prompt.token_ids, completions=tuple(entries)))
+        return rows
+
+    def arrays(self, device: torch.device) -> FlatArrays:
+        """The buffer as flat tensors on `device`."""
+        lengths = self.lengths
+        completions = [c for group in self.groups for c in group.completions]
+        sampler = [p for c in completions for p in c.sampler_logprobs]
+        prompt_of = [i for i, group in enumerate(self.groups) for _ in group.completions]
+        group_tokens = [sum(len(c.token_ids) for c in group.completions) for group in self.groups]
+        return FlatArrays(
+            sampler_logp=torch.tensor(sampler, device=device),
+            old_logp=None if self.old_logp is None else self.old_logp.to(device),
+            ref_logp=None if self.ref_logp is None else self.ref_logp.to(device),
+            advantage=self.advantage.to(device),
+            prompt=torch.tensor(prompt_of, device=device),
+            truncated=torch.tensor([c.truncated for c in completions], device=device),
+            group_tokens=torch.tensor(group_tokens, dtype=torch.float64, device=device),
+            offsets=list(accumulate(lengths, initial=0)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FlatArrays:
+    """The rollout's arrays, from which micro-batches take their share."""
+
+    sampler_logp: Tensor  # [N]
+    old_logp: Tensor | None  # [N]
+    ref_logp: Tensor | None  # [N]
+    advantage: Tensor  # [S]
+    prompt: Tensor  # [S] int64
+    truncated: Tensor  # [S] bool
+    group_tokens: Tensor  # [P] float64
+    offsets: list[int]  # [S + 1]
+
+    def view(self, rows: TokenRows, output: PolicyOutput) -> tuple[TokenView, Tensor]:
+        """The micro-batch as methods see it, and the group tokens of its prompts ([P of the view])."""
+        index = rows.token_index.to(self.advantage.device)
+        sequences, local = torch.unique_consecutive(rows.sequence.to(index.device), return_inverse=True)
+        prompts, prompt = torch.unique(self.prompt[sequences], return_inverse=True)
+        logp = output.logp.detach()
+        view = TokenView(
+            logp=logp,
+            entropy=output.entropy.detach(),
+            old_logp=logp if self.old_logp is None else self.old_logp[index],
+            sampler_logp=self.sampler_logp[index],
+            advantage=self.advantage[sequences][local],
+            sequence=local,
+            prompt=prompt,
+            truncated=self.truncated[sequences],
+            demonstration=torch.zeros_like(self.truncated[sequences]),
+            ref_logp=None if self.ref_logp is None else self.ref_logp[index],
+            statistics=output.statistics,
+            token_index=index,
+            token=rows.target.to(index.device),
+        )
+        return view, self.group_tokens[prompts]
+
+
+def micro_batches(
+    row_groups: Sequence[RowGroup], *, layout: str, micro_batch_tokens: int, pad_id: int
+) -> list[TokenRows]:
+    """Rows of the given layout, stacked into micro-batches of at most `micro_batch_tokens` positions."""
+    if not row_groups:
+        return []
+    return build_rows(row_groups, layout=layout, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id)  # type: ignore[arg-type]

@@ -1,0 +1,164 @@
+"""The learner: accumulates gradients over micro-batches and takes optimizer steps, alone or with other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlpost.errors import CheckpointError
+from rlpost.experience import TokenRows
+from rlpost.learner.optimizer import learning_rate, make_optimizer
+from rlpost.learner.process import Processes
+from rlpost.policy.model import Policy
+from rlpost.recipe.learner import LearnerSection
+
+OPTIMIZER = "optimizer.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What an optimizer step did. A skipped step left weights and moments as they were."""
+
+    grad_norm: float  # before clipping, over all processes
+    learning_rate: float
+    skipped: bool
+
+
+class Learner(Protocol):
+    """What the loop asks of a learner. Losses are sums with global denominators: gradients add up over processes."""
+
+    policy: Policy
+    processes: Processes
+    equal_passes: bool  # whether all processes must make the same number of forward and backward passes
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Accumulates the gradient of `loss`; `last` marks the last micro-batch of the optimizer step."""
+        ...
+
+    def step(self, index: int) -> StepReport:
+        """Optimizer step number `index` of the run (from 0): reduce, clip, update, clear gradients."""
+        ...
+
+    def discard(self) -> None:
+        """Forgets the gradients accumulated so far."""
+        ...
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's full weights under Hugging Face names, one at a time."""
+        ...
+
+    def full_state_dict(self) -> dict[str, Tensor] | None:
+        """The policy's weights on the main process where its module does not hold them all; collective."""
+        ...
+
+    def save_own(self, folder: Path) -> None:
+        """Writes this process's part of the optimizer state below `folder`/trainer; collective."""
+        ...
+
+    def save_shared(self, folder: Path) -> None:
+        """Writes what is the same on all processes; called on the main process."""
+        ...
+
+    def load(self, folder: Path, *, world: int) -> None:
+        """Takes back what was saved by `world` processes. Raises CheckpointError where that cannot be."""
+        ...
+
+
+class DataParallelLearner:
+    """Every process holds the whole model; gradients are summed once per optimizer step.
+
+    One flat all-reduce after the last micro-batch, not DDP's per-parameter hooks: processes may then have different
+    numbers of micro-batches (dead groups are skipped), and the sum does not depend on how they were cut.
+    """
+
+    equal_passes = False
+
+    def __init__(self, policy: Policy, section: LearnerSection, processes: Processes) -> None:
+        self.policy = policy
+        self.processes = processes
+        self._section = section
+        self._parameters = [p for p in policy.parameters() if p.requires_grad]
+        self._optimizer = make_optimizer(section, self._parameters)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def step(self, index: int) -> StepReport:
+        self._reduce_gradients()
+        rate = learning_rate(self._section, index)
+        norm = self._clip()
+        skipped = not bool(torch.isfinite(norm))
+        if not skipped:
+            for group in self._optimizer.param_groups:
+                group["lr"] = rate
+            self._optimizer.step()
+        self.discard()
+        return StepReport(float(norm), rate, skipped)
+
+    def discard(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return self.policy.named_weights()
+
+    def full_state_dict(self) -> dict[str, Tensor] | None:
+        return None
+
+    def save_own(self, folder: Path) -> None:
+        """The optimizer state is the same everywhere."""
+
+    def save_shared(self, folder: Path) -> None:
+        torch.save(self._optimizer.state_dict(), folder / "trainer" / OPTIMIZER)
+
+    def load(self, folder: Path, *, world: int) -> None:
+        if not (folder / "trainer" / OPTIMIZER).is_file():
+            raise CheckpointError(
+                f"{folder} was saved by DeepSpeed, whose optimizer state only DeepSpeed reads. Start with the launch "
+                f"configuration that the run had, or begin a new run from its weights with model.path={folder}."
+            )
+        state = torch.load(folder / "trainer" / OPTIMIZER, weights_only=True, map_location="cpu")
+        self._optimizer.load_state_dict(state)
+
+    def _clip(self) -> Tensor:
+        limit = self._section.max_grad_norm
+        return torch.nn.utils.clip_grad_norm_(self._parameters, torch.inf if limit is None else limit)
+
+    def _reduce_gradients(self) -> None:
+        for p in self._parameters:
+            if p.grad is None:  # this process had nothing to learn from; its share of the sum is zero
+                p.grad = torch.zeros_like(p)
+        if self.processes.world == 1:
+            return
+        for bucket in _buckets([p.grad for p in self._parameters if p.grad is not None]):
+            flat = torch.cat([g.reshape(-1) for g in bucket])
+            self.processes.sum_(flat)
+            for grad, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+                grad.copy_(part.view_as(grad))
+
+
+def _buckets(tensors: Sequence[Tensor], elements: int = 32 * 1024 * 1024) -> Iterator[list[Tensor]]:
+    """Groups tensors of one dtype into buckets of about `elements` numbers: few messages, bounded extra memory."""
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.numel() > elements or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
+
+
+@torch.no_grad()
+def token_logprobs(policy: Policy, micro_batches: Sequence[TokenRows], tokens: int) -> Tensor:
+    """Log-probs [tokens] (float32, CPU) of all completion tokens under the policy as it is now."""
+    logp = torch.zeros(tokens)
+    for rows in micro_batches:
+        logp[rows.token_index.cpu()] = policy(rows).logp.float().cpu()
+    return logp

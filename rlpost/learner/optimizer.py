@@ -1,0 +1,48 @@
+"""AdamW and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from rlpost.recipe.learner import LearnerSection
+
+
+def learning_rate(section: LearnerSection, step: int) -> float:
+    """The learning rate of optimizer step `step` (counted from 0): linear warm-up, then the schedule.
+
+    A pure function of the step, so that nothing about it has to be saved. The first warm-up step has rate peak / warmup,
+    not zero: a step that does nothing would waste a rollout.
+    """
+    if step < section.warmup_steps:
+        return section.learning_rate * (step + 1) / section.warmup_steps
+    total = total_optimizer_steps(section)
+    progress = (step - section.warmup_steps) / max(1, total - section.warmup_steps)
+    if section.schedule == "linear":
+        return section.learning_rate * max(0.0, 1.0 - progress)
+    if section.schedule == "cosine":
+        return section.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return section.learning_rate
+
+
+def total_optimizer_steps(section: LearnerSection) -> int:
+    """Optimizer steps of the whole run."""
+    return section.steps * section.minibatches * section.epochs
+
+
+def make_optimizer(section: LearnerSection, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; weight decay spares vectors (norms and biases), as is usual."""
+    trainable = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": section.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=section.learning_rate,
+        betas=section.betas,
+        eps=section.eps,
+        fused=all(p.is_floating_point() for p in trainable),
+    )

@@ -1,0 +1,71 @@
+"""The processes of a run: a thin layer over accelerate's state and torch.distributed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Processes:
+    """Rank, world size, device, and the few collectives that the loop needs. With one process all are no-ops."""
+
+    def __init__(self) -> None:
+        from accelerate import PartialState
+
+        # On CPU accelerate only sees several processes when it is told so, also under a DeepSpeed config.
+        state = PartialState() if torch.cuda.is_available() else PartialState(cpu=True)
+        self.rank: int = state.process_index
+        self.world: int = state.num_processes
+        self.local_rank: int = state.local_process_index
+        self.device: torch.device = torch.device("cpu") if not torch.cuda.is_available() else state.device
+        self._group: Any = None
+        if self.world > 1 and dist.get_backend() != "gloo":
+            # Python objects and control flags travel over gloo, so that they never wait behind GPU work.
+            self._group = dist.new_group(backend="gloo")
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Adds `tensor` over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's `value`, by rank, on every process."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says yes."""
+        return any(self.gather(flag)) if self.world > 1 else flag
+
+    def maximum(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        return max(self.gather(number))
+
+    def barrier(self) -> None:
+        """Waits for all processes."""
+        if self.world > 1:
+            dist.barrier(group=self._group)
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def world_size_from_environment() -> int:
+    """How many processes the launcher started, without touching torch.distributed."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

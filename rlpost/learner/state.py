@@ -1,0 +1,98 @@
+"""What a run needs to go on as if it had never stopped, and how it is saved and taken up again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlpost.errors import CheckpointError
+from rlpost.learner.buffer import RolloutBuffer
+from rlpost.learner.checkpoint import verify
+from rlpost.learner.rng import rng_state, set_rng_state
+
+if TYPE_CHECKING:
+    from rlpost.assemble import Parts
+
+
+@dataclass(slots=True)
+class RunState:
+    """Where a run stands. Model, optimizer and generators are saved beside it."""
+
+    rollout: int = 0  # rollouts completely learned from
+    optimizer_step: int = 0
+    skipped_steps: int = 0
+    sampler: dict[str, Any] | None = None  # of the prompt sampler, after the rollout in `buffer`
+    buffer: RolloutBuffer | None = None  # a rollout of which some optimizer steps are still to be taken
+    accuracy_before: float | None = None
+    accuracy_after: float | None = None
+
+
+def save_checkpoint(parts: Parts, state: RunState) -> Path:
+    """Writes checkpoint `state.optimizer_step`; collective over all processes. Raises CheckpointError."""
+    weights: list[dict[str, torch.Tensor] | None] = []
+
+    def write_shared(folder: Path) -> None:
+        parts.learner.policy.save(folder, parts.tokenizer, state_dict=weights[0])
+        parts.learner.save_shared(folder)
+        counters = {k: v for k, v in asdict_shallow(state).items() if k != "buffer"}
+        counters |= {
+            "world": parts.processes.world,
+            "in_rollout": state.buffer is not None,
+            "recipe": parts.recipe.name,
+        }
+        (folder / "trainer" / "state.json").write_text(json.dumps(counters, indent=1))
+
+    def write_own(folder: Path) -> None:
+        weights.append(parts.learner.full_state_dict())
+        parts.learner.save_own(folder)
+        own = {"rng": rng_state(), "buffer": state.buffer, "method": parts.updater.state_dict()}
+        torch.save(own, folder / "trainer" / f"rank_{parts.processes.rank}.pt")
+
+    return parts.store.write(state.optimizer_step, write_shared, write_own)
+
+
+def load_checkpoint(path: Path, parts: Parts) -> RunState:
+    """Takes up the run saved in `path`: optimizer, generators, rollout in progress. The model's weights were loaded
+    from the same folder when the policy was built.
+
+    Raises CheckpointError when the folder is damaged, or was saved by another number of processes in the middle of a
+    rollout.
+    """
+    counters = json.loads((path / "trainer" / "state.json").read_text())
+    world, in_rollout = counters.pop("world"), counters.pop("in_rollout")
+    counters.pop("recipe")
+    if world != parts.processes.world and in_rollout:
+        raise CheckpointError(
+            f"{path} was saved by {world} processes in the middle of a rollout; {parts.processes.world} cannot take it "
+            f"up, because each process holds its own part. Start {world} processes, or resume from a checkpoint at a "
+            f"rollout's end (a checkpoint.every that is a multiple of minibatches x epochs makes all of them such)."
+        )
+    parts.learner.load(path, world=world)
+    state = RunState(**counters)
+    # Buffers are the run's own nouns, so they are unpickled; the manifest has shown that they are what was saved.
+    rank = parts.processes.rank if world == parts.processes.world else 0
+    own = torch.load(path / "trainer" / f"rank_{rank}.pt", weights_only=False, map_location="cpu")
+    set_rng_state(own["rng"])
+    parts.updater.load_state_dict(own["method"])
+    state.buffer = own["buffer"]
+    if state.sampler is not None:
+        parts.sampler.load_state_dict(state.sampler)
+    return state
+
+
+def asdict_shallow(state: RunState) -> dict[str, Any]:
+    """The fields as they are; `dataclasses.asdict` would copy tensors."""
+    return {name: getattr(state, name) for name in state.__dataclass_fields__}
+
+
+def read_counters(path: Path) -> dict[str, Any]:
+    """`trainer/state.json` of a verified checkpoint. Raises CheckpointError when it is not one of a training run."""
+    verify(path)
+    try:
+        return json.loads((path / "trainer" / "state.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} has no readable trainer/state.json ({error}): it cannot be resumed.") from error

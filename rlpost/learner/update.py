@@ -1,0 +1,154 @@
+"""One optimizer step: forward, coefficients, backward over the micro-batches of a minibatch, then the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from rlpost.experience import TokenRows
+from rlpost.gradient.loss import coefficient_loss
+from rlpost.gradient.metrics import Mean, Metric, Total, merge, values
+from rlpost.learner.buffer import RolloutBuffer, micro_batches
+from rlpost.learner.learner import Learner
+from rlpost.learner.optimizer import learning_rate
+from rlpost.methods.capo import CurvatureTracker
+from rlpost.methods.context import StepContext
+from rlpost.methods.estimator import compute_coefficients, needs_statistics
+from rlpost.recipe.learner import LearnerSection
+from rlpost.recipe.method import MethodSection
+from rlpost.recipe.rollout import ProbeSection
+from rlpost.rollout.probe import ProbeResult, check
+
+
+@dataclass(frozen=True, slots=True)
+class Updater:
+    """Takes optimizer steps from a rollout buffer."""
+
+    learner: Learner
+    method: MethodSection
+    section: LearnerSection
+    layout: str
+    pad_id: int
+    probe: ProbeSection | None
+    seed: int
+    curvature: CurvatureTracker | None = None
+
+    def rows(self, buffer: RolloutBuffer, minibatch: int | None, *, skip_dead: bool = True) -> list[TokenRows]:
+        """The micro-batches of a minibatch (None: of the whole rollout)."""
+        return micro_batches(
+            buffer.row_groups(minibatch, skip_dead=skip_dead),
+            layout=self.layout,
+            micro_batch_tokens=self.section.micro_batch_tokens,
+            pad_id=self.pad_id,
+        )
+
+    def update(self, buffer: RolloutBuffer, optimizer_step: int) -> dict[str, float]:
+        """Takes optimizer step `optimizer_step` of the run from the buffer's next minibatch; returns its metrics.
+
+        Raises RolloutError when the engine's log-probs are too far from the learner's: then its weights are not ours.
+        """
+        minibatch = buffer.updates_done % self.section.minibatches
+        rows = self.rows(buffer, minibatch)
+        parts = self._accumulate(buffer, rows, minibatch, optimizer_step)
+        metrics = values(merge(self.learner.processes.gather(merge(parts))))
+        if self.probe is not None and buffer.updates_done == 0 and buffer.step % self.probe.every == 0:
+            self._check_engine(metrics, self.probe, buffer.step)
+        report = self.learner.step(optimizer_step)
+        if self.curvature is not None:
+            self.curvature.finish_step(self.context(optimizer_step), self.learner.processes.sum_)
+        buffer.updates_done += 1
+        metrics["optimizer/grad_norm"] = report.grad_norm
+        metrics["optimizer/learning_rate"] = report.learning_rate
+        metrics["optimizer/skipped"] = float(report.skipped)
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method remembers from step to step."""
+        return {} if self.curvature is None else {"curvature": self.curvature.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+        if self.curvature is not None:
+            self.curvature.load_state_dict(state["curvature"])
+
+    def context(self, optimizer_step: int) -> StepContext:
+        """What methods may know of an optimizer step."""
+        rule = self.learner.policy.rule
+        return StepContext(
+            learning_rate=learning_rate(self.section, optimizer_step),
+            optimizer_step=optimizer_step,
+            seed=self.seed,
+            peak_learning_rate=self.section.learning_rate,
+            logit_slope=rule.scale / rule.temperature,
+            curvature=self.curvature,
+        )
+
+    def _check_engine(self, metrics: dict[str, float], probe: ProbeSection, step: int) -> None:
+        """The samples' own log-probs are the probe: the engine reported them, the learner has just computed them."""
+        gap = metrics.get("mismatch/mean_abs_gap")
+        if gap is None:  # every group was dead: nothing was computed
+            return
+        largest = metrics.get("mismatch/max_abs_gap", gap)
+        earlier = ProbeResult(0.0, 0.0, 0) if step > 0 else None
+        check(ProbeResult(gap, largest, int(metrics["tokens/useful"])), probe.max_mean_gap, step=step, earlier=earlier)
+
+    def _accumulate(
+        self, buffer: RolloutBuffer, rows: list[TokenRows], minibatch: int, optimizer_step: int
+    ) -> list[dict[str, Metric]]:
+        processes = self.learner.processes
+        arrays = buffer.arrays(processes.device)
+        request = needs_statistics(self.method)
+        context = self.context(optimizer_step)
+        passes = processes.maximum(len(rows)) if self.learner.equal_passes else len(rows)
+        parts: list[dict[str, Metric]] = []
+        for i in range(passes):
+            spare = i >= len(rows)  # a pass only so that the other processes are not left waiting
+            batch = rows[i] if not spare else spare_rows(self.pad_id)
+            output = self.learner.policy(batch, statistics=request)
+            if spare:
+                self.learner.backward((output.logp * 0.0).sum(), last=i == passes - 1)
+                continue
+            view, group_tokens = arrays.view(batch, output)
+            counts = replace(buffer.counts[minibatch], prompt_tokens=group_tokens)
+            coefficients = compute_coefficients(self.method, view, counts, context=context)
+            loss = coefficient_loss(coefficients, output.logp, output.entropy)
+            self.learner.backward(loss, last=i == passes - 1)
+            if self.curvature is not None:
+                self.curvature.accumulate(view, coefficients, context)
+            parts.append({**coefficients.metrics, **row_metrics(batch, float(loss.detach()))})
+        return parts or [row_metrics(None, 0.0)]
+
+
+def row_metrics(rows: TokenRows | None, loss: float) -> dict[str, Metric]:
+    """What a micro-batch cost."""
+    size = 0 if rows is None else rows.input_ids.numel()
+    return {
+        "optimizer/loss": Total(loss),
+        "tokens/useful": Total(0.0 if rows is None else rows.useful_tokens),
+        "tokens/real": Total(0.0 if rows is None else rows.real_tokens),
+        "tokens/padded": Total(float(size)),
+        "tokens/micro_batches": Total(0.0 if rows is None else 1.0),
+        "tokens/padding_share": Mean(0.0 if rows is None else size - rows.real_tokens, float(size)),
+    }
+
+
+def spare_rows(pad_id: int) -> TokenRows:
+    """The smallest micro-batch there is, for passes whose result does not count."""
+    one = torch.zeros(1, dtype=torch.int64)
+    ids = torch.full((1, 2), pad_id, dtype=torch.int64)
+    return TokenRows(
+        input_ids=ids,
+        position_ids=torch.arange(2)[None],
+        tree=torch.zeros_like(ids),
+        branch=torch.tensor([[0, 1]]),
+        predict_row=one,
+        predict_col=one,
+        target=one + pad_id,
+        token_index=one,
+        sequence=one,
+        causal=True,
+        useful_tokens=0,
+        real_tokens=0,
+    )

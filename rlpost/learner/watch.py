@@ -1,0 +1,83 @@
+"""Phases with names and deadlines, and Ctrl-C that waits for a safe moment."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+WATCHDOG_EXIT = 75  # EX_TEMPFAIL: trying again (resume=auto) is the right thing to do
+
+
+class Phases:
+    """Times the phases of a step, and ends the process when one outlives its deadline.
+
+    A hung collective or engine cannot be interrupted from Python: the watchdog thread names the phase, dumps the stacks
+    of all threads, and exits, so that the launcher takes the other processes down too.
+    """
+
+    def __init__(self, deadline_s: float) -> None:
+        self._deadline = deadline_s
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        timer = threading.Timer(self._deadline, self._expire, args=(name,))
+        timer.daemon = True
+        timer.start()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call, as `time/<phase>`."""
+        taken = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        self.seconds = {}
+        return taken
+
+    def _expire(self, name: str) -> None:
+        print(
+            f"rlpost: the phase '{name}' has taken longer than learner.watchdog_s = {self._deadline:g} s. The stacks of "
+            f"all threads follow; then the run ends with exit code {WATCHDOG_EXIT}. Start again with resume=auto, or "
+            f"raise learner.watchdog_s if the phase is just slow.",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
+        os._exit(WATCHDOG_EXIT)
+
+
+class Interrupt:
+    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(number, self._previous.get(number, signal.SIG_DFL))
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                "\nrlpost: stopping at the next safe moment, then saving. Once more to stop at once.", file=sys.stderr
+            )

@@ -1,0 +1,271 @@
+"""The loop, as the papers write it: sample -> score -> weigh -> update -> sync -> report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import compress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlpost.assemble import Parts, assemble
+from rlpost.errors import TrainingError
+from rlpost.experience import Group, Prompt
+from rlpost.learner.learner import token_logprobs
+from rlpost.learner.state import RunState, load_checkpoint, save_checkpoint
+from rlpost.learner.watch import Interrupt
+from rlpost.methods.estimator import needs_reference
+from rlpost.rollout.sampler import sample_groups
+from rlpost.tracking.completions import ScoredRollout
+from rlpost.weigh import flat_groups, open_buffer, weigh
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlpost.learner.buffer import RolloutBuffer
+    from rlpost.policy.model import Policy
+    from rlpost.recipe.load import LoadedRecipe
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a run ended."""
+
+    run_dir: Path
+    optimizer_steps: int
+    interrupted: bool
+    accuracy_before: float | None
+    accuracy_after: float | None
+
+
+def train(loaded: LoadedRecipe) -> RunResult:
+    """Runs a recipe from its start, or from a checkpoint, to its end. Ctrl-C saves and returns."""
+    parts = assemble(loaded)
+    try:
+        with Interrupt() as interrupt:
+            return Loop(parts, interrupt).run()
+    except BaseException as error:
+        parts.close(f"failed: {type(error).__name__}")
+        raise
+
+
+class Loop:
+    """One run. State that must survive is in `self.state`; everything else is rebuilt from the recipe."""
+
+    def __init__(self, parts: Parts, interrupt: Interrupt) -> None:
+        self.parts = parts
+        self.interrupt = interrupt
+        self.state = RunState()
+        self.saved_step: int | None = None
+        self.nonfinite_in_a_row = 0
+
+    def run(self) -> RunResult:
+        parts, recipe = self.parts, self.parts.recipe
+        if parts.resume_from is not None:
+            self.state = load_checkpoint(parts.resume_from, parts)
+            self.saved_step = self.state.optimizer_step
+        if self.state.sampler is None:
+            self.state.sampler = parts.sampler.state_dict()
+        parts.phase("sync", self.sync)
+        if recipe.evaluation.at_start and self.state.accuracy_before is None and parts.held_out:
+            self.state.accuracy_before = self.evaluate()
+        interrupted = self.stop_asked()
+        while not interrupted and self.state.rollout < recipe.learner.steps:
+            interrupted = self.step()
+        accuracy = None
+        if interrupted:
+            self.save()
+        else:
+            accuracy = self.evaluate() if recipe.evaluation.at_end and parts.held_out else None
+            self.state.accuracy_after = accuracy
+            self.save()
+        result = RunResult(parts.run.path, self.state.optimizer_step, interrupted, self.state.accuracy_before, accuracy)
+        parts.close("interrupted" if interrupted else "finished")
+        return result
+
+    def step(self) -> bool:
+        """One rollout and its optimizer steps. Returns whether the run is to stop now."""
+        parts, learner = self.parts, self.parts.recipe.learner
+        if self.state.buffer is None:
+            buffer = self.roll_out()
+            if self.stop_asked():  # the sampler's state still stands before this rollout: it is drawn again on resume
+                return True
+            self.state.buffer, self.state.sampler = buffer, parts.sampler.state_dict()
+        buffer = self.state.buffer
+        while buffer.updates_done < learner.minibatches * learner.epochs:
+            self.update(buffer)
+            if buffer.updates_done == learner.minibatches * learner.epochs:
+                self.end_rollout()
+            every = parts.recipe.checkpoint.every
+            if every and self.state.optimizer_step % every == 0:
+                self.save()
+            if self.stop_asked():
+                return True
+        return False
+
+    def roll_out(self) -> RolloutBuffer:
+        """sample -> score -> weigh, and the log-probs that later updates compare with."""
+        parts, recipe = self.parts, self.parts.recipe
+        prompts = self.own_prompts()
+        groups = parts.phase("rollout", lambda: self.sample(prompts))
+        groups = parts.phase("score", lambda: self.score(groups))
+        groups, refill = self.refill(groups)
+        buffer = open_buffer(groups, step=self.state.rollout, minibatches=recipe.learner.minibatches)
+        kl_first = needs_reference(recipe.method) and recipe.method.kl.where == "reward"
+        if kl_first:  # the reward needs them, so they come before it is known which groups are dead
+            buffer.ref_logp = parts.phase("reference", lambda: self.reference_logprobs(buffer))
+            buffer.old_logp = parts.phase("old_logprobs", lambda: self.logprobs(buffer, parts.learner.policy))
+        parts.phase("weigh", lambda: self.weigh(buffer))
+        buffer.metrics |= {**refill, **{f"scores/{name}": value for name, value in parts.scorer.logged.items()}}
+        if needs_reference(recipe.method) and not kl_first:
+            buffer.ref_logp = parts.phase("reference", lambda: self.reference_logprobs(buffer))
+        if recipe.learner.minibatches * recipe.learner.epochs > 1 and not kl_first:
+            buffer.old_logp = parts.phase("old_logprobs", lambda: self.logprobs(buffer, parts.learner.policy))
+        return buffer
+
+    def own_prompts(self) -> list[Prompt]:
+        """This process's share of the next prompts."""
+        indices = self.parts.sampler.next(self.parts.recipe.rollout.prompts_per_step)
+        return [self.parts.prompts[indices[place]] for place in self.places()]
+
+    def places(self) -> list[int]:
+        """Which of the rollout's P prompts are this process's: of every minibatch an equal part, so that minibatches hold
+        the same prompts whatever the number of processes."""
+        recipe, processes = self.parts.recipe, self.parts.processes
+        per_minibatch = recipe.rollout.prompts_per_step // recipe.learner.minibatches
+        share = per_minibatch // processes.world
+        starts = [m * per_minibatch + processes.rank * share for m in range(recipe.learner.minibatches)]
+        return [start + i for start in starts for i in range(share)]
+
+    def sample(self, prompts: Sequence[Prompt], level: int = 0) -> list[Group]:
+        """G completions of each prompt, not scored yet."""
+        parts, recipe = self.parts, self.parts.recipe
+        return sample_groups(
+            parts.engine,
+            prompts,
+            recipe.rollout.completions_per_prompt,
+            parts.sampling,
+            run_seed=recipe.seed,
+            step=self.state.rollout,
+            level=level,
+        )
+
+    def score(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with their scores."""
+        return self.parts.scorer.score(groups, self.state.rollout, self.parts.recipe.learner.steps)
+
+    def refill(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
+        """DAPO's dynamic sampling: prompts whose completions all earned the same are replaced by the next ones."""
+        parts, section = self.parts, self.parts.recipe.method.dynamic_sampling
+        if not section.enabled:
+            return groups, {}
+        weights = tuple(r.weight for r in parts.recipe.rewards)
+        places, rounds, replaced = self.places(), 0, 0
+        while rounds < section.max_rounds:
+            own = list(compress(places, flat_groups(groups, weights, section)))
+            flat = sorted(place for part in parts.processes.gather(own) for place in part)
+            if not flat:
+                break
+            rounds, replaced = rounds + 1, replaced + len(flat)
+            fresh = dict(zip(flat, parts.sampler.next(len(flat)), strict=True))
+            with parts.phases("rollout"):
+                sampled = self.sample([parts.prompts[fresh[place]] for place in own], rounds)
+            with parts.phases("score"):
+                found = dict(zip(own, self.score(sampled), strict=True))
+            groups = [found.get(place, group) for place, group in zip(places, groups, strict=True)]
+        return groups, {"dynamic_sampling/rounds": float(rounds), "dynamic_sampling/replaced": float(replaced)}
+
+    def weigh(self, buffer: RolloutBuffer) -> None:
+        parts, recipe = self.parts, self.parts.recipe
+        weigh(
+            buffer,
+            method=recipe.method,
+            rewards=recipe.rewards,
+            names=parts.scorer.names,
+            minibatches=recipe.learner.minibatches,
+            max_completion_tokens=recipe.rollout.max_completion_tokens,
+            processes=parts.processes,
+        )
+
+    def logprobs(self, buffer: RolloutBuffer, policy: Policy) -> Tensor:
+        """Log-probs [N] of the rollout under `policy`; 0 for the tokens of dead groups."""
+        return token_logprobs(policy, self.parts.updater.rows(buffer, None), buffer.tokens)
+
+    def reference_logprobs(self, buffer: RolloutBuffer) -> Tensor:
+        """Log-probs [N] of the rollout under the policy before any training."""
+        with self.parts.reference() as reference:
+            return self.logprobs(buffer, reference)
+
+    def update(self, buffer: RolloutBuffer) -> None:
+        """One optimizer step, and its row in metrics.jsonl."""
+        parts = self.parts
+        first = buffer.updates_done == 0
+        metrics = parts.phase("update", lambda: parts.updater.update(buffer, self.state.optimizer_step))
+        self.state.optimizer_step += 1
+        self.guard(metrics)
+        if buffer.updates_done == parts.recipe.learner.minibatches * parts.recipe.learner.epochs:
+            parts.phase("sync", self.sync)
+        row = {"rollout": float(buffer.step), **buffer.metrics, **metrics, **parts.phases.take()}
+        parts.tracker.step(self.state.optimizer_step, row, self.scored_rollout(buffer) if first else None)
+
+    def scored_rollout(self, buffer: RolloutBuffer) -> ScoredRollout:
+        """The rollout of all processes, for `completions/`."""
+        weights = tuple(r.weight for r in self.parts.recipe.rewards)
+        advantages = buffer.advantage.split([len(g.completions) for g in buffer.groups])
+        own = (
+            buffer.groups,
+            [[group.reward(i, weights) for i in range(len(group.completions))] for group in buffer.groups],
+            [part.tolist() for part in advantages],
+        )
+        everyone = self.parts.processes.gather(own)
+        return ScoredRollout(
+            groups=[group for groups, _, _ in everyone for group in groups],
+            rewards=[row for _, rows, _ in everyone for row in rows],
+            reward_names=self.parts.scorer.names,
+            advantages=[row for _, _, rows in everyone for row in rows],
+        )
+
+    def end_rollout(self) -> None:
+        """The policy is what the next rollout will be sampled from."""
+        self.state.buffer = None
+        self.state.rollout += 1
+        every = self.parts.recipe.evaluation.every
+        if every and self.state.rollout % every == 0 and self.state.rollout < self.parts.recipe.learner.steps:
+            self.evaluate()
+
+    def guard(self, metrics: dict[str, float]) -> None:
+        """Stops a run that only takes skipped steps."""
+        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if metrics["optimizer/skipped"] else 0
+        self.state.skipped_steps += int(metrics["optimizer/skipped"])
+        metrics["optimizer/skipped_total"] = float(self.state.skipped_steps)
+        limit = self.parts.recipe.learner.skip_nonfinite
+        if self.nonfinite_in_a_row >= limit:
+            latest = self.parts.store.latest()
+            raise TrainingError(
+                f"The loss or its gradient was not finite in {limit} optimizer steps in a row (learner.skip_nonfinite); "
+                f"each was skipped, the weights are those of step {self.state.optimizer_step - limit}. "
+                f"The last checkpoint is {latest or 'none'}. Lower learner.learning_rate, look at the rewards in "
+                f"{self.parts.run.metrics}, or use model.dtype=float32; then start again with resume=auto."
+            )
+
+    def sync(self) -> None:
+        """The learner's weights into the engine, in place."""
+        self.parts.engine.load_weights(self.parts.learner.named_weights())
+
+    def evaluate(self) -> float:
+        """Held-out accuracy, recorded."""
+        result = self.parts.phase("eval", self.parts.evaluate)
+        self.parts.phases.take()
+        self.parts.tracker.evaluation(self.state.optimizer_step, result.metrics())
+        return result.accuracy
+
+    def save(self) -> None:
+        """A checkpoint of the current optimizer step, unless there is one."""
+        if self.saved_step == self.state.optimizer_step:
+            return
+        self.parts.phase("checkpoint", lambda: save_checkpoint(self.parts, self.state))
+        self.saved_step = self.state.optimizer_step
+
+    def stop_asked(self) -> bool:
+        """Whether any process was asked to stop."""
+        return self.parts.processes.any(self.interrupt.requested)

@@ -1,0 +1,23 @@
+"""Methods: pure tensor maths from rewards and log-probs to one coefficient per token."""
+
+from __future__ import annotations
+
+from rlpost.methods.context import StepContext
+from rlpost.methods.estimator import (
+    AdvantageResult,
+    compute_advantages,
+    compute_coefficients,
+    needs_reference,
+    needs_statistics,
+    skippable_groups,
+)
+
+__all__ = [
+    "AdvantageResult",
+    "StepContext",
+    "compute_advantages",
+    "compute_coefficients",
+    "needs_reference",
+    "needs_statistics",
+    "skippable_groups",
+]

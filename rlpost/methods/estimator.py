@@ -1,0 +1,165 @@
+"""From slots to numbers: rewards to advantages, and tokens to coefficients. Every method goes through here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rlpost.gradient.advantage import normalise
+from rlpost.gradient.correction import sampler_correction
+from rlpost.gradient.kl import kl_coefficient, kl_estimate
+from rlpost.gradient.metrics import Mean, Metric, max_of, mean_of
+from rlpost.gradient.ratio import Limited, importance_ratio, limit_ratio
+from rlpost.gradient.reduction import token_weights
+from rlpost.gradient.shaping import equal_rewards, overlong_penalty, sum_rewards
+from rlpost.gradient.types import Coefficients, Counts, StatisticsRequest, TokenView
+from rlpost.methods.context import StepContext
+from rlpost.methods.masking import accepted_tokens
+from rlpost.recipe.method import MethodSection
+
+
+@dataclass(frozen=True, slots=True)
+class AdvantageResult:
+    """Advantages of S completions of P groups."""
+
+    advantage: Tensor  # [S] float64; 0 where the reward is unknown
+    zero_variance: Tensor  # [P] bool: the group's known (shaped) rewards are all equal
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+
+def compute_advantages(
+    method: MethodSection,
+    rewards: Tensor,
+    prompt: Tensor,
+    *,
+    weights: Sequence[float] | None = None,
+    lengths: Tensor | None = None,
+    max_completion_tokens: int = 0,
+    sequence_kl: Tensor | None = None,
+) -> AdvantageResult:
+    """Advantages over the global batch: gather the rewards of all processes first.
+
+    `rewards` [S, R] are weighted; NaN: reward r does not apply to completion s. A completion whose scoring failed must
+    have a row of NaN. `prompt` [S] int64 names the group. `weights` [R] are the factors already in `rewards` (needed by
+    `combine: normalise_then_sum`, which would cancel them). `lengths` [S] and `max_completion_tokens` are needed by
+    `overlong.penalty`, `sequence_kl` [S] (see `rlpost.gradient.kl`) by `kl.where: reward`. Raises ValueError without.
+    """
+    rewards, groups = rewards.double(), int(prompt.max()) + 1 if prompt.numel() else 0
+    shaping = _shaping(method, rewards, lengths, max_completion_tokens, sequence_kl)
+    total = sum_rewards(rewards)
+    if method.advantage.combine == "sum_then_normalise":
+        columns, factors = [total if shaping is None else total + shaping], [1.0]
+    else:
+        factors = [float(w) for w in (weights if weights is not None else [1.0] * rewards.shape[1])]
+        columns = [column / (w or 1.0) for column, w in zip(rewards.unbind(1), factors, strict=True)]
+        if shaping is not None:
+            columns, factors = [*columns, torch.where(total.isnan(), total, shaping)], [*factors, 1.0]
+    advantage = torch.zeros_like(total)
+    flat = torch.ones(groups, dtype=torch.bool, device=rewards.device)
+    for column, factor in zip(columns, factors, strict=True):
+        advantage = advantage + factor * normalise(method.advantage, column, prompt, groups)
+        flat &= equal_rewards(column, prompt, groups)
+    unknown = total.isnan()
+    metrics: dict[str, Metric] = {
+        "advantage/zero_variance_share": mean_of(flat.double()),
+        "advantage/unknown_share": mean_of(unknown.double()),
+        "advantage/mean_abs": mean_of(advantage.abs(), ~unknown),
+    }
+    if shaping is not None:
+        metrics["reward/shaping"] = mean_of(shaping, ~unknown)
+    return AdvantageResult(torch.where(unknown, torch.zeros_like(advantage), advantage), flat, metrics)
+
+
+def _shaping(
+    method: MethodSection, rewards: Tensor, lengths: Tensor | None, limit: int, sequence_kl: Tensor | None
+) -> Tensor | None:
+    """[S] what is added to every completion's reward, or None."""
+    parts: list[Tensor] = []
+    if method.overlong.penalty > 0:
+        if lengths is None or limit <= 0:
+            raise ValueError("overlong.penalty needs `lengths` and `max_completion_tokens`")
+        parts.append(-overlong_penalty(method.overlong, lengths.to(rewards.device), limit))
+    if needs_reference(method) and method.kl.where == "reward":
+        if sequence_kl is None:
+            raise ValueError("kl.where `reward` needs `sequence_kl`: the summed KL of every completion")
+        parts.append(-method.kl.coefficient * sequence_kl.double())
+    return torch.stack(parts).sum(0) if parts else None
+
+
+def compute_coefficients(
+    method: MethodSection, view: TokenView, counts: Counts, *, context: StepContext
+) -> Coefficients:
+    """The coefficients of a view's tokens (see `rlpost.gradient.loss`): pure, detached, free of the view's boundaries.
+
+    Tokens of demonstrations get coefficient = advantage: no ratio, clip, correction, mask or KL acts on them.
+    """
+    with torch.no_grad():
+        demonstration = view.demonstration[view.sequence]
+        ratio = importance_ratio(method.ratio, view)
+        limited = limit_ratio(method.clip, ratio, view.advantage)
+        correction, mismatch = sampler_correction(method.correction, view)
+        policy = torch.where(demonstration, view.advantage, limited.weight * correction * view.advantage)
+        keep, masking = accepted_tokens(method, view, context)
+        zero = torch.zeros_like(policy)
+        entropy = torch.full_like(policy, method.entropy.coefficient)
+        coefficient = policy + torch.where(demonstration, zero, _kl_term(method, view))
+        return Coefficients(
+            coefficient=torch.where(keep, coefficient, zero),
+            entropy_coefficient=torch.where(keep, entropy, zero),
+            weight=token_weights(method.reduction, view, counts, keep),
+            keep=keep,
+            metrics={**_policy_metrics(view, ratio, limited, ~demonstration), **mismatch, **masking},
+        )
+
+
+def _kl_term(method: MethodSection, view: TokenView) -> Tensor:
+    """[N] what the KL penalty in the loss adds to the coefficient."""
+    if not needs_reference(method) or method.kl.where != "loss":
+        return torch.zeros_like(view.logp)
+    if view.ref_logp is None:
+        raise ValueError("kl.coefficient > 0 needs TokenView.ref_logp")
+    return -method.kl.coefficient * kl_coefficient(method.kl.estimator, view.logp, view.ref_logp)
+
+
+def _policy_metrics(view: TokenView, ratio: Tensor, limited: Limited, sampled: Tensor) -> dict[str, Metric]:
+    """Means over sampled tokens; clip shares over those with an advantage, so that skipping groups changes nothing."""
+    moved = sampled & (view.advantage != 0)
+    low, high = mean_of(limited.low.double(), moved), mean_of(limited.high.double(), moved)
+    metrics: dict[str, Metric] = {
+        "policy/entropy": mean_of(view.entropy, sampled),
+        "policy/clip_fraction": Mean(low.total + high.total, low.count),
+        "policy/clip_low": low,
+        "policy/clip_high": high,
+        "policy/ratio_mean": mean_of(ratio, sampled),
+        "policy/ratio_max": max_of(ratio[sampled]),
+        # Tokens come from the old policy, so k3 of (old, current) estimates KL(old || current).
+        "policy/kl_old": mean_of(kl_estimate("k3", view.old_logp, view.logp), sampled),
+    }
+    if view.ref_logp is not None:
+        metrics["policy/kl_reference"] = mean_of(kl_estimate("k3", view.logp, view.ref_logp), sampled)
+    return metrics
+
+
+def needs_reference(method: MethodSection) -> bool:
+    """Whether log-probs under the reference policy are needed."""
+    return method.kl.coefficient > 0
+
+
+def needs_statistics(method: MethodSection) -> StatisticsRequest | None:
+    """What the LM head must return besides log-probs and entropies."""
+    mask = method.curvature
+    if mask is None:
+        return None
+    return StatisticsRequest(k=mask.top_k if mask.step == "adam" else None)
+
+
+def skippable_groups(method: MethodSection, advantage: Tensor, prompt: Tensor) -> Tensor:
+    """[P] bool: groups without any gradient, which need no forward pass. They still count in `Counts`."""
+    groups = int(prompt.max()) + 1 if prompt.numel() else 0
+    pulled = (needs_reference(method) and method.kl.where == "loss") or method.entropy.coefficient != 0
+    dead = torch.full((groups,), not pulled, dtype=torch.bool, device=prompt.device)
+    dead[prompt[advantage != 0]] = False
+    return dead

@@ -1,0 +1,71 @@
+"""All masks of a method together: which tokens take part in the update."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlpost.gradient.masks import off_policy_rejects, reject_lowest, token_uniform
+from rlpost.gradient.metrics import Metric, mean_of
+from rlpost.gradient.segments import count_by
+from rlpost.gradient.types import TokenView
+from rlpost.methods.capo import curvature_metrics, moved_tokens
+from rlpost.methods.context import StepContext
+from rlpost.recipe.masks import CurvatureMask, Mask, OffPolicyMask, ProbabilityMask, RandomMask
+from rlpost.recipe.method import MethodSection
+
+
+def accepted_tokens(method: MethodSection, view: TokenView, context: StepContext) -> tuple[Tensor, dict[str, Metric]]:
+    """[N] bool: tokens that pass every mask, and the masks' metrics over tokens with a non-zero advantage.
+
+    Tokens of zero advantage carry no policy gradient: masks leave them alone, and they are in no rate. Demonstrations
+    pass always. Masks are judged independently of each other.
+    """
+    counted = moved_tokens(view)
+    predicted, metrics = _curvature_rejects(method, view, counted, context)
+    keep = torch.ones_like(counted)
+    for mask in method.masks:
+        rejected = _rejects(mask, view, counted, predicted, context) & counted
+        metrics[f"mask/{mask.type}/rejected_share"] = mean_of(rejected.double(), counted)
+        keep &= ~rejected
+    if method.overlong.filter:
+        cut = view.truncated[view.sequence] & ~view.demonstration[view.sequence]
+        metrics["mask/truncated/rejected_share"] = mean_of(cut.double(), counted)
+        keep &= ~cut
+    if metrics:
+        metrics["mask/rejected_share"] = mean_of((~keep).double(), counted)
+    return keep, metrics
+
+
+def _curvature_rejects(
+    method: MethodSection, view: TokenView, counted: Tensor, context: StepContext
+) -> tuple[Tensor, dict[str, Metric]]:
+    """[N] bool: what the curvature mask rejects, or would reject where only controls are matched to it."""
+    if method.curvature is None:
+        return torch.zeros_like(counted), {}
+    tracker = context.curvature
+    if tracker is None:
+        raise ValueError("a curvature mask needs StepContext.curvature (see rlpost.methods.capo.make_tracker)")
+    curvature, limits = tracker.predict(view, context), tracker.limits(context)
+    rejected = (limits.kl_rejects(curvature) | limits.objective_rejects(curvature)) & counted
+    return rejected, curvature_metrics(view, curvature, limits, counted)
+
+
+def _rejects(mask: Mask, view: TokenView, counted: Tensor, predicted: Tensor, context: StepContext) -> Tensor:
+    """[N] bool: what one mask rejects."""
+    if isinstance(mask, CurvatureMask):
+        return predicted
+    if isinstance(mask, OffPolicyMask):
+        return off_policy_rejects(mask, view)
+    if isinstance(mask, ProbabilityMask) and mask.below is not None:
+        return view.logp.exp() < mask.below
+    if isinstance(mask, RandomMask):
+        if view.token_index is None:
+            raise ValueError("a random mask needs TokenView.token_index")
+        score = token_uniform(view.token_index, context.seed, context.optimizer_step)
+        if mask.rate is not None:
+            return score < mask.rate
+    else:
+        score = view.logp
+    quota = count_by(view.sequence, view.prompt.numel(), predicted)
+    return reject_lowest(score, quota, view.sequence, counted)

@@ -1,0 +1,181 @@
+"""The policy: a causal language model that scores the completion tokens of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rlpost.errors import TrainingError
+from rlpost.experience import TokenRows
+from rlpost.gradient.types import HeadStatistics
+from rlpost.policy.attention import attention_mask
+from rlpost.policy.head import HeadRequest, LogitRule
+from rlpost.policy.loading import (
+    add_lora,
+    load_causal_lm,
+    load_config,
+    logit_rule,
+    verify_head,
+    without_progress_bars,
+)
+from rlpost.policy.rows import to_device
+from rlpost.policy.weights import Gather, gather_nothing, module_weights, named_weights
+from rlpost.recipe.model import ModelSection
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsRequest:
+    """Asks for `HeadStatistics`, with the k largest scores, or without them (None)."""
+
+    k: int | None = None
+
+
+class PolicyOutput(NamedTuple):
+    """Per completion token, in nats, float32. A tuple, so that the hooks of DDP and ZeRO find the tensors."""
+
+    logp: Tensor  # [N]
+    entropy: Tensor  # [N] over the full vocabulary
+    statistics: HeadStatistics | None = None
+
+
+class Policy(nn.Module):
+    """A Hugging Face causal LM, seen as a distribution over completion tokens at the sampling temperature.
+
+    `model` is the causal LM, or peft's wrapper around it; `notes` tell the user what was changed on load.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        *,
+        rule: LogitRule,
+        autocast: torch.dtype | None = None,
+        head_chunk_tokens: int = 1024,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.rule = rule
+        self.autocast = autocast
+        self.head_chunk_tokens = head_chunk_tokens
+        self.notes = notes
+        self.has_adapter = hasattr(model, "disable_adapter")
+
+    @property
+    def causal_lm(self) -> PreTrainedModel:
+        """The Hugging Face model itself, without peft's wrapper."""
+        return self.model.get_base_model() if self.has_adapter else self.model
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face configuration."""
+        return self.causal_lm.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal_lm.device
+
+    def forward(self, rows: TokenRows, *, statistics: StatisticsRequest | None = None) -> PolicyOutput:
+        """Log-probs and entropies of `rows.target`, in the order of `rows`."""
+        causal_lm = self.causal_lm
+        rows = to_device(rows, self.device)
+        with self.precision():
+            hidden = causal_lm.base_model(
+                input_ids=rows.input_ids,
+                position_ids=rows.position_ids,
+                attention_mask=attention_mask(rows, causal_lm.config._attn_implementation),
+                use_cache=False,
+            ).last_hidden_state
+            place = rows.predict_row * rows.input_ids.shape[1] + rows.predict_col
+            # A look-up and not hidden[row, col]: several branches read the prompt's last state, and the backward of an
+            # indexing adds up such repeats in an order that changes with the threads.
+            picked = functional.embedding(place, hidden.flatten(0, 1))
+            request = HeadRequest(
+                rows.target,
+                self.rule,
+                self.head_chunk_tokens,
+                statistics=statistics is not None,
+                statistics_k=None if statistics is None else statistics.k,
+            )
+            logp, entropy, *more = causal_lm.get_output_embeddings()(picked, request)
+        return PolicyOutput(logp, entropy, HeadStatistics(*more) if more else None)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The autocast context of forward passes."""
+        return nullcontext() if self.autocast is None else torch.autocast(self.device.type, dtype=self.autocast)
+
+    def disable_adapter(self) -> AbstractContextManager[Any]:
+        """While open, the policy is the frozen model under its LoRA adapter: a reference policy without a second copy.
+
+        Raises TrainingError for a policy without an adapter.
+        """
+        if not self.has_adapter:
+            raise TrainingError("the policy has no LoRA adapter to disable; a reference policy needs a second model")
+        return self.model.disable_adapter()
+
+    def named_weights(self, gather: Gather = gather_nothing) -> Iterator[tuple[str, Tensor]]:
+        """Full weights under their Hugging Face names, one at a time, LoRA merged on the fly; see `weights`."""
+        return named_weights(self.causal_lm, gather)
+
+    def save(
+        self,
+        directory: Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        merged: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Writes Hugging Face layout; with LoRA the adapter, and with `merged` the full model in `<directory>/merged`.
+
+        `state_dict` replaces the module's own where those are sharded, with the names of `model.state_dict()`.
+        """
+        folders = [directory]
+        with without_progress_bars():
+            self.model.save_pretrained(directory, state_dict=None if state_dict is None else dict(state_dict))
+            if merged and self.has_adapter:
+                folders.append(directory / "merged")
+                self.causal_lm.save_pretrained(folders[-1], state_dict=dict(module_weights(self.causal_lm)))
+        if tokenizer is not None:
+            for folder in folders:
+                tokenizer.save_pretrained(folder)
+
+
+def load_policy(
+    model: ModelSection,
+    path: str,
+    *,
+    device: torch.device | str = "cpu",
+    temperature: float = 1.0,
+    head_chunk_tokens: int = 1024,
+) -> Policy:
+    """Loads the policy of a recipe from `path` (a folder or a hub name; `package:` paths are resolved by the caller).
+
+    Log-probs are of the distribution sampled from: softmax(scores / `temperature`). Raises RecipeError naming the
+    setting at fault where the model is missing, is not a causal LM, or scores tokens in an unknown way.
+    """
+    config, notes = load_config(model, path)
+    causal_lm = load_causal_lm(model, path, config).to(device)
+    policy = Policy(
+        causal_lm,
+        rule=logit_rule(config, temperature),
+        autocast=torch.bfloat16 if model.autocast == "bfloat16" else None,
+        head_chunk_tokens=head_chunk_tokens,
+        notes=notes,
+    )
+    flash = model.attention == "flash_attention_2"  # cannot run in float32
+    verify_head(causal_lm, policy.rule, policy.precision() if flash else nullcontext())
+    if model.lora is not None:
+        policy.model = add_lora(causal_lm, model.lora)
+        policy.has_adapter = True
+    return policy

@@ -1,0 +1,182 @@
+"""An estimate of what a process will hold in memory. Formulas are stated beside every line; nothing is measured."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from rlpost.recipe.model import ModelSection
+from rlpost.recipe.rollout import VllmEngine
+from rlpost.recipe.root import Recipe
+
+GIB = 2**30
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """The sizes that memory depends on. `exact` is False when they were guessed from the model's name."""
+
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    kv_width: int  # key-value heads x head dimension
+    vocabulary: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryLine:
+    """One part of the estimate: bytes, and how they come about."""
+
+    what: str
+    bytes: int
+    formula: str
+
+
+def find_model_size(model: ModelSection) -> tuple[ModelSize | None, str]:
+    """The model's size and where it is known from. Looks at local files only, never at the network."""
+    config = _local_config(model)
+    if config is not None:
+        return _size_of(config), "the model's config.json"
+    size = guess_from_name(model.path)
+    if size is not None:
+        return size, "unknown: the model is not on this machine; guessed from its name"
+    return None, "unknown: the model is not on this machine"
+
+
+def guess_from_name(name: str) -> ModelSize | None:
+    """A guess from names such as `Qwen2.5-7B`; shapes follow P ~ 12 L h^2 (Kaplan et al. 2020) with L = h / 128."""
+    match = re.search(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", name, re.IGNORECASE)
+    if match is None:
+        return None
+    parameters = int(float(match[1]) * (1e9 if match[2].lower() == "b" else 1e6))
+    hidden = max(64, round((parameters * 128 / 12) ** (1 / 3) / 64) * 64)
+    layers = max(1, hidden // 128)
+    return ModelSize(parameters, layers, hidden, 3 * hidden, max(64, hidden // 4), 128_000, exact=False)
+
+
+def estimate(recipe: Recipe, size: ModelSize, *, processes: int = 1, zero_stage: int = 0) -> list[MemoryLine]:
+    """Bytes per process, line by line. `zero_stage` is DeepSpeed's: 1 shares the optimizer's state among processes,
+    2 the gradients too, 3 the weights too."""
+    trained = _trained_parameters(recipe, size)
+    lines = _weights(recipe, size, trained, processes, zero_stage)
+    lines.append(_activations(recipe, size))
+    chunk = min(recipe.learner.head_chunk_tokens, recipe.learner.micro_batch_tokens)
+    formula = f"{chunk} tokens x {size.vocabulary} words x 3 copies x 4 bytes"
+    lines.append(MemoryLine("head chunk", 12 * chunk * size.vocabulary, formula))
+    return lines + _engine(recipe, size)
+
+
+def cache_per_token(recipe: Recipe, size: ModelSize) -> int:
+    """Bytes of key-value cache per token in the rollout engine."""
+    width = _BYTES[getattr(recipe.rollout.engine, "dtype", "bfloat16")]
+    return 2 * size.layers * size.kv_width * width
+
+
+def _weights(recipe: Recipe, size: ModelSize, trained: int, processes: int, stage: int) -> list[MemoryLine]:
+    width = _BYTES[recipe.model.dtype]
+
+    def line(what: str, count: int, each: int, shared: bool) -> MemoryLine:
+        share = processes if shared else 1
+        by = f" / {share} processes (ZeRO-{stage})" if share > 1 else ""
+        return MemoryLine(what, count * each // share, f"{count / 1e6:,.1f} M x {each} bytes{by}")
+
+    lines = [
+        line("weights", size.parameters, width, stage >= 3),
+        line("gradients", trained, width, stage >= 2),
+        line("AdamW state", trained, 2 * width, stage >= 1),
+    ]
+    if recipe.model.dtype == "float32" and recipe.model.autocast == "bfloat16":
+        lines.append(line("autocast copies", size.parameters, 2, False))
+    if recipe.method.kl.coefficient > 0 and recipe.model.lora is None:
+        lines.append(line("reference model", size.parameters, width, stage >= 3))
+    return lines
+
+
+def _activations(recipe: Recipe, size: ModelSize) -> MemoryLine:
+    width = _BYTES["bfloat16"] if recipe.model.autocast == "bfloat16" else _BYTES[recipe.model.dtype]
+    tokens = recipe.learner.micro_batch_tokens
+    one_layer = tokens * width * (8 * size.hidden + 2 * size.kv_width + 4 * size.intermediate)
+    if recipe.model.gradient_checkpointing:
+        kept = tokens * width * size.hidden * size.layers
+        return MemoryLine(
+            "activations", kept + one_layer, f"{tokens} tokens x {width} bytes x h x layers, plus one layer"
+        )
+    formula = f"{tokens} tokens x {size.layers} layers x {width} bytes x (8h + 2h_kv + 4h_mlp)"
+    return MemoryLine("activations", one_layer * size.layers, formula)
+
+
+def _engine(recipe: Recipe, size: ModelSize) -> list[MemoryLine]:
+    engine = recipe.rollout.engine
+    width = _BYTES[getattr(engine, "dtype", "bfloat16")]
+    weights = MemoryLine(
+        "rollout engine weights", size.parameters * width, f"{size.parameters / 1e6:,.1f} M x {width} bytes"
+    )
+    each = cache_per_token(recipe, size)
+    if isinstance(engine, VllmEngine):
+        cache = int(engine.kv_cache_gib * GIB)
+        fits = f"holds {cache // each:,} tokens at {each:,} bytes"
+        text = f"rollout.engine.kv_cache_gib ({fits}); on CUDA: what memory_fraction leaves beside the weights"
+        return [weights, MemoryLine("rollout engine KV cache", cache, text)]
+    own = min(engine.batch_size, recipe.rollout.prompts_per_step * recipe.rollout.completions_per_prompt)
+    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_completion_tokens
+    text = f"{own} sequences x {longest} tokens x {each:,} bytes"
+    return [weights, MemoryLine("rollout engine KV cache", own * longest * each, text)]
+
+
+def _trained_parameters(recipe: Recipe, size: ModelSize) -> int:
+    if recipe.model.lora is None:
+        return size.parameters
+    # A rank-r pair for the attention's q, k, v, o and the MLP's gate, up, down: r x (inputs + outputs) each.
+    attention = 4 * size.hidden + 2 * (size.hidden + size.kv_width)
+    mlp = 3 * (size.hidden + size.intermediate)
+    return recipe.model.lora.rank * size.layers * (attention + mlp)
+
+
+def _local_config(model: ModelSection) -> Any | None:
+    from pathlib import Path
+
+    path = model.path
+    if path.startswith("package:"):
+        from rlpost.data.packaged import cache_folder
+
+        path = str(cache_folder() / "models" / path.removeprefix("package:"))
+        if not Path(path, "config.json").is_file():
+            return None
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path,
+            local_files_only=True,
+            trust_remote_code=model.trust_remote_code,
+        )
+    except (OSError, ValueError):
+        return None  # neither a folder nor in the hub's cache: the caller says so
+
+
+def _size_of(config: Any) -> ModelSize:
+    heads = config.num_attention_heads
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return ModelSize(
+        parameters=_count_parameters(config),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        kv_width=(getattr(config, "num_key_value_heads", None) or heads) * head,
+        vocabulary=config.vocab_size,
+        exact=True,
+    )
+
+
+def _count_parameters(config: Any) -> int:
+    """Builds the model without memory (meta device) and counts; tied weights count once."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,263 @@
+"""`method`: slots, filled by a preset. A method is a choice for every slot; any slot can be overridden."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from rlpost.recipe.base import Section
+from rlpost.recipe.masks import CurvatureMask, Mask, ProbabilityMask, RandomMask
+from rlpost.recipe.presets import fill_preset
+
+
+class AdvantageSection(Section):
+    """From rewards to one advantage per completion: (reward - centre) / (scale + eps)."""
+
+    center: Literal["group", "leave_one_out", "batch", "none"] = "group"
+    """What is subtracted: the group's mean, the mean of the group's other completions, the batch's mean, or nothing."""
+    scale: Literal["none", "group_std", "batch_std"] = "group_std"
+    """What the centred reward is divided by."""
+    combine: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
+    """Several rewards: add them first, or centre and scale each alone and add the results."""
+    eps: NonNegativeFloat = 1e-4
+    """Added to the standard deviation."""
+    unbiased: bool = True
+    """Standard deviation with n - 1 (as TRL and verl compute it) rather than n."""
+
+
+class RatioSection(Section):
+    """The importance ratio between the policy being updated and the policy at the start of the rollout's updates."""
+
+    level: Literal["token", "sequence", "none"] = "token"
+    """Per token; per completion as the geometric mean over its tokens (GSPO); or none: plain REINFORCE."""
+
+
+class PpoClip(Section):
+    """min(ratio * A, clip(ratio, 1 - low, 1 + high) * A): clipped tokens get no gradient."""
+
+    type: Literal["ppo"] = "ppo"
+    low: NonNegativeFloat = 0.2
+    """The ratio may fall by this much."""
+    high: NonNegativeFloat = 0.2
+    """The ratio may rise by this much."""
+    dual: float | None = Field(None, gt=1)
+    """Dual clip: with a negative advantage, no gradient above this ratio; null: off."""
+
+
+class CispoClip(Section):
+    """stop_gradient(clip(ratio, 1 - low, 1 + high)) * A * log pi: every token keeps a gradient (CISPO)."""
+
+    type: Literal["cispo"] = "cispo"
+    low: NonNegativeFloat | None = None
+    """Lower limit 1 - low of the weight; null: none."""
+    high: NonNegativeFloat = 4.0
+    """Upper limit 1 + high of the weight."""
+
+
+class NoClip(Section):
+    """ratio * A, unclipped."""
+
+    type: Literal["none"] = "none"
+
+
+Clip = Annotated[PpoClip | CispoClip | NoClip, Field(discriminator="type")]
+
+
+class CorrectionSection(Section):
+    """Importance correction for the sampler's numerics: weight = pi_old / pi_sampler (truncated importance sampling)."""
+
+    level: Literal["token", "sequence"] = "token"
+    """One weight per token, or one per completion (the product over its tokens)."""
+    action: Literal["truncate", "mask", "none"] = "truncate"
+    """Weights above `max`: cut to it, or the tokens dropped; none: no correction at all."""
+    max: PositiveFloat = 2.0
+    """Upper limit of the weight."""
+    min: NonNegativeFloat = 0.0
+    """`action: mask` also drops tokens whose weight is below this."""
+
+
+class KlSection(Section):
+    """Penalty for leaving the reference policy, coefficient * KL."""
+
+    coefficient: NonNegativeFloat = 0.0
+    """beta; 0: no penalty and no reference model."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """With d = log pi - log pi_ref: d, d^2/2, or exp(-d) + d - 1."""
+    where: Literal["loss", "reward"] = "loss"
+    """Added to the loss per token, or subtracted from the reward per completion (sum over its tokens)."""
+
+
+class EntropySection(Section):
+    """Bonus for the entropy of the policy's next-token distribution."""
+
+    coefficient: float = 0.0
+    """Weight of the bonus; 0: none."""
+
+
+class ReductionSection(Section):
+    """How token terms become one number. All counts are of the whole batch: all processes, all micro-batches."""
+
+    type: Literal["token", "sequence", "constant", "prompt"] = "token"
+    """Mean over tokens (DAPO); mean over completions of token means (GRPO); sum over tokens / `constant`, mean over
+    completions (Dr.GRPO); mean over prompts of the token mean of the prompt's completions."""
+    constant: PositiveInt | None = None
+    """The divisor of `type: constant`; null: the longest completion allowed."""
+    denominator: Literal["all", "accepted"] = "all"
+    """Whether tokens rejected by `masks` still count in a completion's token mean; `accepted` is CAPO's released code."""
+
+
+class DynamicSamplingSection(Section):
+    """DAPO: prompts whose completions all have the same reward are replaced by others before the update."""
+
+    enabled: bool = False
+    """Sample again."""
+    max_rounds: PositiveInt = 3
+    """Further rounds of sampling in a step at the most; after that the step goes on with what there is."""
+
+
+class OverlongSection(Section):
+    """Completions that ran into the token limit."""
+
+    filter: bool = False
+    """Leave truncated completions out of the update (they still count in group means and denominators)."""
+    penalty: NonNegativeFloat = 0.0
+    """DAPO's soft punishment: subtracted from the reward, rising linearly from 0 to this within the buffer; 0: off."""
+    buffer: float = Field(0.2, gt=0, le=1)
+    """The buffer's share of the token limit, at its end."""
+
+
+class MethodSection(Section):
+    """What is maximised. Slots not given come from `preset`."""
+
+    preset: str = "grpo"
+    """grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, capo, dr_capo or rein_capo."""
+    advantage: AdvantageSection = Field(default_factory=AdvantageSection)
+    """From rewards to advantages."""
+    ratio: RatioSection = Field(default_factory=RatioSection)
+    """The importance ratio."""
+    clip: Clip = Field(default_factory=PpoClip)
+    """What limits the ratio."""
+    masks: tuple[Mask, ...] = ()
+    """Tokens left out of the update; a token must pass all of them."""
+    correction: CorrectionSection = Field(default_factory=CorrectionSection)
+    """Correction for the difference between sampler and learner."""
+    kl: KlSection = Field(default_factory=KlSection)
+    """Penalty for leaving the reference policy."""
+    entropy: EntropySection = Field(default_factory=EntropySection)
+    """Entropy bonus."""
+    reduction: ReductionSection = Field(default_factory=ReductionSection)
+    """From token terms to the loss."""
+    dynamic_sampling: DynamicSamplingSection = Field(default_factory=DynamicSamplingSection)
+    """Replacement of groups without signal."""
+    overlong: OverlongSection = Field(default_factory=OverlongSection)
+    """Treatment of truncated completions."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, raw: Any) -> Any:
+        return fill_preset(raw)[0] if isinstance(raw, Mapping) else raw
+
+    @model_validator(mode="after")
+    def _check(self) -> MethodSection:
+        problems = [text for wrong, text in _rules(self) if wrong]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def curvature(self) -> CurvatureMask | None:
+        """The curvature mask that acts, or that a control mask is matched to."""
+        return next(iter(_curvature_masks(self)), None)
+
+
+def _curvature_masks(method: MethodSection) -> list[CurvatureMask]:
+    found = [mask for mask in method.masks if isinstance(mask, CurvatureMask)]
+    controls = [mask for mask in method.masks if isinstance(mask, RandomMask | ProbabilityMask)]
+    return found + [mask.match for mask in controls if mask.match is not None]
+
+
+def _rules(m: MethodSection) -> list[tuple[bool, str]]:
+    """Combinations that mean nothing: (whether it is there, what to say)."""
+    adv, clip, red = m.advantage, m.clip, m.reduction
+    return [
+        (
+            m.ratio.level == "none" and clip.type != "none",
+            f"clip.type `{clip.type}` limits a ratio, but ratio.level is `none`: set clip to {{type: none}}",
+        ),
+        (
+            m.ratio.level == "sequence" and clip.type == "ppo" and clip.dual is not None,
+            "clip.dual is a limit on token ratios, but ratio.level is `sequence`: set clip.dual to null",
+        ),
+        (
+            m.kl.where == "reward" and m.kl.coefficient == 0,
+            "kl.where is `reward` but kl.coefficient is 0: set a coefficient, or kl.where to `loss`",
+        ),
+        (
+            adv.center == "leave_one_out" and adv.scale == "batch_std",
+            "advantage.center `leave_one_out` is a group's baseline, advantage.scale `batch_std` the batch's spread: "
+            "use scale `none` (RLOO), or center `batch` (REINFORCE++)",
+        ),
+        (
+            adv.center in ("batch", "none") and adv.scale == "group_std",
+            f"advantage.scale `group_std` needs center `group` or `leave_one_out`, not `{adv.center}`",
+        ),
+        (
+            red.constant is not None and red.type != "constant",
+            f"reduction.constant is only for reduction.type `constant`, not `{red.type}`",
+        ),
+        (
+            red.denominator == "accepted" and red.type != "sequence",
+            f"reduction.denominator `accepted` is only for reduction.type `sequence`, not `{red.type}`: "
+            "other denominators are fixed before the forward pass",
+        ),
+        (
+            m.correction.min >= m.correction.max,
+            "correction.min must be below correction.max",
+        ),
+        (
+            len(set(_curvature_masks(m))) > 1,
+            "masks: more than one curvature mask; there is one tracker of moments, so give one (controls must match it)",
+        ),
+    ]
+
+
+def describe_order(method: MethodSection) -> list[str]:
+    """The filled slots in the order in which they act, for `rlpost plan`."""
+    m, adv, kl, fix = method, method.advantage, method.kl, method.correction
+    steps: list[tuple[bool, str]] = [
+        (
+            m.overlong.penalty > 0,
+            f"reward -= up to {m.overlong.penalty:g} in the last {m.overlong.buffer:.0%} of the limit",
+        ),
+        (
+            kl.where == "reward" and kl.coefficient > 0,
+            f"reward -= {kl.coefficient:g} * KL to the reference ({kl.estimator})",
+        ),
+        (
+            m.dynamic_sampling.enabled,
+            f"groups of equal rewards sampled anew, at most {m.dynamic_sampling.max_rounds} rounds",
+        ),
+        (True, f"advantage: centre {adv.center}, scale {adv.scale} ({adv.combine})"),
+        (m.ratio.level != "none", f"ratio per {m.ratio.level}, clip {_describe_clip(m.clip)}"),
+        (fix.action != "none", f"sampler correction: {fix.action} pi_old/pi_sampler per {fix.level} at {fix.max:g}"),
+        (
+            kl.where == "loss" and kl.coefficient > 0,
+            f"coefficient -= {kl.coefficient:g} * d KL({kl.estimator})/d log pi",
+        ),
+        (m.entropy.coefficient != 0, f"entropy bonus {m.entropy.coefficient:g}"),
+        *[(True, f"mask: {mask.type}") for mask in m.masks],
+        (m.overlong.filter, "mask: truncated completions"),
+        (True, f"reduction: {m.reduction.type}"),
+    ]
+    return [text for present, text in steps if present]
+
+
+def _describe_clip(clip: Clip) -> str:
+    if isinstance(clip, PpoClip):
+        dual = f", dual {clip.dual:g}" if clip.dual is not None else ""
+        return f"ppo [{1 - clip.low:g}, {1 + clip.high:g}]{dual}"
+    if isinstance(clip, CispoClip):
+        return f"cispo [{0 if clip.low is None else 1 - clip.low:g}, {1 + clip.high:g}]"
+    return "none"

@@ -1,0 +1,43 @@
+"""`model`: which policy is trained, and how it is held."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+
+from rlpost.recipe.base import Section
+
+
+class LoraSection(Section):
+    """Low-rank adapters (peft) on a frozen model."""
+
+    rank: PositiveInt = 16
+    """Rank of the update matrices."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input. Keep 0 for exact log-probs."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Which modules get an adapter: "all-linear" or a list of module names."""
+
+
+class ModelSection(Section):
+    """The policy."""
+
+    path: str
+    """A Hugging Face model name, a local folder, or `package:smollm2-135m` (a real model inside a Python package)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """How the trained weights are stored. float32 is the safe choice: small updates vanish in bfloat16."""
+    autocast: Literal["bfloat16", "none"] = "bfloat16"
+    """The precision of matrix products in forward and backward."""
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """The attention kernel of the learner."""
+    lora: LoraSection | None = None
+    """Train adapters instead of all weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    chat_template: str | None = None
+    """A Jinja file to use as chat template, for tokenizers that have none."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""

@@ -1,0 +1,77 @@
+"""The protocol of rollout engines: they sample completions, and take new weights in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from rlpost.errors import RolloutError
+from rlpost.experience import Completion
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRequest:
+    """One prompt to be sampled from once.
+
+    `seed` is derived from the run's seed, the step, the prompt and the sample's number (`rlpost.rollout.seeds`), never
+    from its place in a batch: so the samples do not depend on how prompts are spread over processes.
+    """
+
+    token_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingSettings:
+    """How to sample; temperature 0 is greedy (log-probs are then those of temperature 1, without top-k and top-p)."""
+
+    max_completion_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = -1
+    stop: tuple[str, ...] = ()
+
+
+class RolloutEngine(Protocol):
+    """What the loop asks of an engine. All calls are blocking and local to the process.
+
+    `Completion.sampler_logprobs` are of the distribution sampled from: temperature, top-k and top-p applied. A learner
+    that compares its own log-probs with them must divide its logits by the same temperature first; with top-k or top-p
+    the two differ even then, since the engine renormalises over the tokens kept (a learner log-prob is then lower by
+    the log of the kept probability mass). A completion that ended at a stop string keeps its tokens as sampled, the
+    stop string among them and in `text`, and no end-of-sequence token. Engines leave torch's, numpy's and Python's
+    global random state as it was.
+    """
+
+    name: str
+
+    def sample(self, requests: Sequence[SamplingRequest], settings: SamplingSettings) -> list[Completion]:
+        """One completion a request, in the order of the requests."""
+        ...
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]] | Iterator[tuple[str, Tensor]]) -> None:
+        """Replaces the engine's weights in place (Hugging Face names) and forgets every cached prefix."""
+        ...
+
+    def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        """For each token sequence of length n, the n - 1 log-probs (nats, temperature 1) of tokens 1..n-1."""
+        ...
+
+    def close(self) -> None:
+        """Frees the engine's memory."""
+        ...
+
+
+def check_lengths(prompt_lengths: Sequence[int], max_model_len: int) -> None:
+    """Raises RolloutError if a prompt leaves no room for a single new token."""
+    longest = max(prompt_lengths, default=0)
+    if longest >= max_model_len:
+        raise RolloutError(
+            f"A sequence of {longest} tokens does not fit the rollout engine, which holds prompt and completion in "
+            f"{max_model_len} tokens. Lower `data.max_prompt_tokens`, or raise it together with "
+            "`rollout.max_completion_tokens`: their sum is what the engine is built for."
+        )

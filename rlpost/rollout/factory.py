@@ -1,0 +1,63 @@
+"""Makes the rollout engine that a recipe asks for."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import TYPE_CHECKING
+
+from rlpost.recipe.model import ModelSection
+from rlpost.recipe.rollout import TransformersEngine, VllmEngine
+from rlpost.rollout.engine import RolloutEngine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
+
+
+def make_engine(
+    section: VllmEngine | TransformersEngine,
+    model: ModelSection,
+    model_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_model_len: int,
+    seed: int,
+    device: str,
+) -> RolloutEngine:
+    """The engine of `rollout.engine`; transformers, with a loud note, where vLLM is asked for and not installed.
+
+    `model_path` is a folder with weights and tokenizer; `max_model_len` is prompt plus completion in tokens; `device`
+    is a torch device ("cpu", "cuda", "cuda:1"). Raises RolloutError when the engine cannot start.
+    """
+    if isinstance(section, VllmEngine):
+        if importlib.util.find_spec("vllm") is not None:
+            from rlpost.rollout.vllm_engine import VllmRolloutEngine
+
+            return VllmRolloutEngine(
+                model_path,
+                section,
+                max_model_len=max_model_len,
+                seed=seed,
+                device=device,
+                trust_remote_code=model.trust_remote_code,
+            )
+        _log.warning(
+            "vLLM IS NOT INSTALLED: sampling with transformers instead, ten or more times slower. Install "
+            "`rlpost[cuda]` or `rlpost[cpu]`, or silence this with rollout.engine.type=transformers."
+        )
+        section = TransformersEngine(dtype="bfloat16" if section.dtype == "bfloat16" else "float32")
+    from rlpost.rollout.transformers_engine import TransformersRolloutEngine
+
+    return TransformersRolloutEngine.from_path(
+        model_path,
+        tokenizer,
+        section,
+        max_model_len=max_model_len,
+        device=device,
+        attention="sdpa"
+        if model.attention == "flash_attention_2"
+        else model.attention,  # FA2 needs no padding on the left
+        trust_remote_code=model.trust_remote_code,
+    )

@@ -1,0 +1,82 @@
+"""The probe: do learner and engine give the same tokens the same log-probs? If not, why not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlpost.errors import RolloutError
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeResult:
+    """How far apart learner and engine are on the same tokens. Gaps are |learner - engine| in nats."""
+
+    mean_gap: float  # NaN when a log-prob is not finite or there are no tokens
+    max_gap: float
+    tokens: int
+
+
+def compare(learner_logps: Sequence[Sequence[float]], engine_logps: Sequence[Sequence[float]]) -> ProbeResult:
+    """Compares two scorings of the same sequences, one log-prob a token (as `RolloutEngine.logprobs` returns them).
+
+    Raises RolloutError when the two do not score the same number of tokens.
+    """
+    lengths = [len(row) for row in learner_logps], [len(row) for row in engine_logps]
+    if lengths[0] != lengths[1]:
+        raise RolloutError(
+            f"The probe cannot compare: the learner scored sequences of {lengths[0]} tokens, the engine {lengths[1]}. "
+            "Both must score tokens 1..n-1 of the same sequences; check how the probe's sequences are passed on."
+        )
+    gaps = [
+        abs(a - b)
+        for mine, its in zip(learner_logps, engine_logps, strict=True)
+        for a, b in zip(mine, its, strict=True)
+    ]
+    if not gaps or not all(math.isfinite(gap) for gap in gaps):
+        return ProbeResult(math.nan, math.nan, len(gaps))
+    return ProbeResult(math.fsum(gaps) / len(gaps), max(gaps), len(gaps))
+
+
+def check(result: ProbeResult, max_mean_gap: float, *, step: int, earlier: ProbeResult | None = None) -> None:
+    """Raises RolloutError, with the likely cause named, when the mean gap (nats) is above `max_mean_gap` or not finite.
+
+    `earlier` is the last probe that passed, if there was one: it tells a sync that went wrong (fine before, bad now)
+    from an engine that never agreed with the learner. A probe of no tokens says nothing and passes.
+    """
+    if result.tokens == 0 or result.mean_gap <= max_mean_gap:
+        return
+    if math.isnan(result.mean_gap):
+        finding = f"some of the {result.tokens} probed log-probs are not finite"
+        cause = (
+            "the learner's weights are NaN or infinite, or the engine's precision overflows. Look at `loss` and "
+            "`grad_norm` in metrics.jsonl; lower `learner.learning_rate`, or set `rollout.engine.dtype=bfloat16` where "
+            "it is float16"
+        )
+    else:
+        finding = (
+            f"the mean gap is {result.mean_gap:.3g} nats (largest {result.max_gap:.3g}, {result.tokens} tokens), "
+            f"the limit `rollout.probe.max_mean_gap` is {max_mean_gap:.3g}"
+        )
+        cause = _cause(earlier)
+    raise RolloutError(
+        f"Step {step}: learner and rollout engine disagree about the same tokens: {finding}. Likely cause: {cause}."
+    )
+
+
+def _cause(earlier: ProbeResult | None) -> str:
+    if earlier is not None:
+        return (
+            f"the new weights did not reach the engine (weights not synced, or only some of them): an earlier probe "
+            f"passed with {earlier.mean_gap:.3g} nats, so dtype, template and positions are right. Resume from the "
+            "last checkpoint; if it comes back, use `rollout.engine.type=transformers`, and with LoRA see that the "
+            "merged weights are sent"
+        )
+    return (
+        "the engine never agreed, so look in this order: (1) weights not synced, or engine and learner started from "
+        "different checkpoints; (2) wrong dtype: try `rollout.engine.dtype=float32`, which should bring the gap below "
+        "0.001; (3) wrong positions or wrong chat template: learner and engine see different token ids or position "
+        "ids for the same text, or the engine implements this model type differently: try "
+        "`rollout.engine.type=transformers`. Raise `rollout.probe.max_mean_gap` only for quantised engines"
+    )

@@ -1,0 +1,46 @@
+"""From prompts to groups, in one batched call of the engine."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from rlpost.errors import RolloutError
+from rlpost.experience import Group, Prompt
+from rlpost.rollout.engine import RolloutEngine, SamplingRequest, SamplingSettings
+from rlpost.rollout.seeds import request_seed
+
+
+def sample_groups(
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    completions_per_prompt: int,
+    settings: SamplingSettings,
+    *,
+    run_seed: int,
+    step: int,
+    level: int = 0,
+) -> list[Group]:
+    """G completions of every prompt, as one unscored group a prompt, in the order of the prompts.
+
+    A prompt that stands twice in `prompts` gets different samples each time. Raises RolloutError when the engine gives
+    back another number of completions than it was asked for.
+    """
+    size = completions_per_prompt
+    seen: Counter[str] = Counter()
+    requests = []
+    for prompt in prompts:
+        first = seen[prompt.id] * size
+        seen[prompt.id] += 1
+        requests += [
+            SamplingRequest(prompt.token_ids, request_seed(run_seed, step, prompt.id, first + i, level))
+            for i in range(size)
+        ]
+    completions = engine.sample(requests, settings) if requests else []
+    if len(completions) != len(requests):
+        raise RolloutError(
+            f"The rollout engine {engine.name!r} returned {len(completions)} completions for {len(requests)} requests "
+            f"at step {step}: this is a defect of the engine, not of the recipe. Report it, and use "
+            "`rollout.engine.type=transformers` until it is mended."
+        )
+    return [Group(prompt, tuple(completions[i * size : (i + 1) * size])) for i, prompt in enumerate(prompts)]

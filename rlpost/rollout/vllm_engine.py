@@ -1,0 +1,267 @@
+"""vLLM inside the learner's process (colocated): fast sampling, weights replaced in place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlpost.errors import RolloutError
+from rlpost.experience import Completion
+from rlpost.recipe.rollout import VllmEngine
+from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
+from rlpost.rollout.process_state import memory_binding_kept, process_group_kept, random_state_kept, threads_kept
+from rlpost.rollout.vllm_errors import explain_startup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from vllm import LLM
+
+# What vLLM must find before it is imported. A user's own settings win.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in process: weights are handed over by reference, seeds are honoured
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class VllmRolloutEngine:
+    """Samples with vLLM. One engine a process; tensor parallelism is not offered.
+
+    Log-probs. vLLM is started with `logprobs_mode="processed_logprobs"`: `sampler_logprobs` are of the distribution
+    sampled from, after temperature, top-k and top-p (see `RolloutEngine` for what a learner must do to compare). At
+    temperature 1 without top-k and top-p that is the model's own distribution. `logprobs()` always gives the model's
+    own.
+
+    Determinism. Every request has its own generator, and prefixes cached by earlier calls are forgotten before each
+    `sample`, so the same requests under the same weights give the same completions, in a fresh process too. Rounding
+    may depend on which requests share a batch: with another order or another set of requests, a bfloat16 engine can
+    sample another token where two are nearly tied. On CUDA set `VLLM_BATCH_INVARIANT=1` where that matters.
+
+    Process-wide effects. Random states, thread count, CPU affinity and NUMA binding are put back after the start, the
+    first three after every call as well; engines in several processes are not pinned to cores.
+    If torch.distributed is initialised, every process of the group must make its engine at the same time; if it is
+    not, vLLM makes a group of one, so initialise it first.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        model_path: str,
+        section: VllmEngine,
+        *,
+        max_model_len: int,
+        seed: int,
+        device: str,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Starts vLLM on `model_path` (weights and tokenizer). `max_model_len`: prompt plus completion, in tokens.
+
+        Raises RolloutError, with the recipe key to change, when vLLM cannot start.
+        """
+        self._max_model_len = max_model_len
+        self._on_cpu = device.split(":")[0] == "cpu"
+        self._asleep = False
+        self._sleeps = section.sleep and not self._on_cpu
+        self._check(section, model_path)
+        for key, value in _ENVIRONMENT.items():
+            os.environ.setdefault(key, value)
+        import torch
+
+        self._made_group = not torch.distributed.is_initialized()
+        self._dtype = getattr(torch, section.dtype)
+        # With eager execution on CPU nothing is worth compiling: what vLLM compiles regardless costs 20 s at the start.
+        self._eager = self._on_cpu if section.eager is None else section.eager
+        with self._guarded(), memory_binding_kept(), process_group_kept():
+            self._llm = _start(model_path, section, self._options(section, seed, trust_remote_code))
+        self._expected = _weight_names(model_path, trust_remote_code)
+
+    @staticmethod
+    def _check(section: VllmEngine, model_path: str) -> None:
+        if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
+            raise RolloutError(
+                f"vLLM cannot start {model_path!r} inside the learner's process while the environment variable "
+                "VLLM_ENABLE_V1_MULTIPROCESSING is not 0: weights could not be handed over. Unset it, or set it to 0."
+            )
+        if section.tensor_parallel != 1:
+            raise RolloutError(
+                f"`rollout.engine.tensor_parallel={section.tensor_parallel}` is not possible in a colocated engine: "
+                "each process drives one GPU. Set it to 1 and start one process per GPU."
+            )
+
+    def _options(self, section: VllmEngine, seed: int, trust_remote_code: bool) -> dict[str, Any]:
+        memory: dict[str, Any] = {"gpu_memory_utilization": section.memory_fraction}
+        if self._on_cpu:  # the fraction would be one of the machine's whole memory, taken by every process
+            memory["kv_cache_memory_bytes"] = int(section.kv_cache_gib * 2**30)
+        if self._sleeps:
+            memory["enable_sleep_mode"] = True
+        return {
+            "dtype": section.dtype,
+            "enforce_eager": self._eager,
+            "max_model_len": self._max_model_len,
+            "max_num_seqs": section.max_sequences,
+            "seed": seed,
+            "trust_remote_code": trust_remote_code,
+            "logprobs_mode": "processed_logprobs",
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+            **memory,
+        }
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        import torch
+
+        stance = torch.compiler.set_stance("force_eager") if self._on_cpu and self._eager else contextlib.nullcontext()
+        with random_state_kept(), threads_kept(), stance:
+            yield
+
+    def sample(self, requests: Sequence[SamplingRequest], settings: SamplingSettings) -> list[Completion]:
+        """One completion a request, in the order of the requests. Raises RolloutError for prompts that are too long."""
+        check_lengths([len(request.token_ids) for request in requests], self._max_model_len)
+        if not requests:
+            return []
+        with self._guarded():
+            self._wake()
+            self._llm.reset_prefix_cache()  # so that rounding does not depend on what was sampled before
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(request.token_ids)} for request in requests],
+                [_sampling_params(request, settings) for request in requests],
+                use_tqdm=False,
+            )
+            completions = [_completion(output.outputs[0]) for output in outputs]
+            if self._sleeps:
+                self._llm.sleep(level=1)
+                self._asleep = True
+        return completions
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]] | Iterator[tuple[str, Tensor]]) -> None:
+        """Replaces all weights in place (Hugging Face names; tied ones may be left out); forgets cached prefixes.
+
+        Raises RolloutError for unknown names, wrong shapes, and weights that are missing.
+        """
+        seen: set[str] = set()
+
+        def cast() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                seen.add(name)
+                yield name, tensor.detach().to(self._dtype)
+
+        with self._guarded():
+            self._wake()
+            try:
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast()})
+                if self._on_cpu:
+                    self._llm.collective_rpc(_repack_heads)
+            except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+                raise RolloutError(
+                    f"vLLM refused the learner's weights ({type(error).__name__}: {error}). Engine and learner must be "
+                    "built from the same `model.path`; with LoRA send merged weights under the base model's names."
+                ) from error
+            self._llm.reset_prefix_cache()
+        missing = sorted(self._expected - seen)
+        if missing:
+            raise RolloutError(
+                f"{len(missing)} weights did not reach vLLM, the first is {missing[0]!r}: it now holds a mixture of "
+                "old and new. Send all weights at every sync."
+            )
+
+    def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        """For each sequence of n tokens the n - 1 log-probs (nats, temperature 1) of its tokens 1..n-1."""
+        from vllm import SamplingParams
+
+        # vLLM scores a prompt only while it samples one more token, which is thrown away: n may be max_model_len - 1.
+        check_lengths([len(sequence) for sequence in sequences], self._max_model_len)
+        scored = [i for i, sequence in enumerate(sequences) if len(sequence) > 1]
+        out: list[list[float]] = [[] for _ in sequences]
+        if not scored:
+            return out
+        with self._guarded():
+            self._wake()
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(sequences[i])} for i in scored],
+                SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False),
+                use_tqdm=False,
+            )
+        for i, output in zip(scored, outputs, strict=True):
+            pairs = zip(sequences[i][1:], output.prompt_logprobs[1:], strict=True)
+            out[i] = [entry[token].logprob for token, entry in pairs]
+        return out
+
+    def _wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+    def close(self) -> None:
+        """Frees the engine's memory. The engine cannot be used afterwards; closing twice does nothing."""
+        llm = self.__dict__.pop("_llm", None)
+        if llm is None:
+            return
+        with self._guarded(), contextlib.nullcontext() if self._made_group else process_group_kept():
+            llm.llm_engine.engine_core.shutdown()
+
+
+def _start(model_path: str, section: VllmEngine, options: dict[str, Any]) -> LLM:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from vllm import LLM
+
+            return LLM(model=model_path, **options)
+    except (ImportError, OSError, ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+        raise explain_startup(error, model_path, section, options["max_model_len"]) from error
+
+
+def _repack_heads(worker: Any) -> None:
+    """Packs the LM head anew after a reload on CPU.
+
+    vLLM 0.32 keeps a packed copy of the head for its CPU kernels and renews it only if the head itself is loaded. A
+    tied head is not: it would go on scoring with the weights of the start, next to new embeddings.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in worker.get_model().modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def _weight_names(model_path: str, trust_remote_code: bool) -> frozenset[str]:
+    """The Hugging Face names of all weights of a model, tied ones once. No memory is used: tensors are on `meta`."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return frozenset(name for name, _ in model.named_parameters())
+
+
+def _sampling_params(request: SamplingRequest, settings: SamplingSettings) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        seed=request.seed,
+        max_tokens=settings.max_completion_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        stop=list(settings.stop) or None,
+        include_stop_str_in_output=True,
+        logprobs=0,  # of the sampled token only
+    )
+
+
+def _completion(output: Any) -> Completion:
+    tokens = tuple(output.token_ids)
+    logprobs = tuple(entry[token].logprob for token, entry in zip(tokens, output.logprobs, strict=True))
+    if output.finish_reason not in ("stop", "length"):
+        raise RolloutError(
+            f"vLLM ended a completion with {output.finish_reason!r} after {len(tokens)} tokens. Lower "
+            "`rollout.engine.max_sequences`, or give the KV cache more memory."
+        )
+    finish: Literal["stop", "length"] = output.finish_reason
+    return Completion(tokens, logprobs, output.text, finish)

@@ -1,0 +1,208 @@
+"""Scores groups of completions with the recipe's reward functions: deadlines, outcomes, and a check that they work."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rlpost.errors import RewardError
+from rlpost.experience import Completion, Group, Outcome, Score
+from rlpost.scoring.contract import BUILTINS, EXTRAS, IN_WORKER, Call, Reply, RewardFunction, TrainerState
+from rlpost.scoring.load import check_arguments, check_signature, load_reward
+from rlpost.scoring.pool import Died, Job, Killed, Result, WorkerPool
+
+if TYPE_CHECKING:
+    from rlpost.recipe.reward import RewardSection, ScoringSection
+
+Sample = tuple[Group, Completion]
+Place = tuple[int, int]  # which of the flattened samples, which reward
+
+ASYNC_CHUNK = 64  # async calls that share a process at the most
+_NEVER_COLUMNS = ("prompt", "completion", "completion_ids")  # as in TRL: these have keywords of their own
+
+
+class Scorer:
+    """Runs reward functions in processes of their own.
+
+    After each `score`, `counts[reward name][outcome]` counts its completions, `slowest[reward name]` has the seconds of
+    the slowest call that came back, and `logged[metric]` the mean of what functions gave to TRL's `log_metric`.
+    """
+
+    def __init__(self, rewards: Sequence[RewardSection], scoring: ScoringSection, base: Path | None = None) -> None:
+        """Loads and checks the functions, and starts the processes without waiting for them.
+
+        Args:
+            rewards: the recipe's `rewards`.
+            scoring: the recipe's `scoring`.
+            base: the recipe's folder, for relative paths.
+
+        Raises:
+            RewardError: a function cannot be found or imported, does not take its arguments, or two share a name.
+        """
+        self.sections = tuple(rewards)
+        self.scoring = scoring
+        self.functions: tuple[RewardFunction, ...] = tuple(load_reward(r.function, base) for r in rewards)
+        self.names = _names(self.sections, self.functions)
+        for section, function in zip(self.sections, self.functions, strict=True):
+            check_arguments(function, section.arguments)
+        self.counts: dict[str, Counter[Outcome]] = {}
+        self.slowest: dict[str, float] = {}
+        self.logged: dict[str, float] = {}
+        self._pool = WorkerPool([f.spec for f in self.functions], scoring.workers)
+        if self.functions:
+            self._pool.start()
+
+    def check(self, columns: Collection[str]) -> None:
+        """Raises RewardError if a function needs a keyword that neither `columns` nor its arguments provide."""
+        for section, function in zip(self.sections, self.functions, strict=True):
+            check_signature(function, columns, section.arguments)
+
+    def score(self, groups: Sequence[Group], step: int = 0, max_steps: int = 0) -> list[Group]:
+        """The same groups in the same order, with `scores` filled in.
+
+        Args:
+            groups: prompts with their completions; the groups may differ in size.
+            step: the optimizer step, and
+            max_steps: the run's last one: what functions see in `trainer_state`.
+
+        Raises:
+            RewardError: a function broke its contract, or failed on more than `scoring.max_failed_share` of them.
+        """
+        samples: list[Sample] = [(group, completion) for group in groups for completion in group.completions]
+        state = TrainerState(step, max_steps)
+        jobs = [job for r in range(len(self.sections)) for job in self._jobs(r, groups, state)]
+        scores: dict[Place, Score] = {}
+        self.slowest = dict.fromkeys(self.names, 0.0)
+        logged: dict[str, list[float]] = defaultdict(list)
+        for places, reply in self._replies(jobs):
+            self._take(places, reply, scores)
+            for name, value in reply.logged:
+                logged[name].append(value)
+        self.logged = {name: sum(values) / len(values) for name, values in logged.items()}
+        self.counts = {
+            name: Counter(scores[s, r].outcome for s in range(len(samples))) for r, name in enumerate(self.names)
+        }
+        self._check_failures(scores, len(samples))
+        rows = iter(tuple(scores[s, r] for r in range(len(self.names))) for s in range(len(samples)))
+        return [replace(group, scores=tuple(next(rows) for _ in group.completions)) for group in groups]
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self._pool.stop()
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _jobs(self, r: int, groups: Sequence[Group], state: TrainerState) -> Iterator[tuple[Job, list[list[Place]]]]:
+        """The calls of reward r as jobs, each with the places that its calls' verdicts go to."""
+        section, function = self.sections[r], self.functions[r]
+        calls, places, first = [], [], 0
+        for samples in _split(groups, section.call):
+            keywords = _keywords(function, samples, section.arguments)
+            calls.append(Call(r, len(samples), keywords, section.deadline_s * len(samples), state))
+            places.append([(first + i, r) for i in range(len(samples))])
+            first += len(samples)
+        size = min(ASYNC_CHUNK, -(-len(calls) // self.scoring.workers)) if function.is_async else 1
+        for i in range(0, len(calls), max(size, 1)):
+            yield _job(calls[i : i + size], function), places[i : i + size]
+
+    def _replies(self, jobs: Sequence[tuple[Job, list[list[Place]]]]) -> Iterator[tuple[list[Place], Reply]]:
+        """Each call's places and reply. Calls that shared a process which was lost are made again, alone."""
+        again: list[tuple[Job, list[list[Place]]]] = []
+        for (job, places), result in zip(jobs, self._pool.run([job for job, _ in jobs]), strict=True):
+            if isinstance(result, Killed | Died) and len(job.calls) > 1:
+                function = self.functions[job.calls[0].reward]
+                again += [(_job([c], function), [p]) for c, p in zip(job.calls, places, strict=True)]
+            else:
+                yield from zip(places, _as_replies(job, result), strict=True)
+        if again:
+            yield from self._replies(again)
+
+    def _take(self, places: list[Place], reply: Reply, scores: dict[Place, Score]) -> None:
+        r = places[0][1]
+        name = self.names[r]
+        if reply.breach:
+            raise RewardError(f"The reward function {self.functions[r].spec} (reward {name!r}) {reply.breach}.")
+        self.slowest[name] = max(self.slowest[name], reply.seconds)
+        for place, (outcome, value, detail) in zip(places, reply.verdicts, strict=True):
+            scores[place] = Score(Outcome(outcome), value, detail)
+
+    def _check_failures(self, scores: Mapping[Place, Score], samples: int) -> None:
+        for r, name in enumerate(self.names):
+            failed = [score for s in range(samples) if (score := scores[s, r]).failed]
+            if len(failed) > self.scoring.max_failed_share * samples:
+                kinds = ", ".join(f"{n} {kind.value}" for kind, n in Counter(f.outcome for f in failed).most_common())
+                raise RewardError(
+                    f"The reward {name!r} ({self.functions[r].spec}) failed on {len(failed)} of {samples} completions "
+                    f"({kinds}), more than scoring.max_failed_share={self.scoring.max_failed_share:g} allows. For "
+                    f"example: {failed[0].detail or failed[0].outcome.value}. Try it alone with `rlpost rewards try`."
+                )
+
+
+def _names(sections: Sequence[RewardSection], functions: Sequence[RewardFunction]) -> tuple[str, ...]:
+    names = tuple(s.name or f.name for s, f in zip(sections, functions, strict=True))
+    double = sorted(name for name, n in Counter(names).items() if n > 1)
+    if double:
+        raise RewardError(f"Two rewards are named {double[0]!r}: give each its own `name` in the recipe's `rewards`.")
+    return names
+
+
+def _split(groups: Sequence[Group], call: str) -> Iterator[list[Sample]]:
+    """The samples that one call sees, in order."""
+    by_group = [[(group, completion) for completion in group.completions] for group in groups if group.completions]
+    if call == "group":
+        yield from by_group
+    elif call == "sample":
+        yield from ([sample] for samples in by_group for sample in samples)
+    elif by_group:
+        yield [sample for samples in by_group for sample in samples]
+
+
+def _keywords(function: RewardFunction, samples: Sequence[Sample], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What TRL would pass for these samples, as far as the function takes it; lists have one entry a sample."""
+    columns = {name for group, _ in samples for name in group.prompt.columns}
+    keywords: dict[str, Any] = {}
+    for name in (*BUILTINS, *EXTRAS, *sorted(columns)):
+        if name in IN_WORKER or name in arguments or not function.wants(name):
+            continue
+        if name in columns and name not in BUILTINS:
+            if name not in _NEVER_COLUMNS:
+                keywords[name] = [group.prompt.columns.get(name) for group, _ in samples]
+        elif name in _BUILTIN_VALUES:
+            keywords[name] = [_BUILTIN_VALUES[name](group, completion) for group, completion in samples]
+    return {**keywords, **arguments}
+
+
+_BUILTIN_VALUES = {
+    "prompts": lambda group, completion: [dict(message) for message in group.prompt.messages],
+    "completions": lambda group, completion: [{"role": "assistant", "content": completion.text}],
+    "completion_ids": lambda group, completion: list(completion.token_ids),
+    "truncated": lambda group, completion: completion.truncated,
+    "demonstration": lambda group, completion: group.prompt.demonstration and group.prompt.demonstration.text,
+}
+
+
+def _job(calls: Sequence[Call], function: RewardFunction) -> Job:
+    """Async calls have a deadline in their event loop, so the hard one, for code that blocks the loop, is later."""
+    longest = max(call.deadline_s for call in calls)
+    return Job(tuple(calls), longest + max(1.0, 0.5 * longest) if function.is_async else longest)
+
+
+def _as_replies(job: Job, result: Result) -> list[Reply]:
+    if isinstance(result, list):
+        return result
+    call = job.calls[0]
+    if isinstance(result, Killed):
+        verdict = (Outcome.TIMED_OUT.value, None, f"no answer in {call.deadline_s:g} s")
+    else:
+        verdict = (Outcome.CRASHED.value, None, result.detail)
+    return [Reply((verdict,) * call.size)]

@@ -1,0 +1,139 @@
+"""Tries a reward function out on a few written samples, without a model: `rlpost rewards try`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlpost.errors import RewardError
+from rlpost.experience import Completion, Group, Message, Outcome, Prompt, Score
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_OWN_KEYS = ("prompt", "completion", "completions", "completion_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sample's verdict."""
+
+    line: int
+    completion: str
+    score: Score
+
+
+def try_reward(
+    spec: str, samples_path: Path, arguments: Mapping[str, Any] | None = None, deadline_s: float = 10.0
+) -> list[Row]:
+    """Scores every sample of a JSONL file in a scoring process, exactly as training would.
+
+    A line is `{"prompt": text or messages, "completion": text, ...columns}`; `completions`, a list of texts, makes a
+    row of each. Every word counts as one token, with the number 0, where a line with one completion has no list
+    `completion_ids`.
+
+    Raises:
+        RewardError: a line cannot be read, the function cannot be loaded, or it breaks its contract.
+    """
+    from rlpost.recipe.reward import RewardSection, ScoringSection
+    from rlpost.scoring.scorer import Scorer
+
+    lines, groups = zip(*_read_samples(samples_path), strict=True)
+    section = RewardSection(function=spec, arguments=dict(arguments or {}), deadline_s=deadline_s)
+    columns = set.intersection(*(set(group.prompt.columns) for group in groups))
+    with Scorer([section], ScoringSection(workers=1, max_failed_share=1.0), samples_path.parent) as scorer:
+        scorer.check(columns)
+        scored = scorer.score(groups)
+    return [
+        Row(line, completion.text, scores[0])
+        for line, group in zip(lines, scored, strict=True)
+        for completion, scores in zip(group.completions, group.scores, strict=True)
+    ]
+
+
+def run_tryout(spec: str, samples: Path, deadline_s: float, arguments: dict[str, Any]) -> int:
+    """Prints a table of verdicts. Returns 0, or 1 if scoring failed on any sample."""
+    from rich.console import Console
+
+    rows = try_reward(spec, samples, arguments, deadline_s)
+    console = Console()
+    console.print(_table(spec, rows))
+    values = [row.score.value for row in rows if row.score.value is not None]
+    counts = Counter(row.score.outcome.value for row in rows)
+    mean = f", mean {sum(values) / len(values):.4g}" if values else ""
+    console.print(", ".join(f"{n} {outcome}" for outcome, n in counts.items()) + mean, highlight=False)
+    return 1 if any(row.score.failed for row in rows) else 0
+
+
+def _table(spec: str, rows: Sequence[Row]) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(spec))
+    for name, justify in (("line", "right"), ("completion", "left"), ("outcome", "left"), ("reward", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    table.add_column("detail", overflow="fold")
+    for row in rows:
+        text = " ".join(row.completion.split())
+        value = "" if row.score.value is None else f"{row.score.value:.4g}"
+        colour = "red" if row.score.failed else "green" if row.score.outcome is Outcome.SCORED else "yellow"
+        outcome = f"[{colour}]{row.score.outcome.value}[/]"
+        shown = text if len(text) <= 60 else "..." + text[-57:]  # answers stand at the end
+        table.add_row(str(row.line), escape(shown), outcome, value, escape(row.score.detail))
+    return table
+
+
+def _read_samples(path: Path) -> list[tuple[int, Group]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RewardError(f"The samples {path} cannot be read: {error}.") from error
+    samples = [(n, _read_sample(path, n, line)) for n, line in enumerate(lines, start=1) if line.strip()]
+    if not samples:
+        raise RewardError(f'The samples {path} are empty: write lines like {{"prompt": "1+1?", "completion": "2"}}.')
+    return samples
+
+
+def _read_sample(path: Path, number: int, line: str) -> Group:
+    def refuse(why: str) -> RewardError:
+        wanted = '{"prompt": text or messages, "completion": text, ...columns}'
+        return RewardError(f"{path}, line {number}: {why}. A sample is {wanted}, one JSON object a line.")
+
+    try:
+        sample = json.loads(line)
+    except ValueError as error:
+        raise refuse(f"not JSON ({error})") from error
+    if not isinstance(sample, dict):
+        raise refuse(f"a JSON {type(sample).__name__} instead of an object")
+    texts, ids = sample.get("completions", [sample.get("completion")]), sample.get("completion_ids")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise refuse("`completion` is missing or no text")
+    if ids is not None and not (isinstance(ids, list) and all(isinstance(i, int) for i in ids) and len(texts) == 1):
+        raise refuse("`completion_ids` is no list of integers, or stands beside several `completions`")
+    messages = _messages(sample.get("prompt", ""))
+    if messages is None:
+        raise refuse("`prompt` is neither text nor a list of messages with `role` and `content`")
+    columns = {name: value for name, value in sample.items() if name not in _OWN_KEYS}
+    prompt = Prompt(f"{path.name}/{number}", messages, messages[-1]["content"], (), columns)
+    return Group(prompt, tuple(_completion(text, ids) for text in texts))
+
+
+def _completion(text: str, ids: Sequence[int] | None) -> Completion:
+    tokens = tuple(ids) if ids is not None else (0,) * len(text.split())
+    return Completion(tokens, (0.0,) * len(tokens), text, "stop")
+
+
+def _messages(prompt: object) -> tuple[Message, ...] | None:
+    if isinstance(prompt, str):
+        return (Message(role="user", content=prompt),)
+    if not isinstance(prompt, list) or not prompt:
+        return None
+    if not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+    ):
+        return None
+    return tuple(Message(role=m["role"], content=m["content"]) for m in prompt)

@@ -1,0 +1,189 @@
+"""The run's doctor: reads recent metrics and says, in one line each, what is wrong and what to do."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from rlpost.tracking.metrics import MetricRow, number
+
+WINDOW = 5
+"""Advice on a tendency looks at the mean of this many last optimizer steps, and is silent before there are as many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One line of advice. `id` is stable, so that it is given once per run."""
+
+    id: str
+    text: str
+
+
+def advise(rows: Sequence[MetricRow], *, reward_ceiling: float = 1.0) -> list[Advice]:
+    """What the metrics of the training rows so far (oldest first; the first row of the run first) call for.
+
+    `reward_ceiling` is the highest total reward there is: the sum of the positive weights for rewards within [0, 1].
+    Pure: the caller remembers what it has already said.
+    """
+    rows = [row for row in rows if row.get("kind", "train") == "train"]
+    if not rows:
+        return []
+    found = [advice for rule in _RULES for advice in rule(rows)]
+    ceiling = _reward_ceiling(rows, reward_ceiling)
+    # At the ceiling all rewards of a group are equal: one cause, one line.
+    return ceiling + [one for one in found if not (ceiling and one.id == "zero-variance")]
+
+
+def _recent(rows: Sequence[MetricRow], key: str) -> float | None:
+    """The mean of the last WINDOW rows; None before there are as many, or when one has no such number."""
+    values = [value for row in rows[-WINDOW:] if (value := number(row, key)) is not None]
+    return fmean(values) if len(values) == WINDOW else None
+
+
+def _truncated(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+    share = _recent(rows, "completions/truncated_share")
+    if share is not None and share > 0.9:
+        yield Advice(
+            "all-truncated",
+            f"{share:.0%} of completions are cut at the token limit: raise rollout.max_completion_tokens, ask for "
+            "short answers in the prompt, or check that the chat template and rollout.stop let the model end.",
+        )
+
+
+def _zero_variance(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+    share = _recent(rows, "reward/zero_variance_share")
+    if share is not None and share > 0.8:
+        mean = _recent(rows, "reward/mean")
+        level = "" if mean is None else f" (mean reward {mean:.2f})"
+        yield Advice(
+            "zero-variance",
+            f"{share:.0%} of groups have equal rewards{level} and teach nothing: raise rollout.completions_per_prompt, "
+            "choose prompts of another difficulty, give partial credit, or use method.guidance (GHPO).",
+        )
+
+
+def _entropy(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+    recent, start = _recent(rows, "policy/entropy"), number(rows[0], "policy/entropy")
+    if recent is not None and start is not None and recent < 0.2 * start and recent < 0.3:
+        yield Advice(
+            "entropy-collapse",
+            f"Entropy fell from {start:.2f} to {recent:.3f} nats, so samples hardly differ any more: raise "
+            "method.clip.high (clip-higher), lower learner.learning_rate, or add method.entropy or CAPO's mask.",
+        )
+
+
+def _clip(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+    share = _recent(rows, "policy/clip_fraction")
+    if share is not None and share > 0.3:
+        yield Advice(
+            "clip-saturated",
+            f"{share:.0%} of tokens are clipped, so most of each update is thrown away: lower learner.learning_rate, "
+            "learner.epochs or learner.minibatches, or widen method.clip.",
+        )
+
+
+def _failed_scores(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+    share = number(rows[-1], "scores/failed_share")
+    if share is not None and share > 0.05:
+        kinds = {
+            key.split("/", 1)[1]: value
+            for key in rows[-1]
+            if key.startswith("scores/") and key.endswith(("/timed_out", "/crashed", "/unparsable"))
+            if (value := number(rows[-1], key))
+        }
+        counts = ", ".join(f"{name}: {value:.0f}" for name, value in sorted(kinds.items()))
+        yield Advice(
+            "scores-failed",
+            f"{share:.0%} of scores failed{f' ({counts})' if counts else ''} and are left out of the baseline: the "
+            "reasons stand under `scores` in completions/; raise the reward's deadline_s if they timed out.",
+        )
+
+
+def _missing_reward(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+    if "reward/mean" in rows[-1] and number(rows[-1], "reward/mean") is None:
+        yield Advice(
+            "reward-nan",
+            "The mean reward is not a number: no completion of this step has a known reward. See `scores` in "
+            "completions/ for why; a reward function must return a finite number, or None for not applicable.",
+        )
+
+
+def _mismatch(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+    gap = _recent(rows, "mismatch/mean_abs_gap")
+    if gap is not None and gap > 0.1:
+        yield Advice(
+            "sampler-gap",
+            f"Sampler and learner log-probs differ by {gap:.2f} nats a token: the data is off-policy. Add a mask "
+            "{type: off_policy}, sample in higher precision (rollout.engine.dtype), or use temperature 1 and top_p 1.",
+        )
+
+
+def _gradient(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+    key = "optimizer/grad_norm"
+    if key in rows[-1] and number(rows[-1], key) is None:
+        yield Advice(
+            "grad-nonfinite",
+            "The gradient is not finite and the step was skipped: lower learner.learning_rate, or keep model.dtype and "
+            "model.autocast in float32/bfloat16 (not float16).",
+        )
+        return
+    last = number(rows[-1], key)
+    before = [value for row in rows[:-1] if (value := number(row, key)) is not None]
+    # A step without signal has norm 0; only steps that had some say what is usual.
+    before = [value for value in before if value > 0]
+    if last is not None and len(before) >= WINDOW and last > 10 * median(before):
+        yield Advice(
+            "grad-exploding",
+            f"The gradient norm is {last:.3g}, over ten times the usual {median(before):.3g}: lower "
+            "learner.learning_rate, set learner.max_grad_norm, or add method.kl to hold the policy near its start.",
+        )
+
+
+def _reward_ceiling(rows: Sequence[MetricRow], ceiling: float) -> list[Advice]:
+    mean, same = _recent(rows, "reward/mean"), _recent(rows, "reward/zero_variance_share")
+    if mean is None or same is None or ceiling <= 0 or mean < 0.95 * ceiling or same < 0.5:
+        return []
+    return [
+        Advice(
+            "reward-ceiling",
+            f"The mean reward is {mean:.2f} of {ceiling:g} and {same:.0%} of groups are solved throughout: little "
+            "is left to learn here. Stop, or take harder prompts.",
+        )
+    ]
+
+
+_RULES: tuple[Callable[[Sequence[MetricRow]], Iterator[Advice]], ...] = (
+    _missing_reward,
+    _failed_scores,
+    _truncated,
+    _zero_variance,
+    _entropy,
+    _clip,
+    _mismatch,
+    _gradient,
+)
+
+
+class Doctor:
+    """Remembers recent rows and what has been said, so that every advice comes once."""
+
+    def __init__(self, *, reward_ceiling: float = 1.0) -> None:
+        self._ceiling = reward_ceiling
+        self._first: MetricRow | None = None
+        self._recent: deque[MetricRow] = deque(maxlen=10 * WINDOW)
+        self._said: set[str] = set()
+
+    def observe(self, row: MetricRow) -> list[Advice]:
+        """Takes the next row and returns the advice that is new."""
+        if row.get("kind", "train") != "train":
+            return []
+        self._first = self._first or row
+        self._recent.append(row)
+        rows = list(self._recent)
+        if rows[0] is not self._first:
+            rows.insert(0, self._first)
+        new = [one for one in advise(rows, reward_ceiling=self._ceiling) if one.id not in self._said]
+        self._said.update(one.id for one in new)
+        return new

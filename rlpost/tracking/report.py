@@ -1,0 +1,163 @@
+"""`rlpost report`: pictures of a run and one self-contained HTML page, from what lies in its run directory."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlpost.errors import RlpostError
+from rlpost.tracking.advice import Doctor
+from rlpost.tracking.completions import CompletionRecord, completion_files, read_completions
+from rlpost.tracking.console import in_words
+from rlpost.tracking.figures import draw_all, series
+from rlpost.tracking.metrics import MetricRow, read_metrics, write_atomically
+from rlpost.tracking.rundir import RunDirectory
+
+SAMPLES = 12
+TAIL = 10
+"""Numbers "at the end" are means of this many last optimizer steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A summary number: what it is, its value, and a remark under it."""
+
+    name: str
+    value: str
+    remark: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """A line of the doctor's advice and the step that called for it."""
+
+    step: int
+    id: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture as the page embeds it."""
+
+    title: str
+    data_uri: str
+
+
+def write_report(run_dir: Path | str) -> Path:
+    """Draws the run's metrics into `<run_dir>/report/` and writes `report/index.html`, whose path is returned.
+
+    The page needs no other file and no network. Works while the run goes on, and with metrics of any length.
+    Raises RlpostError when there is no such directory, or no metrics in it.
+    """
+    run = RunDirectory.at(run_dir)
+    if not run.path.is_dir():
+        raise RlpostError(
+            f"There is no run directory {run.path}. Name one that a training run has written (runs/<name>)."
+        )
+    rows = read_metrics(run.metrics)
+    if not rows:
+        raise RlpostError(
+            f"{run.metrics} holds no metrics yet, so there is nothing to report. A run writes its first line after its "
+            "first evaluation or optimizer step: wait for it, or look at the run's output for why it never got there."
+        )
+    for old in run.report.glob("*.png"):
+        old.unlink()
+    pictures = draw_all(rows, run.report)
+    page = _template().render(
+        name=run.name,
+        summary=summarize(rows),
+        hints=_hints(rows, _reward_ceiling(run)),
+        images=[Image(one.title, _data_uri(one.path)) for one in pictures],
+        samples=_samples(run.completions),
+        recipe=run.recipe.read_text(encoding="utf-8") if run.recipe.exists() else "",
+    )
+    path = run.report / "index.html"
+    write_atomically(path, page)
+    return path
+
+
+def summarize(rows: Sequence[MetricRow]) -> list[Figure]:
+    """The numbers at the head of the page."""
+    train = [row for row in rows if row.get("kind", "train") == "train"]
+    held_out = [row for row in rows if row.get("kind") == "eval"]
+    found = [Figure("optimizer steps", str(max((int(row["step"]) for row in train), default=0)))]
+    _, accuracy = series(held_out, "eval/accuracy")
+    if accuracy:
+        remark = f"from {accuracy[0]:.3f}; best {max(accuracy):.3f}" if len(accuracy) > 1 else ""
+        found.append(Figure("held-out accuracy", f"{accuracy[-1]:.3f}", remark))
+    for name, key, form in (("reward", "reward/mean", ".3f"), ("length, tokens", "completions/length_mean", ".0f")):
+        _, values = series(train, key)
+        if values:
+            start, end = _mean(values[:TAIL]), _mean(values[-TAIL:])
+            remark = f"from {start:{form}}" if len(values) > TAIL else ""
+            found.append(Figure(name, f"{end:{form}}", remark))
+    found += _speed(train)
+    return found
+
+
+def _speed(train: Sequence[MetricRow]) -> list[Figure]:
+    _, durations = series(train, "time/step")
+    if not durations:
+        return []
+    found = [Figure("training time", in_words(sum(durations)), f"{_mean(durations):.1f} s per step")]
+    paired = [row for row in train if series([row], "time/step")[1]]
+    _, tokens = series(paired, "tokens/completion")
+    if tokens:
+        found.append(Figure("completion tokens per s", f"{sum(tokens) / max(sum(durations), 1e-9):.0f}", "all phases"))
+    _, useful = series(train, "tokens/useful")
+    _, padded = series(train, "tokens/padded")
+    if useful and padded and sum(padded):
+        found.append(Figure("useful positions", f"{sum(useful) / sum(padded):.0%}", "of all computed in updates"))
+    return found
+
+
+def _reward_ceiling(run: RunDirectory) -> float:
+    """The sum of the recipe's positive reward weights; 1 when there is no recipe that says."""
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+        return sum(max(float(reward["weight"]), 0.0) for reward in recipe["rewards"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return 1.0
+
+
+def _hints(rows: Sequence[MetricRow], reward_ceiling: float) -> list[Hint]:
+    doctor = Doctor(reward_ceiling=reward_ceiling)
+    return [Hint(int(row["step"]), one.id, one.text) for row in rows for one in doctor.observe(row)]
+
+
+def _samples(folder: Path) -> list[CompletionRecord]:
+    """A few completions each from the run's first, middle and last rollout."""
+    files = completion_files(folder) if folder.is_dir() else []
+    places = sorted({0, len(files) // 2, len(files) - 1}) if files else []
+    found: list[CompletionRecord] = []
+    for place in places:
+        one = read_completions(files[place])
+        each = SAMPLES // len(places)
+        found += one[:: max(1, len(one) // each)][:each]
+    return found
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _data_uri(path: Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+
+
+def _template():  # type: ignore[no-untyped-def]  # noqa: ANN202 - jinja2 is imported only where a page is made
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("rlpost.tracking", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html.j2")

@@ -1,0 +1,208 @@
+"""The run directory: where a run's recipe, metrics, completions and checkpoints lie, and whose it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from rlpost.errors import RlpostError
+from rlpost.tracking.metrics import drop_partial_line, keep_rows, write_atomically
+
+LOCK_WAIT_S = 2.0  # long enough for the workers of a run that was just killed to go
+_COMPLETIONS = re.compile(r"step_(\d+)\.jsonl")
+_WRITTEN_BY_A_RUN = ("recipe.yaml", "metrics.jsonl", "completions", "checkpoints", "wandb", "report")
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """`runs/<name>/`. Open it with `RunDirectory.open` (the run's main process: locked) or look into it with `at`."""
+
+    path: Path
+    _lock: BaseFileLock | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def at(cls, path: Path | str) -> RunDirectory:
+        """The directory without a lock: for the other processes of a run, and for readers such as the report."""
+        return cls(Path(path))
+
+    @classmethod
+    def open(cls, path: Path | str, *, fresh: bool, overwrite: bool = False) -> RunDirectory:
+        """Makes the directory if need be, takes its lock until `close`, and checks that it can be written to.
+
+        `fresh`: the run starts from nothing, so earlier metrics or checkpoints are refused; with `overwrite` they are
+        deleted instead (only what a run writes, nothing else that lies there). A resumed run passes `fresh=False`, and
+        then calls `truncate_after` with its checkpoint's optimizer step, or with -1 when it found no checkpoint.
+
+        Raises RlpostError when another run holds the directory, when it cannot be written to, or when it is not empty.
+        """
+        path = Path(path)
+        _make(path)
+        run = cls(path, _take_lock(path))
+        try:
+            _write_test(path)
+            if fresh and overwrite:
+                run._remove_earlier_run()
+            elif fresh:
+                run._refuse_earlier_run()
+            for folder in (run.completions, run.checkpoints):
+                _make(folder)
+            drop_partial_line(run.metrics)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def completions(self) -> Path:
+        return self.path / "completions"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report"
+
+    def write_recipe(self, recipe: Mapping[str, Any]) -> None:
+        """Writes the resolved recipe, as `recipe.model_dump(mode="json")` gives it."""
+        import yaml
+
+        write_atomically(self.recipe, yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
+
+    def truncate_after(self, step: int) -> None:
+        """Forgets what was written after optimizer step `step`, so that a resumed run's files equal an unbroken one's.
+
+        A completions file carries the number of the first optimizer step that its rollout feeds, so the file of a
+        rollout that the checkpoint is in the middle of stays. -1 forgets everything.
+        """
+        keep_rows(self.metrics, lambda row: row["step"] <= step)
+        if not self.completions.is_dir():
+            return
+        for file in self.completions.iterdir():
+            found = _COMPLETIONS.fullmatch(file.name)
+            if (found and int(found[1]) > step) or file.name.endswith(".tmp"):
+                file.unlink()
+
+    def close(self) -> None:
+        """Gives the lock back. May be called twice."""
+        if self._lock is not None and self._lock.is_locked:
+            _holder_file(self.path).unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _earlier_run(self) -> str | None:
+        if self.metrics.exists() and self.metrics.stat().st_size:
+            return self.metrics.name
+        if self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
+            return f"{self.checkpoints.name}/"
+        return None
+
+    def _refuse_earlier_run(self) -> None:
+        if (found := self._earlier_run()) is not None:
+            raise RlpostError(
+                f"{self.path} already holds a run ({found} is there), and this run would mix with it. Go on with that "
+                "run (resume=auto), give this run another name (name=...), or delete the earlier one (overwrite=true)."
+            )
+
+    def _remove_earlier_run(self) -> None:
+        for name in _WRITTEN_BY_A_RUN:
+            target = self.path / name
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+
+
+def _holder_file(path: Path) -> Path:
+    return path / ".holder.json"
+
+
+def _take_lock(path: Path) -> BaseFileLock:
+    # Only one thread may write; which of them closes the directory does not matter (a watchdog may).
+    lock = FileLock(path / ".lock", thread_local=False)
+    try:
+        lock.acquire(timeout=LOCK_WAIT_S)
+    except Timeout as error:
+        raise RlpostError(_held_by(path)) from error
+    except (OSError, NotImplementedError) as error:
+        raise _unwritable(path, error) from error
+    holder = {"pid": os.getpid(), "host": socket.gethostname()}
+    try:
+        write_atomically(_holder_file(path), json.dumps(holder))
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _held_by(path: Path) -> str:
+    try:
+        holder = json.loads(_holder_file(path).read_text())
+        who = f"by process {holder['pid']} on host {holder['host']}"
+    except (OSError, ValueError, KeyError):
+        who = "by a process that has not left its name"
+    return (
+        f"{path} is in use {who}: two runs in one directory would destroy each other's files. Wait for that run or "
+        "stop it (if it was killed, look for worker processes that it left), or give this run another name (name=...)."
+    )
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _write_test(path: Path) -> None:
+    """Writes a little, for real: a full disk or a quota shows only then."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".write-test-") as file:
+            file.write(b"\0" * 65536)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: Exception) -> RlpostError:
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return RlpostError(
+        f"Cannot write to the run directory {path}: {reason}. Free space there, make the folder writable, or put runs "
+        "somewhere else (output_dir=/another/folder)."
+    )

@@ -1,0 +1,317 @@
+"""The gradient of the one loss is autograd's gradient of each method's loss as its paper prints it, to 1e-12."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from method_cases import CONTEXT, LENGTHS, LIMIT, Case, cut, method
+
+from rlpost.gradient.loss import coefficient_loss
+from rlpost.methods import compute_coefficients
+from rlpost.methods.capo import make_tracker
+from rlpost.methods.context import StepContext
+
+TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def ours(case: Case, section, view=None, context=CONTEXT, counts=None) -> torch.Tensor:
+    logp, entropy = case.score()
+    coefficients = compute_coefficients(section, view or case.view(), counts or case.counts(), context=context)
+    return case.gradient(coefficient_loss(coefficients, logp, entropy))
+
+
+def clipped(r, a, low=0.2, high=0.2):
+    return torch.minimum(r * a, torch.clamp(r, 1 - low, 1 + high) * a)
+
+
+def tis(case: Case, i: int) -> torch.Tensor:
+    """Truncated importance weights of completion i; 1 where the sampler is silent."""
+    at = case.sequence == i
+    weight = torch.exp(case.old_logp - case.sampler_logp)[at].nan_to_num(nan=1.0)
+    return weight.clamp(max=2.0)
+
+
+def per_completion(case: Case):
+    logp, _ = case.score()
+    for i in range(len(LENGTHS)):
+        at = case.sequence == i
+        yield i, logp[at], case.old_logp[at], case.advantage[i], tis(case, i)
+
+
+def grpo(case, low=0.2, high=0.2, reduce="sequence"):
+    total = 0.0
+    for _, logp, old, a, w in per_completion(case):
+        terms = w * clipped(torch.exp(logp - old), a, low, high)
+        if reduce == "sequence":
+            total = total + terms.mean() / len(LENGTHS)
+        elif reduce == "token":
+            total = total + terms.sum() / sum(LENGTHS)
+        else:
+            total = total + terms.sum() / LIMIT / len(LENGTHS)
+    return -total
+
+
+def gspo(case):
+    total = 0.0
+    for _, logp, old, a, w in per_completion(case):
+        s = torch.exp((logp - old).mean())
+        # The correction's weight differs by token, so the completion's term is spread evenly over them (GSPO-token).
+        s_token = s.detach() * torch.exp(logp - logp.detach())
+        total = total + (w * clipped(s_token, a, 3e-4, 4e-4)).mean() / len(LENGTHS)
+    return -total
+
+
+def cispo(case):
+    total = 0.0
+    for _, logp, old, a, w in per_completion(case):
+        total = total + (w * torch.clamp(torch.exp(logp - old), max=5.0).detach() * a * logp).sum() / sum(LENGTHS)
+    return -total
+
+
+def reinforce(case, reduce):
+    total = 0.0
+    for _, logp, _, a, w in per_completion(case):
+        terms = w * a * logp
+        total = total + (terms.sum() if reduce == "sum" else terms.mean()) / len(LENGTHS)
+    return -total
+
+
+PUBLISHED = {
+    "grpo": grpo,
+    "dr_grpo": lambda c: grpo(c, reduce="constant"),
+    "dapo": lambda c: grpo(c, high=0.28, reduce="token"),
+    "gspo": gspo,
+    "cispo": cispo,
+    "rloo": lambda c: reinforce(c, "sum"),
+    "reinforce_pp": lambda c: grpo(c, reduce="token"),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_preset_equals_published_surrogate(preset: str, seed: int) -> None:
+    case = Case(seed)
+    torch.testing.assert_close(ours(case, method(preset=preset)), case.gradient(PUBLISHED[preset](case)), **TOLERANCE)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "gspo", "dapo"])
+def test_cases_have_clipped_and_unclipped_tokens(preset: str) -> None:
+    section, case = method(preset=preset), Case(0)
+    metrics = compute_coefficients(section, case.view(), case.counts(), context=CONTEXT).metrics
+    assert 0 < metrics["policy/clip_fraction"].value() < 1
+    assert metrics["policy/clip_low"].value() > 0 and metrics["policy/clip_high"].value() > 0
+
+
+def test_gspo_is_the_sequence_form_without_correction() -> None:
+    """GSPO eq. 5 itself: the gradient runs through the geometric-mean ratio."""
+    case, total = Case(1, drift=3e-4), 0.0
+    for _, logp, old, a, _ in per_completion(case):
+        total = total + clipped(torch.exp((logp - old).mean()), a, 3e-4, 4e-4) / len(LENGTHS)
+    section = method(preset="gspo", correction={"action": "none"})
+    torch.testing.assert_close(ours(case, section), case.gradient(-total), **TOLERANCE)
+
+
+def test_dual_clip() -> None:
+    case, total = Case(3, drift=2.0), 0.0
+    for _, logp, old, a, w in per_completion(case):
+        r = torch.exp(logp - old)
+        inner = clipped(r, a)
+        terms = torch.maximum(inner, 3.0 * a) if a < 0 else inner
+        total = total + (w * terms).mean() / len(LENGTHS)
+    section = method(clip={"dual": 3.0})
+    torch.testing.assert_close(ours(case, section), case.gradient(-total), **TOLERANCE)
+    assert not torch.allclose(ours(case, section), ours(case, method()))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("reduce", ["token", "sequence"])
+def test_kl_in_the_loss(estimator: str, reduce: str) -> None:
+    case, beta, total = Case(4), 0.37, 0.0
+    for i, logp, _, _, _ in per_completion(case):
+        d = logp - case.ref_logp[case.sequence == i]
+        kl = {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) + d - 1}[estimator]
+        total = total + (kl.mean() / len(LENGTHS) if reduce == "sequence" else kl.sum() / sum(LENGTHS))
+    section = method(kl={"coefficient": beta, "estimator": estimator}, reduction={"type": reduce})
+    torch.testing.assert_close(
+        ours(case, section), case.gradient(grpo(case, reduce=reduce) + beta * total), **TOLERANCE
+    )
+
+
+def test_entropy_bonus() -> None:
+    case = Case(5)
+    _, entropy = case.score()
+    expected = grpo(case, reduce="token") - 0.02 * entropy.mean()
+    section = method(reduction={"type": "token"}, entropy={"coefficient": 0.02})
+    torch.testing.assert_close(ours(case, section), case.gradient(expected), **TOLERANCE)
+
+
+def test_prompt_reduction() -> None:
+    case, total = Case(6), 0.0
+    sizes = [sum(LENGTHS[:3]), sum(LENGTHS[3:])]
+    for i, logp, old, a, w in per_completion(case):
+        total = total + (w * clipped(torch.exp(logp - old), a)).sum() / sizes[i // 3] / 2
+    torch.testing.assert_close(ours(case, method(reduction={"type": "prompt"})), case.gradient(-total), **TOLERANCE)
+
+
+def test_sequence_correction_and_masking_correction() -> None:
+    case = Case(7, mismatch=0.5)
+    for level, action in [("sequence", "truncate"), ("token", "mask"), ("sequence", "mask")]:
+        total = 0.0
+        for i, logp, old, a, _ in per_completion(case):
+            gap = (case.old_logp - case.sampler_logp)[case.sequence == i].nan_to_num(nan=0.0)
+            w = torch.exp(gap if level == "token" else gap.sum().expand_as(gap))
+            w = w.clamp(max=1.5) if action == "truncate" else torch.where((w > 1.5) | (w < 0.5), 0.0, w)
+            total = total + (w * clipped(torch.exp(logp - old), a)).mean() / len(LENGTHS)
+        section = method(correction={"level": level, "action": action, "max": 1.5, "min": 0.5 * (action == "mask")})
+        torch.testing.assert_close(ours(case, section), case.gradient(-total), **TOLERANCE)
+
+
+@pytest.mark.parametrize("denominator", ["all", "accepted"])
+def test_masks_are_constants(denominator: str) -> None:
+    case, total = Case(8), 0.0
+    keep = case.score()[0].detach().exp() >= 0.15
+    assert 0 < keep.sum() < keep.numel()
+    for i, logp, old, a, w in per_completion(case):
+        accepted = keep[case.sequence == i]
+        terms = (w * clipped(torch.exp(logp - old), a))[accepted].sum()
+        size = accepted.sum().clamp(min=1) if denominator == "accepted" else accepted.numel()
+        total = total + terms / size / len(LENGTHS)
+    section = method(
+        masks=[{"type": "probability", "below": 0.15}], reduction={"type": "sequence", "denominator": denominator}
+    )
+    torch.testing.assert_close(ours(case, section), case.gradient(-total), **TOLERANCE)
+
+
+def test_overlong_filter_leaves_out_truncated_completions() -> None:
+    case, total = Case(9), 0.0
+    for i, logp, old, a, w in per_completion(case):
+        if not case.view().truncated[i]:
+            total = total + (w * clipped(torch.exp(logp - old), a)).mean() / len(LENGTHS)
+    torch.testing.assert_close(ours(case, method(overlong={"filter": True})), case.gradient(-total), **TOLERANCE)
+
+
+def test_off_policy_mask_rejects_whole_negative_completions() -> None:
+    case = Case(10, drift=1.0)
+    section = method(masks=[{"type": "off_policy", "max_gap": 0.2}])
+    keep = compute_coefficients(section, case.view(), case.counts(), context=CONTEXT).keep
+    behaviour = torch.where(case.sampler_logp.isnan(), case.old_logp, case.sampler_logp)
+    gap = behaviour - case.score()[0].detach()
+    for i in range(len(LENGTHS)):
+        at = case.sequence == i
+        assert (~keep[at]).all() == bool(gap[at].mean() > 0.2 and case.advantage[i] < 0)
+    assert (~keep).any() and keep.any()
+
+
+def test_demonstrations_are_plain_likelihood() -> None:
+    case = Case(11)
+    demonstration = torch.tensor([False, True, False, False, False, False])
+    advantage = torch.where(case.sequence == 1, torch.ones_like(case.old_logp), case.advantage[case.sequence])
+    view = case.view(demonstration=demonstration, advantage=advantage)
+    total = 0.0
+    for i, logp, old, a, w in per_completion(case):
+        terms = logp if i == 1 else w * clipped(torch.exp(logp - old), a)
+        d = logp - case.ref_logp[case.sequence == i]
+        kl = 0.0 if i == 1 else 0.1 * (torch.exp(-d) + d - 1)
+        total = total + (terms - kl).mean() / len(LENGTHS)
+    masks = [{"type": "probability", "below": 1.0}]
+    assert (ours(case, method(masks=masks), view) != 0).any()  # the demonstration passes every mask
+    section = method(kl={"coefficient": 0.1})
+    torch.testing.assert_close(ours(case, section, view), case.gradient(-total), **TOLERANCE)
+
+
+ALL = [
+    "grpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "cispo",
+    "rloo",
+    "reinforce_pp",
+    "capo",
+    "dr_capo",
+    "rein_capo",
+    "prompt",
+    "controls",
+]
+
+
+def section_of(name: str):
+    fixed = {"type": "fixed", "max_kl": 0.02, "max_objective": 0.1}
+    if name == "prompt":
+        return method(reduction={"type": "prompt"}, kl={"coefficient": 0.1}, entropy={"coefficient": 0.01})
+    if name == "controls":
+        match = {"type": "curvature", "thresholds": fixed}
+        return method(masks=[{"type": "random", "match": match}, {"type": "probability", "match": match}])
+    slots = {"masks": [{"type": "curvature", "thresholds": fixed}]} if "capo" in name else {}
+    return method(preset=name, **slots)
+
+
+def context_of(section, case: Case) -> StepContext:
+    tracker = make_tracker(section, case.head.shape[0], case.head.shape[1])
+    return StepContext(learning_rate=0.02, optimizer_step=3, seed=11, curvature=tracker)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_invariance_to_micro_batches_and_order(name: str) -> None:
+    case, section = Case(12), section_of(name)
+    context, view, counts = context_of(section, case), case.view(), case.counts()
+    whole = compute_coefficients(section, view, counts, context=context)
+    assert not section.masks or 0 < whole.keep.sum() < whole.keep.numel()
+    for split in ([[0, 1, 2, 3, 4, 5]], [[5], [0, 3], [4, 2, 1]], [[5, 4, 3, 2, 1, 0]]):
+        for keep in split:
+            small, small_counts, places = cut(view, counts, keep)
+            part = compute_coefficients(section, small, small_counts, context=context)
+            assert torch.equal(part.keep, whole.keep[places])
+            torch.testing.assert_close(part.coefficient, whole.coefficient[places], **TOLERANCE)
+            torch.testing.assert_close(part.weight, whole.weight[places], **TOLERANCE)
+            torch.testing.assert_close(part.entropy_coefficient, whole.entropy_coefficient[places], **TOLERANCE)
+
+
+@pytest.mark.parametrize("preset", ["grpo", "dapo", "gspo", "dr_grpo"])
+@pytest.mark.parametrize("denominator", ["all", "accepted"])
+def test_fully_masked_batch_is_zero_and_finite(preset: str, denominator: str) -> None:
+    slots = {"reduction": {"type": "sequence", "denominator": denominator}} if preset in ("grpo", "gspo") else {}
+    section = method(
+        preset=preset,
+        masks=[{"type": "random", "rate": 1.0}],
+        kl={"coefficient": 1.0},
+        entropy={"coefficient": 1.0},
+        **slots,
+    )
+    case = Case(13)
+    logp, entropy = case.score()
+    coefficients = compute_coefficients(section, case.view(), case.counts(), context=CONTEXT)
+    loss = coefficient_loss(coefficients, logp, entropy)
+    assert loss.item() == 0
+    assert (case.gradient(loss) == 0).all()
+
+
+def test_everything_is_detached() -> None:
+    case = Case(14)
+    logp, entropy = case.score()
+    view = case.view(logp=logp, entropy=entropy)
+    result = compute_coefficients(method(kl={"coefficient": 0.1}), view, case.counts(), context=CONTEXT)
+    assert not (
+        result.coefficient.requires_grad or result.weight.requires_grad or result.entropy_coefficient.requires_grad
+    )
+
+
+def test_weights_sum_to_one() -> None:
+    case = Case(15)
+    for reduction in ("token", "sequence", "prompt"):
+        weights = compute_coefficients(
+            method(reduction={"type": reduction}), case.view(), case.counts(), context=CONTEXT
+        ).weight
+        assert weights.sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_random_mask_rate_and_key() -> None:
+    from rlpost.gradient.masks import token_uniform
+
+    index = torch.arange(200_000)
+    x = token_uniform(index, 7, 3)
+    assert abs(float((x < 0.08).double().mean()) - 0.08) < 2e-3
+    assert abs(float(x.mean()) - 0.5) < 3e-3
+    for other in (token_uniform(index, 8, 3), token_uniform(index, 7, 4), token_uniform(index + 1, 7, 3)):
+        correlation = torch.corrcoef(torch.stack([x, other]))[0, 1]
+        assert abs(float(correlation)) < 0.01

@@ -1,0 +1,197 @@
+"""The chunked head against plain log_softmax: values, gradients, statistics, memory."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from rlpost.policy.head import HeadRequest, LogitRule, ScoringLinear, chunked_head, head_statistics
+
+
+def naive(hidden, weight, bias, target, temperature=1.0, softcap=None, logit_scale=1.0):
+    z = nn.functional.linear(hidden, weight, bias) * logit_scale
+    if softcap is not None:
+        z = torch.tanh(z / softcap) * softcap
+    logq = (z / temperature).log_softmax(-1)
+    return logq.gather(-1, target[:, None]).squeeze(-1), -(logq.exp() * logq).sum(-1)
+
+
+def make(n=13, d=8, v=29, dtype=torch.float32, bias=True):
+    torch.manual_seed(0)
+    hidden = torch.randn(n, d, dtype=dtype, requires_grad=True)
+    weight = torch.randn(v, d, dtype=dtype, requires_grad=True)
+    b = torch.randn(v, dtype=dtype, requires_grad=True) if bias else None
+    return hidden, weight, b, torch.randint(v, (n,))
+
+
+CASES = [
+    {},
+    {"temperature": 0.7},
+    {"softcap": 3.0, "temperature": 1.3},
+    {"logit_scale": 0.25},
+    {"softcap": 2.0, "logit_scale": 1.5, "temperature": 0.9},
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(case, bias):
+    hidden, weight, b, target = make(n=5, d=3, v=7, dtype=torch.float64, bias=bias)
+    tensors = [t for t in (hidden, weight, b) if t is not None]
+
+    def scored(h, w, *rest):
+        return chunked_head(h, w, rest[0] if rest else None, target, chunk=2, **case)
+
+    assert torch.autograd.gradcheck(scored, tensors)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("chunk", [1, 4, 13, 100])
+def test_float32_agrees_with_log_softmax(case, chunk):
+    hidden, weight, bias, target = make()
+    a, c = torch.randn(13), torch.randn(13)
+    grads = []
+    for function, extra in ((chunked_head, {"chunk": chunk}), (naive, {})):
+        logp, entropy = function(hidden, weight, bias, target, **case, **extra)
+        grads.append([logp, entropy, *torch.autograd.grad((logp * a + entropy * c).sum(), (hidden, weight, bias))])
+    for ours, theirs in zip(*grads):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_only_wanted_gradients_are_made():
+    hidden, weight, _, target = make(bias=False)
+    logp, _ = chunked_head(hidden, weight.detach(), None, target, chunk=4)
+    logp.sum().backward()
+    assert hidden.grad is not None
+    logp, entropy = chunked_head(hidden.detach(), weight.detach(), None, target)
+    assert not logp.requires_grad and not entropy.requires_grad
+
+
+def test_no_tokens():
+    hidden, weight, bias, target = make(n=0)
+    logp, entropy = chunked_head(hidden, weight, bias, target)
+    (logp.sum() + entropy.sum()).backward()
+    assert logp.shape == (0,) and torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_autocast_multiplies_in_bfloat16_and_reduces_in_float32():
+    hidden, weight, bias, target = make(n=40, d=64, v=300)
+    exact, exact_entropy = naive(hidden, weight, bias, target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logp, entropy = chunked_head(hidden, weight, bias, target, chunk=16)
+    assert logp.dtype == entropy.dtype == torch.float32
+    assert (logp - exact).abs().max() < 0.2 and 1e-6 < (logp - exact).abs().mean() < 0.05
+    assert (entropy - exact_entropy).abs().max() < 0.1
+    got = torch.autograd.grad(logp.sum() + entropy.sum(), (hidden, weight))
+    want = torch.autograd.grad(exact.sum() + exact_entropy.sum(), (hidden, weight))
+    for ours, theirs in zip(got, want):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() / theirs.norm() < 0.02
+
+
+def test_the_weight_may_be_emptied_between_forward_and_backward():
+    """What ZeRO-3 does: the parameter holds nothing outside its module's forward and backward."""
+    hidden, _, _, target = make()
+    layer = ScoringLinear(8, 29, bias=False)
+    want = torch.autograd.grad(naive(hidden, layer.weight, None, target)[0].sum(), layer.weight)[0]
+    full = layer.weight.data
+    logp, _ = layer(hidden, HeadRequest(target, LogitRule(), chunk=4))
+    shared = []
+    layer.weight.data = torch.empty(0)
+    logp.register_hook(lambda _grad: shared.append(setattr(layer.weight, "data", full)))
+    logp.sum().backward()
+    assert shared
+    torch.testing.assert_close(layer.weight.grad, want)
+
+
+def test_scoring_linear_is_a_linear_layer_without_a_request():
+    layer = nn.Linear(8, 29)
+    x = torch.randn(2, 3, 8)
+    want = layer(x)
+    layer.__class__ = ScoringLinear
+    assert torch.equal(layer(x), want)
+
+
+@pytest.mark.parametrize("rule", [LogitRule(), LogitRule(0.7, 1.5, 3.0)], ids=str)
+@pytest.mark.parametrize("k", [None, 1, 5, 100])
+def test_statistics_against_naive(rule, k):
+    hidden, weight, bias, target = make(v=29)
+    got = head_statistics(hidden, weight, target, k, chunk=4, bias=bias, rule=rule)
+    z = rule.scores(nn.functional.linear(hidden, weight, bias).detach())
+    p = z.softmax(-1)
+    torch.testing.assert_close(got.sum_p2, (p**2).sum(-1))
+    torch.testing.assert_close(got.sum_p3, (p**3).sum(-1))
+    assert torch.equal(got.hidden, hidden.detach())
+    if k is None:
+        assert got.top_ids is None and got.top_logits is None
+        return
+    assert got.top_ids.shape == got.top_logits.shape == (13, min(k, 29))
+    torch.testing.assert_close(got.top_logits, z.gather(-1, got.top_ids))
+    for n in range(13):
+        best = z[n].topk(min(k, 29)).indices.tolist()
+        want = best if int(target[n]) in best else [*best[:-1], int(target[n])]
+        assert got.top_ids[n].tolist() == want
+
+
+class LiveBytes(TorchDispatchMode):
+    """The largest tensor made, and the most bytes alive at once, of all tensors made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = self.live = self.peak = 0
+        self.known = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage):
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = storage.nbytes()
+        self.known[key] = size
+        self.live += size
+        self.largest, self.peak = max(self.largest, size), max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key):
+        self.live -= self.known.pop(key, 0)
+
+
+def head_memory(n, v, chunk, d=16):
+    hidden, weight, _, target = make(n=n, d=d, v=v, bias=False)
+    with LiveBytes() as memory:
+        logp, entropy = chunked_head(hidden, weight, None, target, chunk=chunk)
+        (logp.sum() + 0.1 * entropy.sum()).backward()
+        head_statistics(hidden, weight, target, 8, chunk)
+    return memory
+
+
+def test_live_bytes_counts():
+    with LiveBytes() as memory:
+        kept = [torch.zeros(100) for _ in range(5)]
+        torch.zeros(1000)
+        assert memory.live == 2000 and memory.peak == 6000 and memory.largest == 4000
+        del kept
+        assert memory.live == 0
+
+
+def test_memory_is_bounded_by_the_chunk():
+    chunk, v, d, n = 32, 4000, 16, 512
+    once, twice = head_memory(n, v, chunk), head_memory(2 * n, v, chunk)
+    assert once.largest == chunk * v * 4  # no tensor is larger than a chunk of scores
+    assert 2 * once.largest < once.peak  # the measurement sees what is alive
+    assert once.peak < 4 * chunk * v * 4 + 3 * v * d * 4 + 3 * n * (d + 8) * 4
+    assert twice.peak - once.peak < 3 * n * (d + 8) * 4  # only what is per token grows with the tokens
+    wide = head_memory(n, 2 * v, chunk)
+    assert wide.largest == 2 * once.largest
+    assert wide.peak < 2 * once.peak  # and nothing with tokens x vocabulary

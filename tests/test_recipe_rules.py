@@ -1,0 +1,148 @@
+"""Cross-field rules: each names both fields and a fix."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rlpost.errors import RecipeError
+from rlpost.recipe.load import load_recipe
+from rlpost.recipe.rules import Setting, advise, check, known_size, looks_local, refuse_unsound, training_prompts
+
+REWARD = "def reward(completions, **columns):\n    return [0.0 for _ in completions]\n"
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(REWARD)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "r.yaml").write_text(
+        "name: r\nmodel: {path: ./model}\ndata: {train: {type: arithmetic, size: 200}}\n"
+        "rewards: [{function: ./mine.py}]\nmethod: {preset: grpo}\n"
+    )
+    return tmp_path
+
+
+def problems(base, *overrides: str, processes: int = 1) -> list[str]:
+    return check(load_recipe(base / "r.yaml", overrides).recipe, Setting(processes, base))
+
+
+def test_a_sound_recipe_has_no_problems(base):
+    assert problems(base) == []
+    refuse_unsound(load_recipe(base / "r.yaml"))
+
+
+CASES = [
+    (
+        ["rollout.completions_per_prompt=1"],
+        ["rollout.completions_per_prompt=1", "method.advantage.center", "at least 2"],
+    ),
+    (["learner.minibatches=3"], ["rollout.prompts_per_step=8", "learner.minibatches=3", "6 or 9"]),
+    (["evaluation.k=[1,4]"], ["evaluation.k=4", "evaluation.samples=1"]),
+    (["learner.micro_batch_tokens=700"], ["learner.micro_batch_tokens=700", "max_prompt_tokens", "at least 768"]),
+    (["data.held_out=0"], ["evaluation.prompts=64", "data.held_out=0"]),
+    (["rewards.0.accuracy=false"], ["evaluation.prompts=64", "accuracy=true"]),
+    (["learner.warmup_steps=100"], ["learner.warmup_steps=100", "100 optimizer steps"]),
+    (["rollout.engine.tensor_parallel=2"], ["rollout.engine.tensor_parallel=2", "rollout.engine.type=vllm"]),
+    (["rewards=[{function: ./mine.py},{function: ./mine.py}]"], ["2 of them are named mine", "rewards.N.name"]),
+    (["rewards=[]", "evaluation.prompts=0"], ["rewards is empty", "method.preset=grpo"]),
+    (["rewards.0.function=./no.py"], ["rewards.0.function", "no.py"]),
+    (["rewards.0.function=./mine.py:other"], ["rewards.0.function", "other"]),
+    (["resume=runs/r/checkpoints/step_9"], ["resume=", "has no checkpoints"]),
+    (["resume=auto", "overwrite=true"], ["resume=auto", "overwrite=true"]),
+    (["data.train.size=70"], ["data.train has 6 prompts", "data.held_out=64", "rollout.prompts_per_step=8"]),
+    (["data.train={type: dataset, path: no.jsonl}"], ["data.train.path=no.jsonl", "no such file"]),
+    (["data.eval={type: dataset, path: 'no*.parquet'}"], ["data.eval.path=no*.parquet"]),
+    (["model.chat_template=no.jinja"], ["model.chat_template=no.jinja"]),
+    (["model.path=./nowhere"], ["model.path=./nowhere", "no such folder"]),
+    (["model.path=package:smol"], ["model.path=package:smol", "package:smollm2-135m"]),
+    (["model.path=."], ["no config.json"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), CASES, ids=[c[0][0] for c in CASES])
+def test_each_rule(base, overrides, expected):
+    found = problems(base, *overrides)
+    assert len(found) == 1, found
+    for part in expected:
+        assert part in found[0]
+
+
+def test_processes_divide_the_prompts(base):
+    assert "3 processes" in problems(base, processes=3)[0]
+    assert problems(base, "learner.minibatches=4", processes=2) == []
+    assert "in each of the 4 processes" in problems(base, "learner.minibatches=4", processes=4)[0]
+    # What is proposed must itself pass.
+    assert problems(base, "learner.minibatches=4", "rollout.prompts_per_step=16", processes=4) == []
+
+
+def test_world_size_comes_from_the_launcher(base, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(RecipeError, match="WORLD_SIZE"):
+        refuse_unsound(load_recipe(base / "r.yaml"))
+
+
+def test_group_of_one_is_fine_without_a_group_baseline(base):
+    reinforce = ["method.preset=reinforce_pp", "rollout.completions_per_prompt=1"]
+    assert problems(base, *reinforce) == []
+
+
+def test_flash_attention_needs_cuda_and_half_precision(base):
+    import torch
+
+    found = " ".join(problems(base, "model.attention=flash_attention_2", "model.autocast=none"))
+    assert "model.autocast=none" in found
+    if not torch.cuda.is_available():
+        assert "CUDA" in found
+
+
+def test_several_problems_are_raised_together(base):
+    loaded = load_recipe(base / "r.yaml", ["learner.minibatches=3", "evaluation.k=[4]"])
+    with pytest.raises(RecipeError, match="2 problems") as caught:
+        refuse_unsound(loaded)
+    assert "learner.minibatches" in str(caught.value) and "evaluation.k" in str(caught.value)
+
+
+def test_existing_checkpoints_are_named(base):
+    for step in (2, 10):
+        (base / "runs" / "r" / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    assert "step_2, step_10" in problems(base, "resume=runs/r/checkpoints/step_3")[0]
+    assert problems(base, "resume=runs/r/checkpoints/step_10") == []
+
+
+def test_advice_is_no_problem(base):
+    loaded = load_recipe(base / "r.yaml", ["model.dtype=bfloat16", "overwrite=true"])
+    (base / "runs" / "r").mkdir(parents=True)
+    (base / "runs" / "r" / "metrics.jsonl").write_text("")
+    notes = advise(loaded.recipe, Setting())
+    assert len(notes) == 2 and "model.dtype" in notes[0] and "deleted" in notes[1]
+    refuse_unsound(loaded)
+
+
+def test_sizes_of_sources(base):
+    (base / "d.jsonl").write_text("".join(json.dumps({"prompt": str(i)}) + "\n" for i in range(100)) + "\n")
+    path = "data.train={type: dataset, path: d.jsonl, limit: 90}"
+    recipe = load_recipe(base / "r.yaml", [path, "data.held_out=10"]).recipe
+    assert known_size(recipe.data.train) == 90
+    assert training_prompts(recipe) == 80
+    hub = load_recipe(base / "r.yaml", ["data.train={type: dataset, path: openai/gsm8k}"]).recipe
+    assert training_prompts(hub) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "local"),
+    [
+        ("Qwen/Qwen3-4B", False),
+        ("gpt2", False),
+        ("./m", True),
+        ("/m", True),
+        ("a/b/c", True),
+        ("~/m", True),
+        ("m/", True),
+    ],
+)
+def test_paths_that_can_only_be_local(path, local):
+    assert looks_local(path) is local

@@ -1,0 +1,113 @@
+"""The doctor: each advice comes when it should, and a healthy run gets none."""
+
+from __future__ import annotations
+
+import pytest
+
+from rlpost.tracking.advice import Doctor, advise
+
+HEALTHY = {
+    "kind": "train",
+    "reward/mean": 0.5,
+    "reward/std": 0.3,
+    "reward/zero_variance_share": 0.3,
+    "completions/truncated_share": 0.1,
+    "policy/entropy": 0.6,
+    "policy/clip_fraction": 0.02,
+    "mismatch/mean_abs_gap": 0.01,
+    "optimizer/grad_norm": 0.5,
+    "scores/failed_share": 0.0,
+}
+
+
+def rows(count=8, last=1, **changes):
+    """Healthy rows, of which the last so many have the changes."""
+    made = [{**HEALTHY, "step": step} for step in range(1, count + 1)]
+    for row in made[-last:]:
+        row.update({key.replace("__", "/"): value for key, value in changes.items()})
+    return made
+
+
+def ids(made, **keywords):
+    return [one.id for one in advise(made, **keywords)]
+
+
+def test_a_healthy_run_gets_none():
+    assert ids(rows(40)) == [] and ids([]) == [] and ids(rows(1)) == []
+
+
+@pytest.mark.parametrize(
+    ("expected", "last", "changes"),
+    [
+        ("all-truncated", 5, {"completions__truncated_share": 1.0}),
+        ("zero-variance", 5, {"reward__zero_variance_share": 0.9}),
+        ("entropy-collapse", 5, {"policy__entropy": 0.02}),
+        ("clip-saturated", 5, {"policy__clip_fraction": 0.4}),
+        ("sampler-gap", 5, {"mismatch__mean_abs_gap": 0.3}),
+        ("grad-exploding", 1, {"optimizer__grad_norm": 40.0}),
+        ("grad-nonfinite", 1, {"optimizer__grad_norm": None}),
+        ("reward-nan", 1, {"reward__mean": None}),
+        ("scores-failed", 1, {"scores__failed_share": 0.2}),
+        ("reward-ceiling", 5, {"reward__mean": 0.99, "reward__zero_variance_share": 0.9}),
+    ],
+)
+def test_each_trouble_gets_its_advice_and_no_other(expected, last, changes):
+    found = advise(rows(8, last, **changes))
+    assert [one.id for one in found] == [expected]
+    assert "\n" not in found[0].text and len(found[0].text) > 40
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"completions__truncated_share": 1.0},
+        {"reward__zero_variance_share": 1.0},
+        {"policy__entropy": 0.01},
+        {"policy__clip_fraction": 0.9},
+        {"mismatch__mean_abs_gap": 0.3},
+        {"reward__mean": 1.0},
+        {"optimizer__grad_norm": 3.0},
+    ],
+)
+def test_one_odd_step_is_no_tendency(changes):
+    assert ids(rows(8, 1, **changes)) == []
+
+
+def test_too_few_steps_say_nothing_about_tendencies():
+    assert ids(rows(4, 4, completions__truncated_share=1.0, reward__zero_variance_share=1.0)) == []
+
+
+def test_zero_variance_at_zero_reward_is_not_the_ceiling():
+    assert ids(rows(8, 5, reward__mean=0.0, reward__zero_variance_share=1.0)) == ["zero-variance"]
+
+
+def test_the_ceiling_depends_on_the_weights():
+    made = rows(8, 5, reward__mean=1.0, reward__zero_variance_share=0.7)
+    assert ids(made) == ["reward-ceiling"] and ids(made, reward_ceiling=2.0) == []
+
+
+def test_failed_scores_are_counted_by_kind():
+    made = rows(3, 1, scores__failed_share=0.25, scores__math__timed_out=12, scores__math__scored=36)
+    assert "math/timed_out: 12" in advise(made)[0].text
+
+
+def test_low_entropy_from_the_start_is_no_collapse():
+    assert ids(rows(8, 8, policy__entropy=0.02)) == []
+
+
+def test_steps_without_signal_do_not_make_the_next_one_explode():
+    made = rows(12, 12, optimizer__grad_norm=0.0)
+    made[-1]["optimizer/grad_norm"] = 0.5
+    assert ids(made) == []
+
+
+def test_evaluation_rows_are_ignored():
+    made = rows(8, 8, completions__truncated_share=1.0)
+    mixed = [item for row in made for item in (row, {"step": row["step"], "kind": "eval", "eval/accuracy": 1.0})]
+    assert ids(mixed) == ["all-truncated"]
+
+
+def test_the_doctor_says_everything_once_and_remembers_the_runs_start():
+    doctor = Doctor()
+    said = [one.id for row in rows(200, 100, policy__entropy=0.05) for one in doctor.observe(row)]
+    assert said == ["entropy-collapse"]
