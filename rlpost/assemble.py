@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from rlpost.errors import CheckpointError, DataError
-from rlpost.experience import Prompt
+from rlpost.experience import Group, Prompt
 from rlpost.learner.checkpoint import CheckpointStore
 from rlpost.learner.factory import make_learner
 from rlpost.learner.learner import Learner
@@ -87,7 +87,7 @@ class Parts:
         recipe, processes = self.recipe, self.processes
         return evaluate(
             self.engine,
-            self.scorer,
+            JointScorer(self.scorer, processes),
             self.held_out,
             recipe.evaluation,
             recipe.rollout,
@@ -108,32 +108,34 @@ class Parts:
         self.processes.close()
 
 
+@dataclass(frozen=True, slots=True)
+class JointScorer:
+    """Scores on all processes at once: a reward that breaks on one of them ends all."""
+
+    scorer: Scorer
+    processes: Processes
+
+    def score(self, groups: Sequence[Group]) -> list[Group]:
+        return self.processes.together(lambda: self.scorer.score(groups))
+
+
 def assemble(loaded: LoadedRecipe) -> Parts:
     """Builds all parts. Raises an RlpostError for whatever is wrong with recipe, data, rewards, model or machine."""
-    from rlpost.data.prompts import build_prompts
     from rlpost.data.sampler import PromptSampler
-    from rlpost.data.tokenizer import load_tokenizer
 
     recipe = loaded.recipe
     processes = Processes()
     seed_everything(recipe.seed)
-    scorer = Scorer(recipe.rewards, recipe.scoring, loaded.path.parent)
-    run, resume_from = open_run(recipe, processes)
-    started: list[Callable[[], Any]] = [scorer.close, run.close]
+    scorer = processes.together(lambda: Scorer(recipe.rewards, recipe.scoring, loaded.path.parent))
+    started: list[Callable[[], Any]] = [scorer.close]
     try:
-        tokenizer = load_tokenizer(recipe.model)
-        sets = build_prompts(
-            recipe.data,
-            tokenizer,
-            max_context=context_window(recipe),
-            seed=recipe.seed,
-            max_completion_tokens=recipe.rollout.max_completion_tokens,
-        )
-        check_prompts(sets, recipe, scorer)
-        tracker = Tracker(run, recipe, is_main=processes.is_main)
+        run, resume_from = open_run(recipe, processes)
+        started.append(run.close)
+        tokenizer, sets = processes.together(lambda: load_prompts(recipe, scorer))
+        tracker = processes.together(lambda: Tracker(run, recipe, is_main=processes.is_main))
         tracker.note(sets.note())
         started.insert(0, lambda: tracker.close("failed"))
-        model_path, policy = build_policy(recipe, resume_from, processes)
+        model_path, policy = processes.together(lambda: build_policy(recipe, resume_from, processes))
         engine = build_engine(recipe, model_path, tokenizer, processes)
         started.insert(0, engine.close)
         curvature = build_curvature(recipe, policy, processes)  # before ZeRO shards the head, whose shape it needs
@@ -178,26 +180,24 @@ def assemble(loaded: LoadedRecipe) -> Parts:
 
 def open_run(recipe: Recipe, processes: Processes) -> tuple[RunDirectory, Path | None]:
     """The run's folder, locked by the main process, and the checkpoint to go on from."""
-    path = recipe.run_dir
     fresh = recipe.resume == "never"
-    problem: BaseException | None = None
-    run = RunDirectory.at(path)
-    resume_from: Path | None = None
-    if processes.is_main:
+
+    def open_on_main() -> tuple[RunDirectory, Path | None]:
+        if not processes.is_main:
+            return RunDirectory.at(recipe.run_dir), None
+        run = RunDirectory.open(recipe.run_dir, fresh=fresh, overwrite=recipe.overwrite)
         try:
-            run = RunDirectory.open(path, fresh=fresh, overwrite=recipe.overwrite)
             resume_from = find_checkpoint(recipe, run, processes)
             if not fresh:
                 step = read_counters(resume_from)["optimizer_step"] if resume_from is not None else -1
                 run.truncate_after(step)
-        except Exception as error:
+        except BaseException:
             run.close()
-            problem = error
-    problems = processes.gather(problem)
-    if problems[0] is not None:
-        raise problems[0]
-    resume_from = processes.gather(resume_from)[0]
-    return run, resume_from
+            raise
+        return run, resume_from
+
+    run, found = processes.together(open_on_main)
+    return run, processes.gather(found)[0]
 
 
 def find_checkpoint(recipe: Recipe, run: RunDirectory, processes: Processes) -> Path | None:
@@ -222,6 +222,23 @@ def context_window(recipe: Recipe) -> int | None:
 
     config, _notes = load_config(recipe.model, resolve_model_path(recipe.model.path))
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_prompts(recipe: Recipe, scorer: Scorer) -> tuple[PreTrainedTokenizerBase, PromptSets]:
+    """The tokenizer and the prompts, checked. Raises DataError, RecipeError and RewardError."""
+    from rlpost.data.prompts import build_prompts
+    from rlpost.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(recipe.model)
+    sets = build_prompts(
+        recipe.data,
+        tokenizer,
+        max_context=context_window(recipe),
+        seed=recipe.seed,
+        max_completion_tokens=recipe.rollout.max_completion_tokens,
+    )
+    check_prompts(sets, recipe, scorer)
+    return tokenizer, sets
 
 
 def check_prompts(sets: PromptSets, recipe: Recipe, scorer: Scorer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -37,9 +38,12 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     loaded = load_recipe(recipe, overrides or ())
     refuse_unsound(loaded)
+    from rlpost.conclude import conclude
     from rlpost.loop import train as run  # imports torch: only for a recipe that is sound
 
-    if run(loaded).interrupted:
+    result = run(loaded)
+    conclude(result, recipe)
+    if result.interrupted:
         raise typer.Exit(130)
 
 
@@ -152,6 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and _is_recipe(arguments[0]):
         arguments = ["train", *arguments]
+    _quieten()
     try:
         app(args=arguments, prog_name="rlpost")
     except RlpostError as error:
@@ -159,6 +164,13 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _quieten() -> None:
+    """Lets rlpost's own notes through (once, from rank 0) and keeps libraries' start-up chatter out of the terminal."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("rlpost").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 
 def _is_recipe(word: str) -> bool:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlpost.assemble import build_engine, build_policy, check_prompts, context_window
+from rlpost.assemble import JointScorer, build_engine, build_policy, load_prompts
 from rlpost.errors import CheckpointError
 from rlpost.learner.checkpoint import MANIFEST, verify
 from rlpost.learner.process import Processes
@@ -24,8 +24,6 @@ def evaluate_checkpoint(loaded: LoadedRecipe, checkpoint: Path) -> EvaluationRes
 
     Raises CheckpointError when there is no readable model in `checkpoint`.
     """
-    from rlpost.data.prompts import build_prompts
-    from rlpost.data.tokenizer import load_tokenizer
     from rlpost.evaluation import evaluate, evaluation_rows
 
     recipe = loaded.recipe
@@ -40,22 +38,14 @@ def evaluate_checkpoint(loaded: LoadedRecipe, checkpoint: Path) -> EvaluationRes
     processes = Processes()
     seed_everything(recipe.seed)
     with Scorer(recipe.rewards, recipe.scoring, loaded.path.parent) as scorer:
-        tokenizer = load_tokenizer(recipe.model)
-        sets = build_prompts(
-            recipe.data,
-            tokenizer,
-            max_context=context_window(recipe),
-            seed=recipe.seed,
-            max_completion_tokens=recipe.rollout.max_completion_tokens,
-        )
-        check_prompts(sets, recipe, scorer)
-        model_path, policy = build_policy(recipe, checkpoint, processes)
+        tokenizer, sets = processes.together(lambda: load_prompts(recipe, scorer))
+        model_path, policy = processes.together(lambda: build_policy(recipe, checkpoint, processes))
         engine = build_engine(recipe, model_path, tokenizer, processes)
         try:
             engine.load_weights(policy.named_weights())
             result = evaluate(
                 engine,
-                scorer,
+                JointScorer(scorer, processes),
                 sets.held_out,
                 recipe.evaluation,
                 recipe.rollout,

@@ -17,6 +17,7 @@ from rlpost.learner.watch import Interrupt
 from rlpost.methods.estimator import needs_reference
 from rlpost.rollout.sampler import sample_groups
 from rlpost.tracking.completions import ScoredRollout
+from rlpost.tracking.metrics import number, read_metrics
 from rlpost.weigh import flat_groups, open_buffer, weigh
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class RunResult:
     interrupted: bool
     accuracy_before: float | None
     accuracy_after: float | None
+    checkpoint: Path | None
 
 
 def train(loaded: LoadedRecipe) -> RunResult:
@@ -57,6 +59,7 @@ class Loop:
         self.interrupt = interrupt
         self.state = RunState()
         self.saved_step: int | None = None
+        self.accuracy_after: float | None = None
         self.nonfinite_in_a_row = 0
 
     def run(self) -> RunResult:
@@ -64,6 +67,12 @@ class Loop:
         if parts.resume_from is not None:
             self.state = load_checkpoint(parts.resume_from, parts)
             self.saved_step = self.state.optimizer_step
+            if self.finished_before():
+                parts.tracker.note(
+                    f"This run is finished: it took its {recipe.learner.steps} rollouts before. Nothing was done. Raise "
+                    "learner.steps to go on with it, or start another under a new name."
+                )
+                return self.end(interrupted=False)
         if self.state.sampler is None:
             self.state.sampler = parts.sampler.state_dict()
         parts.phase("sync", self.sync)
@@ -72,14 +81,33 @@ class Loop:
         interrupted = self.stop_asked()
         while not interrupted and self.state.rollout < recipe.learner.steps:
             interrupted = self.step()
-        accuracy = None
-        if interrupted:
-            self.save()
-        else:
-            accuracy = self.evaluate() if recipe.evaluation.at_end and parts.held_out else None
-            self.state.accuracy_after = accuracy
-            self.save()
-        result = RunResult(parts.run.path, self.state.optimizer_step, interrupted, self.state.accuracy_before, accuracy)
+        if not interrupted and recipe.evaluation.at_end and parts.held_out:
+            self.accuracy_after = self.evaluate()
+        self.save()
+        return self.end(interrupted=interrupted)
+
+    def finished_before(self) -> bool:
+        """Whether the run taken up has made all its steps, and the evaluation after them."""
+        parts, state = self.parts, self.state
+        if state.rollout < parts.recipe.learner.steps:
+            return False
+        rows = read_metrics(parts.run.metrics, "eval") if parts.processes.is_main else []
+        final = [number(row, "eval/accuracy") for row in rows if row["step"] == state.optimizer_step]
+        final = parts.processes.gather(final)[0]
+        self.accuracy_after = final[-1] if final else None
+        return bool(final) or not (parts.recipe.evaluation.at_end and parts.held_out)
+
+    def end(self, *, interrupted: bool) -> RunResult:
+        """Ends all parts and says what came of the run."""
+        parts, state = self.parts, self.state
+        result = RunResult(
+            run_dir=parts.run.path,
+            optimizer_steps=state.optimizer_step,
+            interrupted=interrupted,
+            accuracy_before=state.accuracy_before,
+            accuracy_after=self.accuracy_after,
+            checkpoint=parts.store.latest(),
+        )
         parts.close("interrupted" if interrupted else "finished")
         return result
 
@@ -138,21 +166,24 @@ class Loop:
         return [start + i for start in starts for i in range(share)]
 
     def sample(self, prompts: Sequence[Prompt], level: int = 0) -> list[Group]:
-        """G completions of each prompt, not scored yet."""
+        """G completions of each prompt, not scored yet; on all processes at once."""
         parts, recipe = self.parts, self.parts.recipe
-        return sample_groups(
-            parts.engine,
-            prompts,
-            recipe.rollout.completions_per_prompt,
-            parts.sampling,
-            run_seed=recipe.seed,
-            step=self.state.rollout,
-            level=level,
+        return parts.processes.together(
+            lambda: sample_groups(
+                parts.engine,
+                prompts,
+                recipe.rollout.completions_per_prompt,
+                parts.sampling,
+                run_seed=recipe.seed,
+                step=self.state.rollout,
+                level=level,
+            )
         )
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with their scores."""
-        return self.parts.scorer.score(groups, self.state.rollout, self.parts.recipe.learner.steps)
+        """The groups with their scores; on all processes at once."""
+        parts, state = self.parts, self.state
+        return parts.processes.together(lambda: parts.scorer.score(groups, state.rollout, parts.recipe.learner.steps))
 
     def refill(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
         """DAPO's dynamic sampling: prompts whose completions all earned the same are replaced by the next ones."""
@@ -206,7 +237,8 @@ class Loop:
         if buffer.updates_done == parts.recipe.learner.minibatches * parts.recipe.learner.epochs:
             parts.phase("sync", self.sync)
         row = {"rollout": float(buffer.step), **buffer.metrics, **metrics, **parts.phases.take()}
-        parts.tracker.step(self.state.optimizer_step, row, self.scored_rollout(buffer) if first else None)
+        scored = self.scored_rollout(buffer) if first else None
+        parts.processes.together(lambda: parts.tracker.step(self.state.optimizer_step, row, scored))
 
     def scored_rollout(self, buffer: RolloutBuffer) -> ScoredRollout:
         """The rollout of all processes, for `completions/`."""
@@ -241,12 +273,13 @@ class Loop:
         limit = self.parts.recipe.learner.skip_nonfinite
         if self.nonfinite_in_a_row >= limit:
             latest = self.parts.store.latest()
-            raise TrainingError(
+            error = TrainingError(
                 f"The loss or its gradient was not finite in {limit} optimizer steps in a row (learner.skip_nonfinite); "
                 f"each was skipped, the weights are those of step {self.state.optimizer_step - limit}. "
                 f"The last checkpoint is {latest or 'none'}. Lower learner.learning_rate, look at the rewards in "
                 f"{self.parts.run.metrics}, or use model.dtype=float32; then start again with resume=auto."
             )
+            self.parts.processes.fail(error)
 
     def sync(self) -> None:
         """The learner's weights into the engine, in place."""
@@ -256,7 +289,8 @@ class Loop:
         """Held-out accuracy, recorded."""
         result = self.parts.phase("eval", self.parts.evaluate)
         self.parts.phases.take()
-        self.parts.tracker.evaluation(self.state.optimizer_step, result.metrics())
+        step, tracker = self.state.optimizer_step, self.parts.tracker
+        self.parts.processes.together(lambda: tracker.evaluation(step, result.metrics()))
         return result.accuracy
 
     def save(self) -> None:

@@ -65,7 +65,7 @@ def _convert_once(name: str, folder: Path) -> None:
         with FileLock(folder.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):
             if _complete(folder):  # another process was faster
                 return
-            logger.info("converting %s to %s (once, about half a minute)", gguf.name, folder)
+            logger.info("Converting %s to %s (once, about half a minute).", gguf.name, folder)
             with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
                 _convert(gguf, Path(scratch) / name)
                 (Path(scratch) / name).rename(folder)
@@ -100,7 +100,9 @@ def _convert(gguf: Path, target: Path) -> None:
     """Writes the GGUF's weights (bfloat16) and tokenizer in Hugging Face layout."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
     # A model read from GGUF keeps a quantization entry that save_pretrained refuses; a fresh one has none.

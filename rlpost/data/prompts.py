@@ -87,7 +87,7 @@ def build_prompts(
     set_aside = len(held_out) if section.eval is None else 0
     duplicates = len(train) - len(kept) - set_aside
     sets = PromptSets(tuple(kept), tuple(held_out), too_long, duplicates)
-    logger.info("%s", sets.note())
+    logger.debug("%s", sets.note())
     return sets
 
 

@@ -102,9 +102,11 @@ class CheckpointStore:
             shutil.rmtree(staging, ignore_errors=True)
         latest = self.latest()
         kept = f"The last complete checkpoint is {latest}" if latest else "No checkpoint had been written before"
-        raise CheckpointError(
-            f"Checkpoint {target} could not be written: {problems[0]}. {kept}; nothing saved earlier was touched. "
-            f"Make room or choose another output_dir, then start again with resume=auto."
+        self.processes.fail(
+            CheckpointError(
+                f"Checkpoint {target} could not be written: {problems[0]}. {kept}; nothing saved earlier was touched. "
+                f"Make room or choose another output_dir, then start again with resume=auto."
+            )
         )
 
 

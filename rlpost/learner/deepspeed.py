@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,17 +28,14 @@ class DeepSpeedLearner:
     equal_passes = True
 
     def __init__(self, policy: Policy, section: LearnerSection, processes: Processes) -> None:
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed
-
+        self._deepspeed = import_deepspeed()
         self.policy = policy
         self.processes = processes
         self._section = section
         self._names = [name for name, _ in policy.causal_lm.named_parameters()]
         config = zero_config(section, policy, launcher_settings())
         self.stage: int = config["zero_optimization"]["stage"]
-        self._engine, *_ = deepspeed.initialize(
+        self._engine, *_ = self._deepspeed.initialize(
             model=policy,
             optimizer=_optimizer(section, policy, config),
             config=config,
@@ -98,9 +96,23 @@ class DeepSpeedLearner:
         return state
 
     def _gather(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[object]:
-        from deepspeed.zero import GatheredParameters
+        return self._deepspeed.zero.GatheredParameters(list(parameters), enabled=self.stage == 3)
 
-        return GatheredParameters(list(parameters), enabled=self.stage == 3)
+
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, told which device to use and not to compile a kernel that training never calls.
+
+    On CPU it would build `deepspeed_shm_comm` at its first start with several processes: a minute with a compiler, an
+    exception without one, and an endless wait where an earlier build was killed and left its lock behind. Only
+    `inference_all_reduce` uses that kernel; gradients and weights travel over gloo.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__ as buildable
+
+    buildable["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def launcher_settings() -> dict[str, Any]:

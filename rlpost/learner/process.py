@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from rlpost.errors import RlpostError, TrainingError
 
 T = TypeVar("T")
 
@@ -18,6 +21,10 @@ class Processes:
     def __init__(self) -> None:
         from accelerate import PartialState
 
+        if not torch.cuda.is_available():
+            os.environ.setdefault(
+                "DS_ACCELERATOR", "cpu"
+            )  # else DeepSpeed, which transformers imports, warns at length
         # On CPU accelerate only sees several processes when it is told so, also under a DeepSpeed config.
         state = PartialState() if torch.cuda.is_available() else PartialState(cpu=True)
         self.rank: int = state.process_index
@@ -44,8 +51,38 @@ class Processes:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self._group)
+        try:
+            dist.all_gather_object(values, value, group=self._group)
+        except RuntimeError as error:  # gloo's word for a process that is gone
+            raise TrainingError(
+                f"Process {self.rank} has lost the other processes of the run: one of them ended, and its own message says "
+                f"why ({str(error).splitlines()[0]}). Mend that, then start again with resume=auto."
+            ) from error
         return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Runs `action` on every process; collective. An RlpostError of one ends all, so that none waits for the others.
+
+        `action` must not be collective itself, or must fail on all processes alike.
+        """
+        if self.world == 1:
+            return action()
+        result: T | None = None
+        problem: RlpostError | None = None
+        try:
+            result = action()
+        except RlpostError as error:
+            problem = error
+        for found in self.gather(problem):
+            if found is not None:
+                self.fail(found)
+        return result  # type: ignore[return-value]
+
+    def fail(self, error: RlpostError) -> NoReturn:
+        """For an error that all processes know of: the main one raises it, the others leave quietly with its exit code."""
+        if self.is_main:
+            raise error
+        raise SystemExit(error.exit_code)
 
     def any(self, flag: bool) -> bool:
         """Whether any process says yes."""

@@ -28,7 +28,6 @@ class RunState:
     sampler: dict[str, Any] | None = None  # of the prompt sampler, after the rollout in `buffer`
     buffer: RolloutBuffer | None = None  # a rollout of which some optimizer steps are still to be taken
     accuracy_before: float | None = None
-    accuracy_after: float | None = None
 
 
 def save_checkpoint(parts: Parts, state: RunState) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from rlpost.experience import TokenRows
 from rlpost.gradient.loss import coefficient_loss
 from rlpost.gradient.metrics import Mean, Metric, Total, merge, values
 from rlpost.learner.buffer import RolloutBuffer, micro_batches
+from rlpost.learner.curvature_check import CurvatureCheck
 from rlpost.learner.learner import Learner
 from rlpost.learner.optimizer import learning_rate
 from rlpost.methods.capo import CurvatureTracker
@@ -51,13 +53,16 @@ class Updater:
         """
         minibatch = buffer.updates_done % self.section.minibatches
         rows = self.rows(buffer, minibatch)
-        parts = self._accumulate(buffer, rows, minibatch, optimizer_step)
+        check_mask = self._curvature_check(optimizer_step)
+        parts = self._accumulate(buffer, rows, minibatch, optimizer_step, check_mask)
         metrics = values(merge(self.learner.processes.gather(merge(parts))))
         if self.probe is not None and buffer.updates_done == 0 and buffer.step % self.probe.every == 0:
             self._check_engine(metrics, self.probe, buffer.step)
         report = self.learner.step(optimizer_step)
-        if self.curvature is not None:
-            self.curvature.finish_step(self.context(optimizer_step), self.learner.processes.sum_)
+        if self.curvature is not None and report.skipped:  # back to the state before the step, without what was pending
+            self.curvature.load_state_dict(self.curvature.state_dict())
+        elif self.curvature is not None:
+            metrics |= self._finish_mask(check_mask, optimizer_step)
         buffer.updates_done += 1
         metrics["optimizer/grad_norm"] = report.grad_norm
         metrics["optimizer/learning_rate"] = report.learning_rate
@@ -92,16 +97,36 @@ class Updater:
             return
         largest = metrics.get("mismatch/max_abs_gap", gap)
         earlier = ProbeResult(0.0, 0.0, 0) if step > 0 else None
-        check(ProbeResult(gap, largest, int(metrics["tokens/useful"])), probe.max_mean_gap, step=step, earlier=earlier)
+        result = ProbeResult(gap, largest, int(metrics["tokens/useful"]))
+        self.learner.processes.together(lambda: check(result, probe.max_mean_gap, step=step, earlier=earlier))
+
+    def _curvature_check(self, optimizer_step: int) -> CurvatureCheck | None:
+        return None if self.curvature is None else CurvatureCheck(self.curvature, self.context(optimizer_step))
+
+    def _finish_mask(self, check_mask: CurvatureCheck | None, optimizer_step: int) -> dict[str, float]:
+        """Moves the curvature mask's state on, and reports what the mask cost and whether it predicted well."""
+        if self.curvature is None or check_mask is None:
+            return {}
+        processes = self.learner.processes
+        with check_mask.clock():
+            self.curvature.finish_step(self.context(optimizer_step), processes.sum_)
+        found = {**check_mask.cost(), **check_mask.compare(self.learner.policy, spare_rows(self.pad_id))}
+        return values(merge(processes.gather(found)))
 
     def _accumulate(
-        self, buffer: RolloutBuffer, rows: list[TokenRows], minibatch: int, optimizer_step: int
+        self,
+        buffer: RolloutBuffer,
+        rows: list[TokenRows],
+        minibatch: int,
+        optimizer_step: int,
+        check_mask: CurvatureCheck | None,
     ) -> list[dict[str, Metric]]:
         processes = self.learner.processes
         arrays = buffer.arrays(processes.device)
         request = needs_statistics(self.method)
         context = self.context(optimizer_step)
-        passes = processes.maximum(len(rows)) if self.learner.equal_passes else len(rows)
+        # At least one: DeepSpeed steps on gradients that a backward pass has reduced, be they zero.
+        passes = max(1, processes.maximum(len(rows))) if self.learner.equal_passes else len(rows)
         parts: list[dict[str, Metric]] = []
         for i in range(passes):
             spare = i >= len(rows)  # a pass only so that the other processes are not left waiting
@@ -112,11 +137,14 @@ class Updater:
                 continue
             view, group_tokens = arrays.view(batch, output)
             counts = replace(buffer.counts[minibatch], prompt_tokens=group_tokens)
-            coefficients = compute_coefficients(self.method, view, counts, context=context)
+            with check_mask.clock() if check_mask is not None else nullcontext():
+                coefficients = compute_coefficients(self.method, view, counts, context=context)
+                if self.curvature is not None:
+                    self.curvature.accumulate(view, coefficients, context)
+            if check_mask is not None:
+                check_mask.remember(batch, view)
             loss = coefficient_loss(coefficients, output.logp, output.entropy)
             self.learner.backward(loss, last=i == passes - 1)
-            if self.curvature is not None:
-                self.curvature.accumulate(view, coefficients, context)
             parts.append({**coefficients.metrics, **row_metrics(batch, float(loss.detach()))})
         return parts or [row_metrics(None, 0.0)]
 

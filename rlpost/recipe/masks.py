@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rlpost.recipe.base import Section
 
@@ -52,6 +52,8 @@ class CurvatureMask(Section):
     """`step: adam` looks at the k most likely tokens of a position, the sampled one always among them."""
     chunk_tokens: PositiveInt = 64
     """Tokens whose k x d predicted step is held at once."""
+    verify_every: NonNegativeInt = 10
+    """Every so many optimizer steps the prediction is compared with what the step did (one more forward pass); 0: never."""
 
     @model_validator(mode="after")
     def _check(self) -> CurvatureMask:

@@ -87,8 +87,11 @@ def _weights(recipe: Recipe, size: ModelSize, trained: int, processes: int, stag
     lines = [
         line("weights", size.parameters, width, stage >= 3),
         line("gradients", trained, width, stage >= 2),
-        line("AdamW state", trained, 2 * width, stage >= 1),
     ]
+    if stage >= 1 and recipe.model.dtype == "bfloat16":  # ZeRO keeps the weights in float32 too and updates those
+        lines.append(line("AdamW state and float32 weights", trained, 12, True))
+    else:
+        lines.append(line("AdamW state", trained, 2 * width, stage >= 1))
     if recipe.model.dtype == "float32" and recipe.model.autocast == "bfloat16":
         lines.append(line("autocast copies", size.parameters, 2, False))
     if recipe.method.kl.coefficient > 0 and recipe.model.lora is None:

@@ -64,7 +64,7 @@ class Plan:
 def make_plan(loaded: LoadedRecipe, *, processes: int | None = None, zero_stage: int = 0) -> Plan:
     """The plan for so many processes (default: those of the launcher)."""
     recipe, count = loaded.recipe, processes or processes_from_environment()
-    setting = Setting(count, loaded.path.resolve().parent)
+    setting = Setting(count, loaded.path.resolve().parent, sharded=zero_stage > 0)
     problems = tuple(check(recipe, setting))
     size, source = find_model_size(recipe.model)
     memory = tuple(estimate(recipe, size, processes=count, zero_stage=zero_stage)) if size else ()

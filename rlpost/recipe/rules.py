@@ -29,6 +29,7 @@ class Setting:
 
     processes: int = 1
     base: Path = Path()
+    sharded: bool = False  # by DeepSpeed, which keeps a float32 copy of bfloat16 weights
 
 
 Rule = Callable[[Recipe, Setting], Iterable[str]]
@@ -51,7 +52,11 @@ def advise(recipe: Recipe, setting: Setting) -> list[str]:
 
 def refuse_unsound(loaded: LoadedRecipe, processes: int | None = None) -> None:
     """Raises RecipeError listing every problem of the recipe, if there is any."""
-    setting = Setting(processes or processes_from_environment(), loaded.path.resolve().parent)
+    setting = Setting(
+        processes or processes_from_environment(),
+        loaded.path.resolve().parent,
+        os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
+    )
     problems = check(loaded.recipe, setting)
     if problems:
         head = f"{loaded.path}: " if len(problems) == 1 else f"{loaded.path} has {len(problems)} problems:\n  - "
@@ -242,8 +247,8 @@ def _matches(pattern: str) -> bool:
     return bool(glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute patterns
 
 
-def _low_precision(r: Recipe, _: Setting) -> Iterator[str]:
-    if r.model.dtype == "bfloat16" and r.model.lora is None:
+def _low_precision(r: Recipe, setting: Setting) -> Iterator[str]:
+    if r.model.dtype == "bfloat16" and r.model.lora is None and not setting.sharded:
         yield (
             f"model.dtype=bfloat16 with learner.learning_rate={r.learner.learning_rate:g}: weights near 0.02 change in "
             "steps of about 1e-4 there, so smaller updates are lost. model.dtype=float32 is the safe choice"

@@ -1,0 +1,162 @@
+"""What the tests of the main job share: a tiny model, a small recipe, and child processes that are always cleaned up."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+REWARD = '''
+def reward(completions, **columns):
+    """Graded, so that a random model's groups differ: the share of printable ASCII characters."""
+    texts = [completion[-1]["content"] for completion in completions]
+    return [sum(" " <= c <= "~" for c in text) / max(1, len(text)) for text in texts]
+'''
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """The folder of a random two-layer Llama (tied embeddings, 258 byte tokens) with a chat template."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny_model")
+    vocab = {c: i for i, c in enumerate(["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    bytes_ = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token="<eos>", pad_token="<pad>")
+    tokenizer.chat_template = TEMPLATE
+    config = LlamaConfig(
+        vocab_size=len(vocab),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+        eos_token_id=1,
+        bos_token_id=None,
+        pad_token_id=0,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def write_recipe(tiny_model):
+    """`write_recipe(folder, {"learner.steps": 2, ...})`: the path of a recipe that trains the tiny model in seconds."""
+
+    def write(folder: Path, changes: dict | None = None, reward: str = REWARD) -> Path:
+        import yaml
+
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "graded.py").write_text(reward)
+        tree = {
+            "name": "run",
+            "output_dir": str(folder),
+            "model": {"path": tiny_model, "dtype": "float32", "autocast": "none"},
+            "data": {"train": {"type": "arithmetic", "size": 40}, "held_out": 4, "max_prompt_tokens": 64},
+            "rollout": {
+                "engine": {"type": "transformers"},
+                "prompts_per_step": 2,
+                "completions_per_prompt": 4,
+                "max_completion_tokens": 8,
+            },
+            "rewards": [{"function": str(folder / "graded.py"), "deadline_s": 60.0}],
+            "scoring": {"workers": 1},
+            "method": {"preset": "grpo"},
+            "learner": {"steps": 4, "learning_rate": 1e-3},
+            "evaluation": {"prompts": 4},
+            "tracking": {"wandb": {"mode": "disabled"}, "console": False},
+        }
+        for path, value in (changes or {}).items():
+            *above, last = path.split(".")
+            place = tree
+            for key in above:
+                place = place.setdefault(key, {}) if isinstance(place, dict) else place[int(key)]
+            place[last] = value
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
+        return folder / "recipe.yaml"
+
+    return write
+
+
+class Children:
+    """Starts rlpost in processes of their own, and leaves none behind."""
+
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen] = []
+
+    def start(self, recipe: Path, *overrides: str, launcher: tuple[str, ...] = (), **environment: str):
+        """Not waited for. `launcher`: accelerate's arguments, such as `("--config_file", "launch/cpu2.yaml")`."""
+        head = [sys.executable, "-m", "rlpost"]
+        if launcher:
+            head = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "rlpost"]
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        child = subprocess.Popen(
+            [*head, str(recipe), *overrides],
+            cwd=REPOSITORY,
+            env={**env, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._started.append(child)
+        return child
+
+    def run(self, recipe: Path, *overrides: str, launcher: tuple[str, ...] = (), timeout: float = 240, **environment):
+        """Waits for the end; returns (exit code, everything printed)."""
+        child = self.start(recipe, *overrides, launcher=launcher, **environment)
+        printed, _ = child.communicate(timeout=timeout)
+        return child.returncode, printed
+
+    def end(self) -> None:
+        for child in self._started:
+            try:
+                os.killpg(child.pid, signal.SIGKILL)  # its own session: nobody else is in the group
+            except ProcessLookupError:
+                continue
+            finally:
+                child.communicate()
+
+
+@pytest.fixture
+def children():
+    """Runs rlpost as users do, in processes of its own."""
+    made = Children()
+    yield made
+    made.end()
+
+
+def rows(run: Path, kind: str | None = None) -> list[dict]:
+    """A run's metrics, without the times."""
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in row.items() if not key.startswith("time/")}
+        for row in found
+        if kind is None or row["kind"] == kind
+    ]
+
+
+def weights(checkpoint: Path) -> dict:
+    """A checkpoint's weights by name."""
+    from safetensors.torch import load_file
+
+    file = next(f for f in (checkpoint / "model.safetensors", checkpoint / "adapter_model.safetensors") if f.is_file())
+    return load_file(file)
