@@ -13,7 +13,7 @@ import torch
 from rlpost.errors import CheckpointError, DataError
 from rlpost.experience import Group, Prompt
 from rlpost.learner.checkpoint import CheckpointStore
-from rlpost.learner.factory import make_learner
+from rlpost.learner.factory import loading_device, make_learner
 from rlpost.learner.learner import Learner
 from rlpost.learner.process import Processes
 from rlpost.learner.rng import seed_everything
@@ -32,6 +32,7 @@ from rlpost.tracking.tracker import Tracker
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rlpost.data.pairs import PairSets
     from rlpost.data.prompts import PromptSets
     from rlpost.data.sampler import PromptSampler
     from rlpost.evaluation import EvaluationResult
@@ -80,27 +81,17 @@ class Parts:
             self._reference = load_reference(self.recipe, self.model_path, self.processes.device)
         yield self._reference
 
+    def forget_reference(self) -> None:
+        """Frees the second copy, where one was loaded."""
+        self._reference = None
+
     def evaluate(self) -> EvaluationResult:
         """Held-out accuracy of the policy as it stands in the engine; each process takes its share of the prompts."""
-        from rlpost.evaluation import evaluate
-
-        recipe, processes = self.recipe, self.processes
-        return evaluate(
-            self.engine,
-            JointScorer(self.scorer, processes),
-            self.held_out,
-            recipe.evaluation,
-            recipe.rollout,
-            seed=recipe.seed,
-            weights=tuple(r.weight for r in recipe.rewards),
-            accuracy_rewards=[r.accuracy for r in recipe.rewards],
-            rank=processes.rank,
-            world_size=processes.world,
-            gather=lambda groups: [group for part in processes.gather(groups) for group in part],
-        )
+        return judge(self.recipe, self.engine, self.scorer, self.held_out, self.processes)
 
     def close(self, status: str) -> None:
         """Ends everything that was started."""
+        self.store.close()
         self.scorer.close()
         self.tracker.close("finished" if status == "finished" else "stopped" if status == "interrupted" else "failed")
         self.engine.close()
@@ -119,6 +110,27 @@ class JointScorer:
         return self.processes.together(lambda: self.scorer.score(groups))
 
 
+def judge(
+    recipe: Recipe, engine: RolloutEngine, scorer: Scorer, held_out: Sequence[Prompt], processes: Processes
+) -> EvaluationResult:
+    """Held-out accuracy of the weights in the engine; each process takes its share of the prompts."""
+    from rlpost.evaluation import evaluate
+
+    return evaluate(
+        engine,
+        JointScorer(scorer, processes),
+        held_out,
+        recipe.evaluation,
+        recipe.rollout,
+        seed=recipe.seed,
+        weights=tuple(r.weight for r in recipe.rewards),
+        accuracy_rewards=[r.accuracy for r in recipe.rewards],
+        rank=processes.rank,
+        world_size=processes.world,
+        gather=lambda groups: [group for part in processes.gather(groups) for group in part],
+    )
+
+
 def assemble(loaded: LoadedRecipe) -> Parts:
     """Builds all parts. Raises an RlpostError for whatever is wrong with recipe, data, rewards, model or machine."""
     from rlpost.data.sampler import PromptSampler
@@ -134,6 +146,8 @@ def assemble(loaded: LoadedRecipe) -> Parts:
         tokenizer, sets = processes.together(lambda: load_prompts(recipe, scorer))
         tracker = processes.together(lambda: Tracker(run, recipe, is_main=processes.is_main))
         tracker.note(sets.note())
+        if recipe.method.needs_demonstrations:
+            tracker.note(processes.together(lambda: note_demonstrations(sets, recipe, tokenizer)))
         started.insert(0, lambda: tracker.close("failed"))
         model_path, policy = processes.together(lambda: build_policy(recipe, resume_from, processes))
         engine = build_engine(recipe, model_path, tokenizer, processes)
@@ -154,7 +168,9 @@ def assemble(loaded: LoadedRecipe) -> Parts:
         run=run,
         tracker=tracker,
         phases=Phases(recipe.learner.watchdog_s),
-        store=CheckpointStore(run.checkpoints, recipe.checkpoint.keep, processes),
+        store=CheckpointStore(
+            run.checkpoints, recipe.checkpoint.keep, processes, asynchronous=recipe.checkpoint.asynchronous
+        ),
         resume_from=resume_from,
         tokenizer=tokenizer,
         prompts=sets.train,
@@ -191,6 +207,7 @@ def open_run(recipe: Recipe, processes: Processes) -> tuple[RunDirectory, Path |
             if not fresh:
                 step = read_counters(resume_from)["optimizer_step"] if resume_from is not None else -1
                 run.truncate_after(step)
+                CheckpointStore(run.checkpoints, recipe.checkpoint.keep, processes).set_aside_after(step)
         except BaseException:
             run.close()
             raise
@@ -205,6 +222,7 @@ def find_checkpoint(recipe: Recipe, run: RunDirectory, processes: Processes) -> 
     if recipe.resume == "never":
         return None
     store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep, processes)
+    store.recover()
     if recipe.resume == "auto":
         return store.latest()
     path = Path(recipe.resume).expanduser()
@@ -224,13 +242,15 @@ def context_window(recipe: Recipe) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_prompts(recipe: Recipe, scorer: Scorer) -> tuple[PreTrainedTokenizerBase, PromptSets]:
+def load_prompts(recipe: Recipe, scorer: Scorer) -> tuple[PreTrainedTokenizerBase, PromptSets | PairSets]:
     """The tokenizer and the prompts, checked. Raises DataError, RecipeError and RewardError."""
+    from rlpost.data.pairs import build_pairs
     from rlpost.data.prompts import build_prompts
     from rlpost.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(recipe.model)
-    sets = build_prompts(
+    build = build_pairs if recipe.data.has_pairs else build_prompts
+    sets: PromptSets | PairSets = build(
         recipe.data,
         tokenizer,
         max_context=context_window(recipe),
@@ -241,13 +261,21 @@ def load_prompts(recipe: Recipe, scorer: Scorer) -> tuple[PreTrainedTokenizerBas
     return tokenizer, sets
 
 
-def check_prompts(sets: PromptSets, recipe: Recipe, scorer: Scorer) -> None:
+def check_prompts(sets: PromptSets | PairSets, recipe: Recipe, scorer: Scorer) -> None:
     """What can only be judged once the prompts are there."""
     if not sets.train:
         raise DataError(
             f"No training prompt is left ({sets.note()}). Raise data.max_prompt_tokens, or give more data in data.train."
         )
     scorer.check(sets.train[0].columns.keys())
+
+
+def note_demonstrations(sets: PromptSets | PairSets, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A line about the worked solutions that the method needs. Raises DataError when it cannot do with them."""
+    from rlpost.data.demonstrations import check_demonstrations
+    from rlpost.teach import reader
+
+    return check_demonstrations(sets.train, recipe.method, recipe.data, reader(recipe, tokenizer))
 
 
 def build_policy(recipe: Recipe, resume_from: Path | None, processes: Processes) -> tuple[str, Policy]:
@@ -259,7 +287,7 @@ def build_policy(recipe: Recipe, resume_from: Path | None, processes: Processes)
     policy = load_policy(
         recipe.model,
         weights_from,
-        device=processes.device,
+        device=loading_device(recipe.model, processes),
         temperature=recipe.rollout.temperature,
         head_chunk_tokens=recipe.learner.head_chunk_tokens,
     )
@@ -276,6 +304,10 @@ def build_engine(
     """The rollout engine; several CPU processes take turns with their threads by having one each."""
     from rlpost.rollout.factory import make_engine
 
+    if recipe.data.has_pairs:
+        from rlpost.rollout.none import NoEngine
+
+        return NoEngine()
     return make_engine(
         recipe.rollout.engine,
         recipe.model,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from rlpost import errors
 from rlpost.errors import RecipeError, RlpostError
 
 app = typer.Typer(
@@ -77,6 +79,11 @@ def evaluate(
 
     loaded = load_recipe(recipe, overrides or ())
     refuse_unsound(loaded)
+    if loaded.recipe.data.has_pairs:
+        from rlpost.pair_evaluation import evaluate_pairs
+
+        evaluate_pairs(loaded, checkpoint)
+        return
     from rlpost.evaluate import evaluate_checkpoint
 
     evaluate_checkpoint(loaded, checkpoint)
@@ -181,6 +188,7 @@ def _is_recipe(word: str) -> bool:
 def _print_error(error: RlpostError) -> None:
     rank = os.environ.get("RANK", "0")
     if rank != "0" and isinstance(error, RecipeError):
+        time.sleep(errors.LAST_WORD_S)
         return  # every process reads the same recipe: rank 0 says it
     prefix = f"[process {rank}] " if rank != "0" else ""
     if not sys.stderr.isatty():

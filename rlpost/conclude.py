@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,6 +51,14 @@ def resume_command() -> str:
     return shlex.join([*kept, "resume=auto"])
 
 
+def command() -> str:
+    """How rlpost can be called from here: by name, or by its path in an environment that is not activated."""
+    beside = Path(sys.executable).with_name("rlpost")
+    if shutil.which("rlpost") or not beside.exists():
+        return "rlpost"
+    return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
+
+
 def closing_lines(result: RunResult, recipe_path: Path, report: Path | str) -> list[str]:
     """The text."""
     lines = [""]
@@ -66,10 +76,11 @@ def closing_lines(result: RunResult, recipe_path: Path, report: Path | str) -> l
     if result.checkpoint is not None:
         lines.append(f"Checkpoint (Hugging Face layout): {result.checkpoint}")
     if not result.interrupted and result.checkpoint is not None:
+        rlpost = command()
         lines += [
             "Next:",
-            f"  rlpost eval {recipe_path} --checkpoint {result.checkpoint} evaluation.samples=8 evaluation.k=[1,8]",
-            "  rlpost plan RECIPE                # your own recipe, checked before a model is loaded",
-            "  rlpost rewards try FILE:FUNCTION --samples samples.jsonl   # your own reward, without training",
+            f"  {rlpost} eval {recipe_path} --checkpoint {result.checkpoint} evaluation.samples=8 'evaluation.k=[1,8]'",
+            f"  {rlpost} plan RECIPE    # your own recipe, checked before a model is loaded",
+            f"  {rlpost} rewards try FILE:FUNCTION --samples samples.jsonl    # your own reward, without training",
         ]
     return lines

@@ -1,5 +1,9 @@
 """Errors that a user is meant to read: what, where, what to do."""
 
+LAST_WORD_S = 10.0
+"""How long the other processes wait before they leave over an error that the main one reports: as soon as one process
+ends, the launcher ends all others, and the message would be lost."""
+
 
 class RlpostError(Exception):
     """A problem that the user can fix. The CLI prints its message as one paragraph and exits with `exit_code`."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlpost.assemble import JointScorer, build_engine, build_policy, load_prompts
+from rlpost.assemble import build_engine, build_policy, judge, load_prompts
 from rlpost.errors import CheckpointError
 from rlpost.learner.checkpoint import MANIFEST, verify
 from rlpost.learner.process import Processes
@@ -24,7 +24,7 @@ def evaluate_checkpoint(loaded: LoadedRecipe, checkpoint: Path) -> EvaluationRes
 
     Raises CheckpointError when there is no readable model in `checkpoint`.
     """
-    from rlpost.evaluation import evaluate, evaluation_rows
+    from rlpost.evaluation import evaluation_rows
 
     recipe = loaded.recipe
     checkpoint = checkpoint.expanduser()
@@ -43,19 +43,7 @@ def evaluate_checkpoint(loaded: LoadedRecipe, checkpoint: Path) -> EvaluationRes
         engine = build_engine(recipe, model_path, tokenizer, processes)
         try:
             engine.load_weights(policy.named_weights())
-            result = evaluate(
-                engine,
-                JointScorer(scorer, processes),
-                sets.held_out,
-                recipe.evaluation,
-                recipe.rollout,
-                seed=recipe.seed,
-                weights=tuple(r.weight for r in recipe.rewards),
-                accuracy_rewards=[r.accuracy for r in recipe.rewards],
-                rank=processes.rank,
-                world_size=processes.world,
-                gather=lambda groups: [group for part in processes.gather(groups) for group in part],
-            )
+            result = judge(recipe, engine, scorer, sets.held_out, processes)
         finally:
             engine.close()
             names = scorer.names
@@ -73,11 +61,12 @@ def show(result: EvaluationResult, checkpoint: Path, target: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{checkpoint}: {len(result.groups)} held-out prompts", title_justify="left")
+    table = Table()
     table.add_column("figure")
     table.add_column("value", justify="right")
     for name, value in result.metrics().items():
         table.add_row(name.removeprefix("eval/"), f"{value:.4g}")
     console = Console()
+    console.print(f"{checkpoint}: {len(result.groups)} held-out prompts", soft_wrap=True)
     console.print(table)
     console.print(f"Every completion and its verdict: {target}", soft_wrap=True)

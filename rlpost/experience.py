@@ -45,6 +45,13 @@ class Prompt:
     token_ids: tuple[int, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
     demonstration: Demonstration | None = None
+    hint: str = ""  # the part of the demonstration that this prompt shows
+    origin: Prompt | None = None  # of a hinted prompt: the bare one
+
+    @property
+    def bare(self) -> Prompt:
+        """The prompt without a hint."""
+        return self.origin or self
 
 
 @dataclass(frozen=True, slots=True)

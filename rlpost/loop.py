@@ -1,21 +1,25 @@
-"""The loop, as the papers write it: sample -> score -> weigh -> update -> sync -> report."""
+"""The loop, as the papers write it: sample -> score -> guide -> weigh -> update -> sync -> report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from rlpost.assemble import Parts, assemble
 from rlpost.errors import TrainingError
 from rlpost.experience import Group, Prompt
+from rlpost.guide import remember
 from rlpost.learner.learner import token_logprobs
 from rlpost.learner.state import RunState, load_checkpoint, save_checkpoint
 from rlpost.learner.watch import Interrupt
 from rlpost.methods.estimator import needs_reference
 from rlpost.rollout.sampler import sample_groups
+from rlpost.teach import Teacher, Teaching
 from rlpost.tracking.completions import ScoredRollout
 from rlpost.tracking.metrics import number, read_metrics
 from rlpost.weigh import flat_groups, open_buffer, weigh
@@ -45,10 +49,19 @@ def train(loaded: LoadedRecipe) -> RunResult:
     parts = assemble(loaded)
     try:
         with Interrupt() as interrupt:
-            return Loop(parts, interrupt).run()
+            return loop_for(parts)(parts, interrupt).run()
     except BaseException as error:
         parts.close(f"failed: {type(error).__name__}")
         raise
+
+
+def loop_for(parts: Parts) -> type[Loop]:
+    """The loop that the recipe asks for: on rewards, on a preference data set, or on pairs of what is sampled."""
+    if parts.recipe.method.pairs is None:
+        return Loop
+    from rlpost.preference_loop import PairLoop, SampledPairLoop
+
+    return PairLoop if parts.recipe.data.has_pairs else SampledPairLoop
 
 
 class Loop:
@@ -57,6 +70,7 @@ class Loop:
     def __init__(self, parts: Parts, interrupt: Interrupt) -> None:
         self.parts = parts
         self.interrupt = interrupt
+        self.teacher = Teacher(parts.recipe, parts.tokenizer, parts.learner.policy.context_window, parts.processes)
         self.state = RunState()
         self.saved_step: int | None = None
         self.accuracy_after: float | None = None
@@ -100,6 +114,7 @@ class Loop:
     def end(self, *, interrupted: bool) -> RunResult:
         """Ends all parts and says what came of the run."""
         parts, state = self.parts, self.state
+        parts.phase("checkpoint", parts.store.wait)
         result = RunResult(
             run_dir=parts.run.path,
             optimizer_steps=state.optimizer_step,
@@ -119,6 +134,7 @@ class Loop:
             if self.stop_asked():  # the sampler's state still stands before this rollout: it is drawn again on resume
                 return True
             self.state.buffer, self.state.sampler = buffer, parts.sampler.state_dict()
+            self.state.hint_levels = remember(self.state.hint_levels, buffer.hint_levels)
         buffer = self.state.buffer
         while buffer.updates_done < learner.minibatches * learner.epochs:
             self.update(buffer)
@@ -132,24 +148,47 @@ class Loop:
         return False
 
     def roll_out(self) -> RolloutBuffer:
-        """sample -> score -> weigh, and the log-probs that later updates compare with."""
+        """sample -> score -> guide -> weigh, and the log-probs that later updates compare with."""
         parts, recipe = self.parts, self.parts.recipe
-        prompts = self.own_prompts()
-        groups = parts.phase("rollout", lambda: self.sample(prompts))
-        groups = parts.phase("score", lambda: self.score(groups))
-        groups, refill = self.refill(groups)
-        buffer = open_buffer(groups, step=self.state.rollout, minibatches=recipe.learner.minibatches)
+        taught = self.scored_groups()
+        gated, gating = self.teacher.gate(taught.groups, self.state.rollout)
+        buffer = open_buffer(
+            taught.groups, step=self.state.rollout, minibatches=recipe.learner.minibatches, gated=gated
+        )
+        buffer.hint_levels = taught.hint_levels
         kl_first = needs_reference(recipe.method) and recipe.method.kl.where == "reward"
         if kl_first:  # the reward needs them, so they come before it is known which groups are dead
             buffer.ref_logp = parts.phase("reference", lambda: self.reference_logprobs(buffer))
             buffer.old_logp = parts.phase("old_logprobs", lambda: self.logprobs(buffer, parts.learner.policy))
         parts.phase("weigh", lambda: self.weigh(buffer))
-        buffer.metrics |= {**refill, **{f"scores/{name}": value for name, value in parts.scorer.logged.items()}}
+        buffer.metrics |= taught.metrics | gating
         if needs_reference(recipe.method) and not kl_first:
             buffer.ref_logp = parts.phase("reference", lambda: self.reference_logprobs(buffer))
         if recipe.learner.minibatches * recipe.learner.epochs > 1 and not kl_first:
             buffer.old_logp = parts.phase("old_logprobs", lambda: self.logprobs(buffer, parts.learner.policy))
         return buffer
+
+    def scored_groups(self) -> Teaching:
+        """This process's groups for the rollout: sampled, scored, guided where they are hard, replaced where they are flat."""
+        parts, rollout, prompts = self.parts, self.state.rollout, self.own_prompts()
+        if not self.teacher.samples_in(rollout):
+            return Teaching([Group(prompt, ()) for prompt in prompts])
+        groups = parts.phase("rollout", lambda: self.sample(prompts))
+        groups = parts.phase("score", lambda: self.score(groups))
+        logged = {f"scores/{name}": value for name, value in parts.scorer.logged.items()}
+        guided = parts.phase("guide", lambda: self.guide(groups)) if self.teacher.hinter else Teaching(groups)
+        groups, refill = self.refill(guided.groups)
+        return replace(guided, groups=groups, metrics=guided.metrics | refill | logged)
+
+    def guide(self, groups: list[Group]) -> Teaching:
+        """GHPO: hard groups sampled again with hints."""
+        return self.teacher.guide(
+            groups,
+            sample=self.sample_here,
+            score=self.score_here,
+            rollout=self.state.rollout,
+            memory=self.state.hint_levels,
+        )
 
     def own_prompts(self) -> list[Prompt]:
         """This process's share of the next prompts."""
@@ -167,23 +206,28 @@ class Loop:
 
     def sample(self, prompts: Sequence[Prompt], level: int = 0) -> list[Group]:
         """G completions of each prompt, not scored yet; on all processes at once."""
+        return self.parts.processes.together(lambda: self.sample_here(prompts, level))
+
+    def sample_here(self, prompts: Sequence[Prompt], level: int = 0) -> list[Group]:
+        """The same on this process alone."""
         parts, recipe = self.parts, self.parts.recipe
-        return parts.processes.together(
-            lambda: sample_groups(
-                parts.engine,
-                prompts,
-                recipe.rollout.completions_per_prompt,
-                parts.sampling,
-                run_seed=recipe.seed,
-                step=self.state.rollout,
-                level=level,
-            )
+        return sample_groups(
+            parts.engine,
+            prompts,
+            recipe.rollout.completions_per_prompt,
+            parts.sampling,
+            run_seed=recipe.seed,
+            step=self.state.rollout,
+            level=level,
         )
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with their scores; on all processes at once."""
-        parts, state = self.parts, self.state
-        return parts.processes.together(lambda: parts.scorer.score(groups, state.rollout, parts.recipe.learner.steps))
+        return self.parts.processes.together(lambda: self.score_here(groups))
+
+    def score_here(self, groups: Sequence[Group]) -> list[Group]:
+        """The same on this process alone."""
+        return self.parts.scorer.score(groups, self.state.rollout, self.parts.recipe.learner.steps)
 
     def refill(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
         """DAPO's dynamic sampling: prompts whose completions all earned the same are replaced by the next ones."""
@@ -243,7 +287,9 @@ class Loop:
     def scored_rollout(self, buffer: RolloutBuffer) -> ScoredRollout:
         """The rollout of all processes, for `completions/`."""
         weights = tuple(r.weight for r in self.parts.recipe.rewards)
-        advantages = buffer.advantage.split([len(g.completions) for g in buffer.groups])
+        advantages = buffer.advantage[torch.tensor(buffer.sampled, dtype=torch.bool)].split(
+            [len(g.completions) for g in buffer.groups]
+        )
         own = (
             buffer.groups,
             [[group.reward(i, weights) for i in range(len(group.completions))] for group in buffer.groups],

@@ -6,19 +6,22 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rlpost.experience import Group
+from rlpost.gate import Gated
 from rlpost.gradient.kl import kl_estimate
 from rlpost.gradient.metrics import values
 from rlpost.gradient.shaping import groups_to_refill
 from rlpost.gradient.types import Counts
 from rlpost.learner.buffer import RolloutBuffer
 from rlpost.learner.process import Processes
-from rlpost.methods.estimator import compute_advantages, needs_reference, skippable_groups
+from rlpost.methods.estimator import needs_reference, skippable_groups
+from rlpost.methods.ghpo import accuracies
+from rlpost.methods.hpt import Route, gated_advantages, right_of_known
 from rlpost.recipe.method import DynamicSamplingSection, MethodSection
 from rlpost.recipe.reward import RewardSection
 
@@ -33,12 +36,15 @@ class Digest:
     truncated: list[list[bool]]
     outcomes: Counter[tuple[int, str]]  # (reward, outcome) -> how many
     sequence_kl: Tensor | None  # [S]
+    right: list[float]  # [S] 1, 0, or NaN: unknown; [] without a gate
+    routes: tuple[Route, ...]  # by group
+    demonstrations: list[int]  # by group: tokens of the demonstration that is learned from; 0: none
 
 
-def digest(buffer: RolloutBuffer, weights: Sequence[float], method: MethodSection) -> Digest:
+def digest(buffer: RolloutBuffer, sections: Sequence[RewardSection], method: MethodSection) -> Digest:
     """One process's share of what `weigh` needs."""
     outcomes: Counter[tuple[int, str]] = Counter()
-    groups = buffer.groups
+    groups, weights = buffer.groups, [r.weight for r in sections]
     rewards, raw = [], []
     for group in groups:
         group_rewards, group_raw = [], []
@@ -53,18 +59,34 @@ def digest(buffer: RolloutBuffer, weights: Sequence[float], method: MethodSectio
         raw.append(group_raw)
     lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
     truncated = [[c.truncated for c in group.completions] for group in groups]
-    return Digest(rewards, raw, lengths, truncated, outcomes, _sequence_kl(buffer, method))
+    return Digest(
+        rewards=rewards,
+        raw=raw,
+        lengths=lengths,
+        truncated=truncated,
+        outcomes=outcomes,
+        sequence_kl=_sequence_kl(buffer, method),
+        right=_right(groups, sections, method),
+        routes=buffer.routes or (Route(),) * len(groups),
+        demonstrations=[
+            0 if row is None else len(row.token_ids) for row in map(buffer.demonstration, range(len(groups)))
+        ],
+    )
 
 
-def open_buffer(groups: Sequence[Group], *, step: int, minibatches: int) -> RolloutBuffer:
+def open_buffer(groups: Sequence[Group], *, step: int, minibatches: int, gated: Gated | None = None) -> RolloutBuffer:
     """The buffer of a scored rollout, before it is known what its completions are worth."""
+    demonstrations = () if gated is None else gated.demonstrations
+    sequences = sum(len(g.completions) for g in groups) + sum(row is not None for row in demonstrations)
     return RolloutBuffer(
         step=step,
         groups=tuple(groups),
         minibatch=tuple(i * minibatches // len(groups) for i in range(len(groups))),
         dead=(False,) * len(groups),
-        advantage=torch.zeros(sum(len(g.completions) for g in groups)),
+        advantage=torch.zeros(sequences),
         counts=(),
+        routes=() if gated is None else gated.routes,
+        demonstrations=demonstrations,
     )
 
 
@@ -80,26 +102,33 @@ def weigh(
 ) -> None:
     """Gives the buffer its advantages, computed over the groups of all processes, its denominators and its metrics."""
     weights = [r.weight for r in rewards]
-    digests = processes.gather(digest(buffer, weights, method))
+    digests = processes.gather(digest(buffer, rewards, method))
     sizes = [len(group) for d in digests for group in d.rewards]
-    prompt = torch.tensor([i for i, size in enumerate(sizes) for _ in range(size)])
+    prompt = torch.tensor([i for i, size in enumerate(sizes) for _ in range(size)], dtype=torch.int64)
     matrix = torch.tensor([row for d in digests for group in d.rewards for row in group], dtype=torch.float64)
-    result = compute_advantages(
+    gated = gated_advantages(
         method,
         matrix.reshape(len(prompt), len(rewards)),
         prompt,
+        [route for d in digests for route in d.routes],
         weights=weights,
-        lengths=torch.tensor([n for d in digests for group in d.lengths for n in group]),
+        right=torch.tensor([value for d in digests for value in d.right], dtype=torch.float64),
+        lengths=torch.tensor([n for d in digests for group in d.lengths for n in group], dtype=torch.int64),
         max_completion_tokens=max_completion_tokens,
         sequence_kl=_all_or_none([d.sequence_kl for d in digests]),
     )
-    skippable = skippable_groups(method, result.advantage, prompt)
+    skippable = skippable_groups(method, gated.samples, prompt)
     first_group = sum(len(d.rewards) for d in digests[: processes.rank])
-    first = sum(sizes[:first_group])
-    buffer.advantage = result.advantage[first : first + len(buffer.advantage)].float()
-    buffer.dead = tuple(skippable[first_group : first_group + len(buffer.groups)].tolist())
+    own_groups, own = slice(first_group, first_group + len(buffer.groups)), sum(sizes[:first_group])
+    sampled = torch.tensor(buffer.sampled, dtype=torch.bool)
+    taught = torch.tensor([buffer.demonstration(i) is not None for i in range(len(buffer.groups))], dtype=torch.bool)
+    buffer.advantage[sampled] = gated.samples[own : own + int(sampled.sum())].float()
+    buffer.advantage[~sampled] = gated.demonstrations[own_groups][taught].float()
+    idle = [True] * len(buffer.groups) if not len(prompt) else skippable[own_groups].tolist()
+    routes = digests[processes.rank].routes
+    buffer.dead = tuple(flat or not route.samples for flat, route in zip(idle, routes, strict=True))
     buffer.counts = _counts(digests, minibatches, max_completion_tokens)
-    buffer.metrics = {**_metrics(digests, matrix, result.zero_variance, names), **values(result.metrics)}
+    buffer.metrics = {**_metrics(digests, matrix, gated.result.zero_variance, names), **values(gated.result.metrics)}
 
 
 def flat_groups(groups: Sequence[Group], weights: tuple[float, ...], section: DynamicSamplingSection) -> list[bool]:
@@ -122,21 +151,33 @@ def _sequence_kl(buffer: RolloutBuffer, method: MethodSection) -> Tensor | None:
     assert buffer.old_logp is not None and buffer.ref_logp is not None
     estimate = kl_estimate(method.kl.estimator, buffer.old_logp.double(), buffer.ref_logp.double())
     sequence = torch.arange(len(buffer.lengths)).repeat_interleave(torch.tensor(buffer.lengths))
-    return torch.zeros(len(buffer.lengths), dtype=torch.float64).index_add_(0, sequence, estimate)
+    total = torch.zeros(len(buffer.lengths), dtype=torch.float64).index_add_(0, sequence, estimate)
+    return total[torch.tensor(buffer.sampled)]
+
+
+def _right(groups: Sequence[Group], rewards: Sequence[RewardSection], method: MethodSection) -> list[float]:
+    """[S] whether each sample is right, as the gate judges it; NaN where that is not known."""
+    if method.gate is None:
+        return []
+    found = [value for group in groups for value in accuracies(group, [r.accuracy for r in rewards])]
+    judged = [right_of_known([value], method.gate.threshold) for value in found]
+    return [float(right) if known else math.nan for right, known in judged]
 
 
 def _counts(digests: Sequence[Digest], minibatches: int, max_completion_tokens: int) -> tuple[Counts, ...]:
-    tokens, sequences, prompts = [0] * minibatches, [0] * minibatches, [0] * minibatches
+    counts = [Counts(0, 0, 0, max_completion_tokens=max_completion_tokens)] * minibatches
     for d in digests:
-        for i, lengths in enumerate(d.lengths):
+        for i, (lengths, demonstration) in enumerate(zip(d.lengths, d.demonstrations, strict=True)):
             m = i * minibatches // len(d.lengths)
-            tokens[m] += sum(lengths)
-            sequences[m] += len(lengths)
-            prompts[m] += 1
-    return tuple(
-        Counts(tokens=t, sequences=s, prompts=p, max_completion_tokens=max_completion_tokens)
-        for t, s, p in zip(tokens, sequences, prompts, strict=True)
-    )
+            counts[m] = replace(
+                counts[m],
+                tokens=counts[m].tokens + sum(lengths),
+                sequences=counts[m].sequences + len(lengths),
+                prompts=counts[m].prompts + 1,
+                demonstrations=counts[m].demonstrations + (demonstration > 0),
+                demonstration_tokens=counts[m].demonstration_tokens + demonstration,
+            )
+    return tuple(counts)
 
 
 def _metrics(
@@ -144,6 +185,8 @@ def _metrics(
 ) -> dict[str, float]:
     lengths = [n for d in digests for group in d.lengths for n in group]
     truncated = [t for d in digests for group in d.truncated for t in group]
+    if not lengths:  # nothing was sampled
+        return {}
     total = rewards.nansum(dim=1)[~rewards.isnan().all(dim=1)]
     metrics = {
         "reward/mean": float(total.mean()) if len(total) else math.nan,

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
 REWARD = '''
 def reward(completions, **columns):
     """Graded, so that a random model's groups differ: the share of printable ASCII characters."""
@@ -55,6 +57,17 @@ def tiny_model(tmp_path_factory) -> str:
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """On a busy machine two threads that wait for each other cost more than they give; and results are repeatable."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -102,11 +115,16 @@ class Children:
     def __init__(self) -> None:
         self._started: list[subprocess.Popen] = []
 
-    def start(self, recipe: Path, *overrides: str, launcher: tuple[str, ...] = (), **environment: str):
-        """Not waited for. `launcher`: accelerate's arguments, such as `("--config_file", "launch/cpu2.yaml")`."""
+    def start(
+        self, recipe: Path, *overrides: str, launch: str | None = None, before: str = "", **environment: str
+    ) -> subprocess.Popen:
+        """Not waited for. `launch`: a file in launch/ for accelerate; `before`: Python code run first in the process."""
         head = [sys.executable, "-m", "rlpost"]
-        if launcher:
-            head = [sys.executable, "-m", "accelerate.commands.launch", *launcher, "-m", "rlpost"]
+        if launch:
+            launcher = Path(sys.executable).with_name("accelerate")
+            head = [sys.executable, str(launcher), "launch", "--config_file", f"launch/{launch}", "-m", "rlpost"]
+        elif before:
+            head = [sys.executable, "-c", before + "\nfrom rlpost.cli import main\nmain()\n"]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         child = subprocess.Popen(
             [*head, str(recipe), *overrides],
@@ -120,9 +138,9 @@ class Children:
         self._started.append(child)
         return child
 
-    def run(self, recipe: Path, *overrides: str, launcher: tuple[str, ...] = (), timeout: float = 240, **environment):
+    def run(self, recipe: Path, *overrides: str, timeout: float = 240, **options: str) -> tuple[int, str]:
         """Waits for the end; returns (exit code, everything printed)."""
-        child = self.start(recipe, *overrides, launcher=launcher, **environment)
+        child = self.start(recipe, *overrides, **options)
         printed, _ = child.communicate(timeout=timeout)
         return child.returncode, printed
 

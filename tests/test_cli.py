@@ -33,6 +33,7 @@ def calls(monkeypatch):
     loop = ModuleType("rlpost.loop")
     loop.train = lambda loaded: made.append(loaded) or SimpleNamespace(interrupted=False)
     monkeypatch.setitem(sys.modules, "rlpost.loop", loop)
+    monkeypatch.setattr("rlpost.conclude.conclude", lambda result, recipe_path: None)
     return made
 
 
@@ -86,6 +87,7 @@ def test_errors_and_exit_codes(recipe, calls, monkeypatch, capsys, raised, rank,
 
     monkeypatch.setattr(sys.modules["rlpost.loop"], "train", fail)
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("rlpost.errors.LAST_WORD_S", 0.0)
     assert run("r.yaml") == code
     assert capsys.readouterr().err.strip() == printed
 

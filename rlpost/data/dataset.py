@@ -21,17 +21,22 @@ def dataset_rows(source: DatasetSource, where: str = "data.train") -> list[Row]:
 
     Raises DataError for a missing file or hub name, an empty data set, a missing column or an unusable question.
     """
-    local = Path(source.path).suffix.lower() in BUILDERS
-    table = _load_local(source, where) if local else _load_hub(source, where)
+    table, name = load_table(source, where)
     for key, column in (("prompt", source.prompt), ("demonstration", source.demonstration)):
         if column is not None:
             _check_column(column, table.column_names, f"{where}.{key}", source.path)
+    return [_row(f"{name}/{i}", values, source, where) for i, values in enumerate(table)]
+
+
+def load_table(source: DatasetSource, where: str) -> tuple[Any, str]:
+    """The `datasets.Dataset` that a source names, cut to its `limit`, and what its rows' ids begin with. Raises DataError."""
+    local = Path(source.path).suffix.lower() in BUILDERS
+    table = _load_local(source, where) if local else _load_hub(source, where)
     if source.limit is not None:
         table = table.select(range(min(source.limit, len(table))))
     if len(table) == 0:
         raise DataError(f"{where}.path: `{source.path}` has no rows (split `{source.split}`).")
-    name = source.path if local else ":".join(filter(None, (source.path, source.name, source.split)))
-    return [_row(f"{name}/{i}", values, source, where) for i, values in enumerate(table)]
+    return table, source.path if local else ":".join(filter(None, (source.path, source.name, source.split)))
 
 
 def _load_local(source: DatasetSource, where: str) -> Any:
@@ -120,16 +125,32 @@ def _check_column(column: str, available: list[str], key: str, path: str) -> Non
 
 def _row(row_id: str, values: Mapping[str, Any], source: DatasetSource, where: str) -> Row:
     columns = {name: value for name, value in values.items() if name != source.prompt}
+    columns |= {name: _field(values, path, f"{where}.columns.{name}", row_id) for name, path in source.columns.items()}
     question = _question(values[source.prompt], row_id, f"{where}.prompt")
+    if source.system == "drop" and not isinstance(question, str):
+        question = tuple(message for message in question if message["role"] != "system")
     if source.demonstration is None:
         return Row(row_id, question, columns)
     text = values[source.demonstration]
+    if isinstance(text, list) and text and all(_is_message(one) for one in text):
+        text = text[-1]["content"]
     if text is not None and not isinstance(text, str):
         raise DataError(
             f"{where}.demonstration: column `{source.demonstration}` of row {row_id} holds a {type(text).__name__}; a "
-            "worked solution must be a string (or null, where there is none)."
+            "worked solution must be a string or a list of chat messages (or null, where there is none)."
         )
     return Row(row_id, question, columns, Demonstration(text) if text else None)
+
+
+def _field(values: Mapping[str, Any], path: str, key: str, row_id: str) -> Any:
+    """The value that a dotted path leads to."""
+    found: Any = values
+    for name in path.split("."):
+        if not isinstance(found, Mapping) or name not in found:
+            there = nearest(name, found) if isinstance(found, Mapping) else " What stands before it has no fields."
+            raise DataError(f"{key}: `{path}` does not exist in row {row_id}: there is no `{name}`.{there}")
+        found = found[name]
+    return found
 
 
 def _question(value: Any, row_id: str, key: str) -> str | tuple[Message, ...]:

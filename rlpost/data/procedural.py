@@ -6,14 +6,17 @@ import json
 from typing import Any
 
 from rlpost.data.rows import Row, nearest
+from rlpost.data.solutions import worked_solution
 from rlpost.errors import DataError
+from rlpost.experience import Demonstration
 from rlpost.recipe.data import ReasoningGymSource
 
 
 def reasoning_gym_rows(source: ReasoningGymSource, where: str = "data.train") -> list[Row]:
     """`source.size` questions of one task. Columns: `entry` (JSON text, what the verifier needs), `task`, `answer`.
 
-    `answer` is reasoning-gym's own solution, None for tasks that have many.
+    `answer` is reasoning-gym's own solution, None for tasks that have many. Tasks with a solver in
+    `rlpost.data.solutions` have demonstrations.
     """
     tasks = _create(source, where)
     rows = []
@@ -23,7 +26,10 @@ def reasoning_gym_rows(source: ReasoningGymSource, where: str = "data.train") ->
         if i == 0:
             _check_verifier(source.task, entry, text, where)
         columns = {"entry": text, "task": source.task, "answer": entry["answer"]}
-        rows.append(Row(f"reasoning_gym:{source.task}:{source.seed}/{i}", entry["question"] + source.suffix, columns))
+        solution = worked_solution(source.task, entry)
+        demonstration = Demonstration(solution) if solution else None
+        name = f"reasoning_gym:{source.task}:{source.seed}/{i}"
+        rows.append(Row(name, entry["question"] + source.suffix, columns, demonstration))
     return rows
 
 

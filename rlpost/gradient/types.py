@@ -56,13 +56,18 @@ class TokenView:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """The denominators of one optimizer step, over all micro-batches and processes, skipped groups included."""
+    """The denominators of one optimizer step, over all micro-batches and processes, skipped groups included.
+
+    Tokens and sequences are those of samples; demonstrations are counted by themselves.
+    """
 
     tokens: int
     sequences: int
     prompts: int
     prompt_tokens: Tensor | None = None  # [P of the view] completion tokens of each prompt's whole group (float64)
     max_completion_tokens: int = 0
+    demonstrations: int = 0  # that are learned from
+    demonstration_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

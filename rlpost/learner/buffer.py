@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -11,31 +12,64 @@ from torch import Tensor
 
 from rlpost.experience import Group, TokenRows
 from rlpost.gradient.types import Counts, TokenView
+from rlpost.methods.hpt import Route
 from rlpost.policy.model import PolicyOutput
 from rlpost.policy.rows import RowGroup, build_rows
+
+
+@dataclass(frozen=True, slots=True)
+class DemonstrationRow:
+    """A worked solution that is learned from, under the bare question."""
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]  # with the end-of-sequence token
 
 
 @dataclass(slots=True)
 class RolloutBuffer:
     """One rollout of one process: S completions of its groups, N tokens, in the order of the groups.
 
+    A group's demonstration, if it has one, counts as one more completion, behind the sampled ones.
     Plain tensors and nouns, so that it can be saved in the middle of its optimizer steps and taken up again.
     """
 
     step: int  # the rollout's number in the run, from 0
     groups: tuple[Group, ...]
     minibatch: tuple[int, ...]  # by group: in which minibatch it is learned from
-    dead: tuple[bool, ...]  # by group: no coefficient differs from zero, so it is not sent through the model
+    dead: tuple[bool, ...]  # by group: its samples have no coefficient but zero, so they do not go through the model
     advantage: Tensor  # [S] float32
     counts: tuple[Counts, ...]  # by minibatch: the denominators, over all processes
     old_logp: Tensor | None = None  # [N] None while the policy has not changed since the rollout
     ref_logp: Tensor | None = None  # [N]
     metrics: dict[str, float] = field(default_factory=dict)  # of the rollout, over all processes
     updates_done: int = 0
+    routes: tuple[Route, ...] = ()  # by group; () without a gate
+    demonstrations: tuple[DemonstrationRow | None, ...] = ()  # by group; () without a gate
+    hint_levels: dict[str, int] = field(
+        default_factory=dict
+    )  # what the run remembers of prompts once this is learned from
+
+    def demonstration(self, i: int) -> DemonstrationRow | None:
+        """The demonstration that group i is learned from."""
+        return self.demonstrations[i] if self.demonstrations else None
 
     @property
     def lengths(self) -> list[int]:
-        return [len(c.token_ids) for group in self.groups for c in group.completions]
+        return [length for length, _ in self._sequences()]
+
+    @property
+    def sampled(self) -> list[bool]:
+        """[S] whether the completion was sampled, and is no demonstration."""
+        return [sampled for _, sampled in self._sequences()]
+
+    def _sequences(self) -> list[tuple[int, bool]]:
+        """[S] (tokens, sampled)."""
+        found: list[tuple[int, bool]] = []
+        for i, group in enumerate(self.groups):
+            found += [(len(c.token_ids), True) for c in group.completions]
+            row = self.demonstration(i)
+            found += [(len(row.token_ids), False)] if row is not None else []
+        return found
 
     @property
     def tokens(self) -> int:
@@ -46,28 +80,44 @@ class RolloutBuffer:
         rows: list[RowGroup] = []
         sequence, offset = 0, 0
         for i, group in enumerate(self.groups):
+            row = self.demonstration(i)
             entries = []
-            for completion in group.completions:
-                entries.append((sequence, offset, completion.token_ids))
-                sequence, offset = sequence + 1, offset + len(completion.token_ids)
-            if (minibatch is None or self.minibatch[i] == minibatch) and not (skip_dead and self.dead[i]):
-                rows.append(RowGroup(prompt_ids=group.prompt.token_ids, completions=tuple(entries)))
+            for token_ids in [c.token_ids for c in group.completions] + ([row.token_ids] if row is not None else []):
+                entries.append((sequence, offset, token_ids))
+                sequence, offset = sequence + 1, offset + len(token_ids)
+            if minibatch is not None and self.minibatch[i] != minibatch:
+                continue
+            samples = [] if skip_dead and self.dead[i] else entries[: len(group.completions)]
+            taught = entries[len(group.completions) :]
+            if row is not None and samples and row.prompt_ids == group.prompt.token_ids:
+                samples, taught = entries, []  # one more branch of the same tree
+            if samples:
+                rows.append(RowGroup(prompt_ids=group.prompt.token_ids, completions=tuple(samples)))
+            if row is not None and taught:
+                rows.append(RowGroup(prompt_ids=row.prompt_ids, completions=tuple(taught)))
         return rows
 
     def arrays(self, device: torch.device) -> FlatArrays:
         """The buffer as flat tensors on `device`."""
         lengths = self.lengths
-        completions = [c for group in self.groups for c in group.completions]
-        sampler = [p for c in completions for p in c.sampler_logprobs]
-        prompt_of = [i for i, group in enumerate(self.groups) for _ in group.completions]
+        sampler: list[float] = []
+        truncated: list[bool] = []
+        prompt_of: list[int] = []
+        for i, group in enumerate(self.groups):
+            row = self.demonstration(i)
+            sampler += [p for c in group.completions for p in c.sampler_logprobs]
+            sampler += [math.nan] * (0 if row is None else len(row.token_ids))
+            truncated += [c.truncated for c in group.completions] + [False] * (row is not None)
+            prompt_of += [i] * (len(group.completions) + (row is not None))
         group_tokens = [sum(len(c.token_ids) for c in group.completions) for group in self.groups]
         return FlatArrays(
-            sampler_logp=torch.tensor(sampler, device=device),
+            sampler_logp=torch.tensor(sampler, dtype=torch.float32, device=device),
             old_logp=None if self.old_logp is None else self.old_logp.to(device),
             ref_logp=None if self.ref_logp is None else self.ref_logp.to(device),
             advantage=self.advantage.to(device),
-            prompt=torch.tensor(prompt_of, device=device),
-            truncated=torch.tensor([c.truncated for c in completions], device=device),
+            prompt=torch.tensor(prompt_of, dtype=torch.int64, device=device),
+            truncated=torch.tensor(truncated, dtype=torch.bool, device=device),
+            demonstration=~torch.tensor(self.sampled, dtype=torch.bool, device=device),
             group_tokens=torch.tensor(group_tokens, dtype=torch.float64, device=device),
             offsets=list(accumulate(lengths, initial=0)),
         )
@@ -83,6 +133,7 @@ class FlatArrays:
     advantage: Tensor  # [S]
     prompt: Tensor  # [S] int64
     truncated: Tensor  # [S] bool
+    demonstration: Tensor  # [S] bool
     group_tokens: Tensor  # [P] float64
     offsets: list[int]  # [S + 1]
 
@@ -101,7 +152,7 @@ class FlatArrays:
             sequence=local,
             prompt=prompt,
             truncated=self.truncated[sequences],
-            demonstration=torch.zeros_like(self.truncated[sequences]),
+            demonstration=self.demonstration[sequences],
             ref_logp=None if self.ref_logp is None else self.ref_logp[index],
             statistics=output.statistics,
             token_index=index,

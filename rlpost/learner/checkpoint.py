@@ -3,7 +3,8 @@
 checkpoints/step_000012/
     config.json model.safetensors tokenizer.json ...   Hugging Face layout: load it with transformers or vLLM
     trainer/state.json                                 counters, the sampler
-    trainer/optimizer*.pt  trainer/rank_0.pt ...       optimizer state; each process's RNGs and rollout in progress
+    trainer/optimizer.pt, trainer/zero_rank_0.pt ...   optimizer state, whole or DeepSpeed's shard of each process
+    trainer/rank_0.pt ...                              each process's RNGs and rollout in progress
     manifest.json                                      size and SHA-256 of every file; its presence marks completion
 """
 
@@ -12,9 +13,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from io import BytesIO
 from pathlib import Path
 
 from rlpost.errors import CheckpointError
@@ -26,10 +30,14 @@ MANIFEST = "manifest.json"
 class CheckpointStore:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path, keep: int, processes: Processes) -> None:
+    def __init__(self, folder: Path, keep: int, processes: Processes, *, asynchronous: bool = False) -> None:
+        """With `asynchronous`, `write` returns at once and a thread writes; to be made on all processes then."""
         self.folder = folder
         self.keep = keep
         self.processes = processes
+        self.asynchronous = asynchronous
+        self._writer = BackgroundTask() if asynchronous else None
+        self._writing = processes.apart() if asynchronous else processes
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:06d}"
@@ -43,18 +51,57 @@ class CheckpointStore:
         """Writes checkpoint `step`: `write_shared` runs on the main process, `write_own` on every process.
 
         Raises CheckpointError, on all processes alike, when any of them could not write; what was saved before stands.
+        When asynchronous, waits for the checkpoint before and raises its error; this one's comes with the next `wait`.
         """
+        if self._writer is None:
+            return self._write(step, write_shared, write_own)
+        self._writer.wait()
+        self._writer.start(lambda: self._write(step, write_shared, write_own))
+        return self.path(step)
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more. Raises CheckpointError when that failed."""
+        if self._writer is not None:
+            self._writer.wait()
+
+    def close(self) -> None:
+        """Lets what is being written be finished, at the end of a run that has failed already."""
+        try:
+            self.wait()
+        except (CheckpointError, SystemExit) as error:
+            logging.getLogger(__name__).warning("%s", error)
+
+    def recover(self) -> None:
+        """Clears away what a killed run left half written; a checkpoint caught between two renames is put back."""
+        for aside in self.folder.glob(".replaced_*"):
+            target = self.folder / aside.name.removeprefix(".replaced_")
+            if (aside / MANIFEST).is_file() and not target.exists():
+                aside.rename(target)
+            shutil.rmtree(aside, ignore_errors=True)
+        for staging in self.folder.glob(".writing_*"):
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _write(self, step: int, write_shared: Callable[[Path], None], write_own: Callable[[Path], None]) -> Path:
+        is_main = self.processes.is_main
         target = self.path(step)
         staging = self.folder / f".writing_{target.name}"
-        problem = self._guarded(lambda: self._start(staging)) if self.processes.is_main else None
+        problem = self._guarded(lambda: self._start(staging)) if is_main else None
         self._agree(problem, target)
         problem = self._guarded(lambda: write_own(staging))
-        if self.processes.is_main and problem is None:
+        if is_main and problem is None:
             problem = self._guarded(lambda: write_shared(staging))
         self._agree(problem, target, staging)
-        problem = self._guarded(lambda: self._finish(staging, target)) if self.processes.is_main else None
+        problem = self._guarded(lambda: self._finish(staging, target)) if is_main else None
         self._agree(problem, target, staging)
         return target
+
+    def set_aside_after(self, step: int) -> None:
+        """Renames later checkpoints: of a run resumed from an earlier one they are another future, not the newest."""
+        for path in self._all():
+            if int(path.name.removeprefix("step_")) > step:
+                aside = path.with_name(f"abandoned_{path.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
 
     def _start(self, staging: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed while writing
@@ -95,7 +142,7 @@ class CheckpointStore:
         return None
 
     def _agree(self, problem: str | None, target: Path, staging: Path | None = None) -> None:
-        problems = [p for p in self.processes.gather(problem) if p]
+        problems = [p for p in self._writing.gather(problem) if p]
         if not problems:
             return
         if staging is not None and self.processes.is_main:
@@ -108,6 +155,54 @@ class CheckpointStore:
                 f"Make room or choose another output_dir, then start again with resume=auto."
             )
         )
+
+
+class BackgroundTask:
+    """One action at a time in a thread; its error is raised by whoever waits for it."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, action: Callable[[], object]) -> None:
+        self._thread = threading.Thread(target=self._run, args=(action,), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread, error, self._error = None, self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BaseException as error:  # SystemExit too: it is how the processes beside the main one leave
+            self._error = error
+
+
+def file_writer(files: Mapping[str, object], *, snapshot: bool) -> Callable[[Path], None]:
+    """What writes `files` (name -> object, by `torch.save`) into a folder; with `snapshot` as they are at this moment."""
+    import torch
+
+    if not snapshot:
+
+        def write(folder: Path) -> None:
+            for name, value in files.items():
+                torch.save(value, folder / name)
+
+        return write
+    streams = {name: BytesIO() for name in files}
+    for name, value in files.items():
+        torch.save(value, streams[name])
+
+    def write_streams(folder: Path) -> None:
+        for name, stream in streams.items():
+            (folder / name).write_bytes(stream.getbuffer())
+
+    return write_streams
 
 
 def verify(path: Path) -> None:

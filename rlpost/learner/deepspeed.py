@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlpost.errors import CheckpointError, RecipeError
-from rlpost.learner.learner import StepReport
+from rlpost.learner.learner import StepReport, collect_weights
 from rlpost.learner.optimizer import learning_rate, make_optimizer
 from rlpost.learner.process import Processes
 from rlpost.policy.model import Policy
@@ -32,15 +36,20 @@ class DeepSpeedLearner:
         self.policy = policy
         self.processes = processes
         self._section = section
-        self._names = [name for name, _ in policy.causal_lm.named_parameters()]
-        config = zero_config(section, policy, launcher_settings())
+        config = zero_config(section, next(policy.parameters()).dtype, launcher_settings())
+        optimizer = _optimizer(section, policy, config)  # before the weights lose their shapes
         self.stage: int = config["zero_optimization"]["stage"]
-        self._engine, *_ = self._deepspeed.initialize(
-            model=policy,
-            optimizer=_optimizer(section, policy, config),
-            config=config,
-            dist_init_required=False,
-        )
+        with redirect_stdout(StringIO()):  # parts of DeepSpeed print
+            if self.stage == 3:
+                # Tensor by tensor, from where the model was loaded: the accelerator never holds the whole of it.
+                self._deepspeed.zero.Init(module=policy, config_dict_or_path=config)
+                _move_buffers(policy, processes.device)
+            self._engine, *_ = self._deepspeed.initialize(
+                model=policy,
+                optimizer=optimizer,
+                config=config,
+                dist_init_required=False,
+            )
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -64,36 +73,56 @@ class DeepSpeedLearner:
         """One layer's weights gathered at a time: no process ever holds the whole model."""
         return self.policy.named_weights(self._gather)
 
-    def save_own(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder / "trainer"), tag="deepspeed", save_latest=False)
+    def full_state_dict(self, *, copy: bool = False) -> dict[str, Tensor] | None:
+        if self.stage < 3 and not copy:
+            return None
+        keep = self.processes.is_main
+        if self.stage < 3:
+            return collect_weights(self.policy) if keep else None
+        return collect_weights(self.policy, self._gather, keep=keep)
 
-    def save_shared(self, folder: Path) -> None:
-        """Everything is in the processes' own files."""
+    def own_state(self) -> dict[str, Any]:
+        """This process's shard, as DeepSpeed's own optimizer gives it.
+
+        Not through `engine.save_checkpoint`, which is collective: one process with a full disk would leave the others
+        waiting for it. What else that saves, weights and counters, is in the checkpoint already or not used.
+        """
+        return {self._file: {"stage": self.stage, "optimizer": self._engine.optimizer.state_dict()}}
+
+    def shared_state(self) -> dict[str, Any]:
+        return {}
 
     def load(self, folder: Path, *, world: int) -> None:
         if world != self.processes.world:
             raise CheckpointError(
-                f"{folder} holds DeepSpeed ZeRO-{self.stage} state of {world} processes and cannot be spread over "
+                f"{folder} holds the DeepSpeed state of {world} processes, which cannot be spread over "
                 f"{self.processes.world}. Start {world} processes, or begin a new run from its weights with "
                 f"model.path={folder}."
             )
-        if not (folder / "trainer" / "deepspeed").is_dir():
+        file = folder / "trainer" / self._file
+        if not file.is_file():
             raise CheckpointError(
                 f"{folder} was not saved by DeepSpeed. Start with the launch configuration that the run had, or begin a "
                 f"new run from its weights with model.path={folder}."
             )
-        self._engine.load_checkpoint(str(folder / "trainer"), tag="deepspeed")
+        saved = torch.load(file, weights_only=False, map_location="cpu")  # the manifest has vouched for it
+        if saved["stage"] != self.stage:
+            raise CheckpointError(
+                f"{folder} was saved by DeepSpeed ZeRO-{saved['stage']}; this is ZeRO-{self.stage}, which cuts the state "
+                f"into other pieces. Start with the launch configuration that the run had, or begin a new run from its "
+                f"weights with model.path={folder}."
+            )
+        optimizer = self._engine.optimizer
+        shards = [None] * world
+        shards[self.processes.rank] = saved["optimizer"]
+        with redirect_stdout(StringIO()):
+            optimizer.load_state_dict(shards, load_optimizer_states=True, load_from_fp32_weights=True)
+        if self.stage == 3:
+            optimizer.checkpoint_event_epilogue()  # small weights are kept whole on every process: gather them again
 
-    def full_state_dict(self) -> dict[str, Tensor] | None:
-        """The policy's weights on the CPU of the main process; collective. None where the module has them all anyway."""
-        if self.stage < 3:
-            return None
-        state: dict[str, Tensor] = {}
-        for name, parameter in self.policy.model.named_parameters():
-            with self._gather([parameter]):
-                if self.processes.is_main:
-                    state[name] = parameter.detach().cpu().clone()
-        return state
+    @property
+    def _file(self) -> str:
+        return f"zero_rank_{self.processes.rank}.pt"
 
     def _gather(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[object]:
         return self._deepspeed.zero.GatheredParameters(list(parameters), enabled=self.stage == 3)
@@ -112,51 +141,92 @@ def import_deepspeed() -> ModuleType:
     from deepspeed.ops import __compatible_ops__ as buildable
 
     buildable["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # skipped steps are in our own reports
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     return deepspeed
 
 
-def launcher_settings() -> dict[str, Any]:
+def _move_buffers(policy: Policy, device: torch.device) -> None:
+    for buffer in policy.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def launcher_settings() -> dict[str, str]:
     """What accelerate's launcher handed on of the `deepspeed_config` in the launch file."""
     prefix = "ACCELERATE_DEEPSPEED_"
     return {k.removeprefix(prefix).lower(): v for k, v in os.environ.items() if k.startswith(prefix)}
 
 
-def zero_config(section: LearnerSection, policy: Policy, launcher: dict[str, Any]) -> dict[str, Any]:
+def zero_stage() -> int:
+    """The ZeRO stage of the launch file."""
+    return zero_section(launcher_settings())["stage"]
+
+
+def zero_section(launcher: Mapping[str, str]) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization` from the launch file, whose `deepspeed_config_file` comes first."""
+    zero: dict[str, Any] = {
+        "stage": int(launcher.get("zero_stage", 2)),
+        "overlap_comm": torch.cuda.is_available(),
+    }
+    for part in ("offload_optimizer", "offload_param"):
+        device = launcher.get(f"{part}_device", "none")
+        if device != "none":
+            zero[part] = {"device": device, "pin_memory": torch.cuda.is_available()}
+    zero |= _config_file(launcher).get("zero_optimization", {})
+    if zero["stage"] not in (1, 2, 3):
+        raise RecipeError(
+            f"zero_stage is {zero['stage']} in the launch configuration; it must be 1, 2 or 3. For plain data parallelism "
+            f"use launch/gpus.yaml."
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device", "none") not in ("none", "cpu"):
+            raise RecipeError(
+                f"{part}_device is {zero[part]['device']} in the launch configuration; rlpost saves and resumes what lies "
+                f"in memory, so it must be none or cpu."
+            )
+    return zero
+
+
+def zero_config(section: LearnerSection, dtype: torch.dtype, launcher: Mapping[str, str]) -> dict[str, Any]:
     """DeepSpeed's configuration from the launch file and the recipe.
 
-    A `deepspeed_config_file` in the launch file is taken as it is; batch sizes, clipping and precision are the recipe's.
+    A `deepspeed_config_file` in the launch file is taken as it is, except for what the recipe says: batch sizes,
+    clipping, the optimizer, its schedule, and precision. Raises RecipeError.
     """
-    from_file: dict[str, Any] = {}
-    file = launcher.get("config_file", "none")
-    if file != "none":
-        import json
-
-        try:
-            from_file = json.loads(Path(file).read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise RecipeError(
-                f"deepspeed_config_file {file} of the launch configuration cannot be read: {error}"
-            ) from error
-    dtype = next(policy.parameters()).dtype
-    zero = {"stage": int(launcher.get("zero_stage", 2)), "overlap_comm": torch.cuda.is_available()}
-    device = launcher.get("offload_optimizer_device", "none")
-    if device != "none":
-        zero["offload_optimizer"] = {"device": device, "pin_memory": torch.cuda.is_available()}
-    device = launcher.get("offload_param_device", "none")
-    if device != "none":
-        zero["offload_param"] = {"device": device, "pin_memory": torch.cuda.is_available()}
+    zero = zero_section(launcher)
+    config = {k: v for k, v in _config_file(launcher).items() if k not in _OF_THE_RECIPE}
+    bf16 = dtype == torch.bfloat16
+    if bf16 and zero["stage"] > 1:  # the sum of many small micro-batches in bfloat16 would lose the later ones
+        config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     return {
-        **from_file,
+        **config,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": section.max_grad_norm or 0.0,
-        "zero_optimization": {**zero, **from_file.get("zero_optimization", {})},
-        "bf16": {"enabled": dtype == torch.bfloat16},
+        "zero_optimization": zero,
+        # Master weights in float32; a step with a gradient that is not finite is skipped, as DeepSpeed does in float32.
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+
+
+# What a recipe decides, and a DeepSpeed file may hold for other trainers ("auto" for the most part).
+_OF_THE_RECIPE = ("optimizer", "scheduler", "fp16", "bf16", "train_batch_size", "zero_optimization")
+
+
+def _config_file(launcher: Mapping[str, str]) -> dict[str, Any]:
+    file = launcher.get("config_file", "none")
+    if file == "none":
+        return {}
+    try:
+        return json.loads(Path(file).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise RecipeError(
+            f"deepspeed_config_file {file} of the launch configuration cannot be read: {error}"
+        ) from error
 
 
 def _optimizer(section: LearnerSection, policy: Policy, config: dict[str, Any]) -> torch.optim.Optimizer:

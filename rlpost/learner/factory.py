@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import os
 
+import torch
+
 from rlpost.learner.learner import DataParallelLearner, Learner
 from rlpost.learner.process import Processes
 from rlpost.policy.model import Policy
 from rlpost.recipe.learner import LearnerSection
+from rlpost.recipe.model import ModelSection
 
 
 def make_learner(policy: Policy, section: LearnerSection, processes: Processes) -> Learner:
     """DeepSpeed when the launcher's configuration says so (`distributed_type: DEEPSPEED`), else plain data parallelism."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if uses_deepspeed():
         from rlpost.learner.deepspeed import DeepSpeedLearner
 
         return DeepSpeedLearner(policy, section, processes)
     return DataParallelLearner(policy, section, processes)
+
+
+def loading_device(model: ModelSection, processes: Processes) -> torch.device:
+    """Where the policy is loaded: under ZeRO-3 on the host, from which the learner takes it over tensor by tensor, so that
+    no accelerator ever holds the whole of it."""
+    if not uses_deepspeed() or model.attention == "flash_attention_2":  # whose kernels exist on the accelerator only
+        return processes.device
+    from rlpost.learner.deepspeed import zero_stage
+
+    return torch.device("cpu") if zero_stage() == 3 else processes.device
+
+
+def uses_deepspeed() -> bool:
+    """Whether the launch configuration asks for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from rlpost.experience import TokenRows
 from rlpost.learner.optimizer import learning_rate, make_optimizer
 from rlpost.learner.process import Processes
 from rlpost.policy.model import Policy
+from rlpost.policy.weights import Gather, gather_nothing
 from rlpost.recipe.learner import LearnerSection
 
 OPTIMIZER = "optimizer.pt"
@@ -52,16 +53,17 @@ class Learner(Protocol):
         """The policy's full weights under Hugging Face names, one at a time."""
         ...
 
-    def full_state_dict(self) -> dict[str, Tensor] | None:
-        """The policy's weights on the main process where its module does not hold them all; collective."""
+    def full_state_dict(self, *, copy: bool = False) -> dict[str, Tensor] | None:
+        """The policy's weights on the CPU of the main process, where its module does not hold them or `copy` says so;
+        collective."""
         ...
 
-    def save_own(self, folder: Path) -> None:
-        """Writes this process's part of the optimizer state below `folder`/trainer; collective."""
+    def own_state(self) -> dict[str, Any]:
+        """This process's part of the optimizer state, by file name below `trainer`; not copied."""
         ...
 
-    def save_shared(self, folder: Path) -> None:
-        """Writes what is the same on all processes; called on the main process."""
+    def shared_state(self) -> dict[str, Any]:
+        """What is the same on all processes, by file name; the main process asks for it."""
         ...
 
     def load(self, folder: Path, *, world: int) -> None:
@@ -106,14 +108,14 @@ class DataParallelLearner:
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self.policy.named_weights()
 
-    def full_state_dict(self) -> dict[str, Tensor] | None:
-        return None
+    def full_state_dict(self, *, copy: bool = False) -> dict[str, Tensor] | None:
+        return collect_weights(self.policy) if copy and self.processes.is_main else None
 
-    def save_own(self, folder: Path) -> None:
-        """The optimizer state is the same everywhere."""
+    def own_state(self) -> dict[str, Any]:
+        return {}
 
-    def save_shared(self, folder: Path) -> None:
-        torch.save(self._optimizer.state_dict(), folder / "trainer" / OPTIMIZER)
+    def shared_state(self) -> dict[str, Any]:
+        return {OPTIMIZER: self._optimizer.state_dict()}
 
     def load(self, folder: Path, *, world: int) -> None:
         if not (folder / "trainer" / OPTIMIZER).is_file():
@@ -153,6 +155,25 @@ def _buckets(tensors: Sequence[Tensor], elements: int = 32 * 1024 * 1024) -> Ite
         size += tensor.numel()
     if bucket:
         yield bucket
+
+
+@torch.no_grad()
+def collect_weights(policy: Policy, gather: Gather = gather_nothing, *, keep: bool = True) -> dict[str, Tensor]:
+    """Copies on the CPU of what `policy.save` writes (of a policy with an adapter: the adapter), tensor by tensor.
+
+    A process that does not `keep` them still takes part in gathering.
+    """
+    state: dict[str, Tensor] = {}
+    for name, parameter in policy.model.named_parameters():
+        if policy.has_adapter and "lora_" not in name:
+            continue
+        with gather([parameter]):
+            if keep:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    if keep and not policy.has_adapter:
+        persistent = policy.model.state_dict().keys()
+        state |= {n: b.detach().to("cpu", copy=True) for n, b in policy.model.named_buffers() if n in persistent}
+    return state
 
 
 @torch.no_grad()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import time
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
@@ -10,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlpost import errors
 from rlpost.errors import RlpostError, TrainingError
 
 T = TypeVar("T")
@@ -82,6 +85,7 @@ class Processes:
         """For an error that all processes know of: the main one raises it, the others leave quietly with its exit code."""
         if self.is_main:
             raise error
+        time.sleep(errors.LAST_WORD_S)
         raise SystemExit(error.exit_code)
 
     def any(self, flag: bool) -> bool:
@@ -91,6 +95,13 @@ class Processes:
     def maximum(self, number: int) -> int:
         """The largest of the processes' numbers."""
         return max(self.gather(number))
+
+    def apart(self) -> Processes:
+        """The same processes with a channel of their own, for a thread beside the run's; collective."""
+        other = copy.copy(self)
+        if self.world > 1:
+            other._group = dist.new_group(backend="gloo")
+        return other
 
     def barrier(self) -> None:
         """Waits for all processes."""

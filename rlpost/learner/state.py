@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import torch
 
 from rlpost.errors import CheckpointError
 from rlpost.learner.buffer import RolloutBuffer
-from rlpost.learner.checkpoint import verify
+from rlpost.learner.checkpoint import file_writer, verify
 from rlpost.learner.rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
@@ -28,30 +28,29 @@ class RunState:
     sampler: dict[str, Any] | None = None  # of the prompt sampler, after the rollout in `buffer`
     buffer: RolloutBuffer | None = None  # a rollout of which some optimizer steps are still to be taken
     accuracy_before: float | None = None
+    hint_levels: dict[str, int] = field(default_factory=dict)  # by prompt id: GHPO's memory of hard prompts
 
 
 def save_checkpoint(parts: Parts, state: RunState) -> Path:
-    """Writes checkpoint `state.optimizer_step`; collective over all processes. Raises CheckpointError."""
-    weights: list[dict[str, torch.Tensor] | None] = []
+    """Writes checkpoint `state.optimizer_step`; collective over all processes. Raises CheckpointError.
+
+    With `checkpoint.asynchronous` everything is copied into memory here and written while the run goes on.
+    """
+    learner, processes, later = parts.learner, parts.processes, parts.store.asynchronous
+    weights = learner.full_state_dict(copy=later)
+    own = {"rng": rng_state(), "buffer": state.buffer, "method": parts.updater.state_dict()}
+    write_own = file_writer({f"rank_{processes.rank}.pt": own, **learner.own_state()}, snapshot=later)
+    write_trainer = file_writer(learner.shared_state() if processes.is_main else {}, snapshot=later)
+    counters = {k: v for k, v in asdict_shallow(state).items() if k != "buffer"}
+    counters |= {"world": processes.world, "in_rollout": state.buffer is not None, "recipe": parts.recipe.name}
+    counters_text = json.dumps(counters, indent=1)
 
     def write_shared(folder: Path) -> None:
-        parts.learner.policy.save(folder, parts.tokenizer, state_dict=weights[0])
-        parts.learner.save_shared(folder)
-        counters = {k: v for k, v in asdict_shallow(state).items() if k != "buffer"}
-        counters |= {
-            "world": parts.processes.world,
-            "in_rollout": state.buffer is not None,
-            "recipe": parts.recipe.name,
-        }
-        (folder / "trainer" / "state.json").write_text(json.dumps(counters, indent=1))
+        learner.policy.save(folder, parts.tokenizer, state_dict=weights)
+        write_trainer(folder / "trainer")
+        (folder / "trainer" / "state.json").write_text(counters_text)
 
-    def write_own(folder: Path) -> None:
-        weights.append(parts.learner.full_state_dict())
-        parts.learner.save_own(folder)
-        own = {"rng": rng_state(), "buffer": state.buffer, "method": parts.updater.state_dict()}
-        torch.save(own, folder / "trainer" / f"rank_{parts.processes.rank}.pt")
-
-    return parts.store.write(state.optimizer_step, write_shared, write_own)
+    return parts.store.write(state.optimizer_step, write_shared, lambda folder: write_own(folder / "trainer"))
 
 
 def load_checkpoint(path: Path, parts: Parts) -> RunState:

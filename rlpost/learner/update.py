@@ -15,6 +15,7 @@ from rlpost.learner.buffer import RolloutBuffer, micro_batches
 from rlpost.learner.curvature_check import CurvatureCheck
 from rlpost.learner.learner import Learner
 from rlpost.learner.optimizer import learning_rate
+from rlpost.learner.pair_rows import pair_batches
 from rlpost.methods.capo import CurvatureTracker
 from rlpost.methods.context import StepContext
 from rlpost.methods.estimator import compute_coefficients, needs_statistics
@@ -39,7 +40,8 @@ class Updater:
 
     def rows(self, buffer: RolloutBuffer, minibatch: int | None, *, skip_dead: bool = True) -> list[TokenRows]:
         """The micro-batches of a minibatch (None: of the whole rollout)."""
-        return micro_batches(
+        make = micro_batches if self.method.pairs is None else pair_batches
+        return make(
             buffer.row_groups(minibatch, skip_dead=skip_dead),
             layout=self.layout,
             micro_batch_tokens=self.section.micro_batch_tokens,

@@ -69,10 +69,18 @@ class CurvatureTracker:
         self._observed_steps = 0
         self._peak = 0.0
         self._limits_per_unit: dict[str, float] = {}
+        self._latest: tuple[TokenView, float, Curvature] | None = None
 
     def predict(self, view: TokenView, context: StepContext) -> Curvature:
-        """m_F, m_H and s of the view's tokens for a step at the context's learning rate. Chunked: holds
-        chunk_tokens x k x d at the most."""
+        """m_F, m_H and s of the view's tokens for a step at the context's learning rate. Chunked: holds two tensors of
+        chunk_tokens x k x d at the most. The last view's answer is kept until `accumulate`, which asks again."""
+        if self._latest is not None and self._latest[0] is view and self._latest[1] == context.learning_rate:
+            return self._latest[2]
+        curvature = self._predict(view, context)
+        self._latest = (view, context.learning_rate, curvature)
+        return curvature
+
+    def _predict(self, view: TokenView, context: StepContext) -> Curvature:
         statistics = _statistics(view)
         if self.mask.step == "sgd":
             square = (statistics.hidden * context.logit_slope).square().sum(-1)
@@ -123,14 +131,13 @@ class CurvatureTracker:
         counted = moved_tokens(view)
         if self._calibrating and context.learning_rate > 0:
             self._observe(self.predict(view, context), counted, context)
+        self._latest = None
         if self.mask.step != "adam":
             return
         statistics, accepted = _statistics(view), coefficients.keep & counted
-        for part in self._chunks(view.logp.numel()):
-            chosen = accepted[part]
-            ids, p, own = _top(view, statistics, part)
-            slope = view.advantage[part].to(p.dtype)[:, None] * (own.to(p.dtype) - p)
-            self._pending.add(ids[chosen], slope[chosen], statistics.hidden[part][chosen] * context.logit_slope)
+        ids, p, own = _top(view, statistics, slice(None))
+        slope = view.advantage.to(p.dtype)[:, None] * (own.to(p.dtype) - p)
+        self._pending.add(ids[accepted], slope[accepted], statistics.hidden[accepted] * context.logit_slope)
 
     def finish_step(self, context: StepContext, all_reduce: AllReduce | None = None) -> None:
         """Updates moments and calibration after the optimizer's step; every process must call it.
@@ -140,6 +147,7 @@ class CurvatureTracker:
         if self.mask.step == "adam":
             self.moments.apply(*self._pending.total(all_reduce))
             self._pending = self._new_means()
+        self._latest = None  # it was judged by the moments before this step
         self._peak = max(self._peak, context.learning_rate)
         if self._calibrating and context.learning_rate > 0:
             self._finish_observation(all_reduce)
@@ -195,7 +203,7 @@ class CurvatureTracker:
         self.moments.load_state_dict(state["moments"])
         self._observed, self._observed_steps = dict(state["observed"]), int(state["observed_steps"])
         self._peak, self._limits_per_unit = float(state["peak"]), dict(state["limits_per_unit"])
-        self._pending, self._histograms = self._new_means(), {}
+        self._pending, self._histograms, self._latest = self._new_means(), {}, None
 
 
 def make_tracker(

@@ -17,6 +17,8 @@ from rlpost.gradient.reduction import token_weights
 from rlpost.gradient.shaping import equal_rewards, overlong_penalty, sum_rewards
 from rlpost.gradient.types import Coefficients, Counts, StatisticsRequest, TokenView
 from rlpost.methods.context import StepContext
+from rlpost.methods.dpo import pair_coefficients
+from rlpost.methods.imitation import demonstration_coefficient, demonstration_weights, loss_parts, sample_factor
 from rlpost.methods.masking import accepted_tokens
 from rlpost.recipe.method import MethodSection
 
@@ -94,24 +96,36 @@ def compute_coefficients(
 ) -> Coefficients:
     """The coefficients of a view's tokens (see `rlpost.gradient.loss`): pure, detached, free of the view's boundaries.
 
-    Tokens of demonstrations get coefficient = advantage: no ratio, clip, correction, mask or KL acts on them.
+    Tokens of demonstrations get what `gate` says, by default coefficient = advantage: no ratio, clip, correction, mask or
+    KL acts on them.
     """
+    if method.pairs is not None:
+        return pair_coefficients(method.pairs, view, counts, method.correction)
     with torch.no_grad():
         demonstration = view.demonstration[view.sequence]
         ratio = importance_ratio(method.ratio, view)
         limited = limit_ratio(method.clip, ratio, view.advantage)
         correction, mismatch = sampler_correction(method.correction, view)
-        policy = torch.where(demonstration, view.advantage, limited.weight * correction * view.advantage)
+        sampled = limited.weight * correction * view.advantage
+        factor = sample_factor(method.gate, view)
+        sampled = sampled if factor is None else sampled * factor
+        policy = torch.where(demonstration, demonstration_coefficient(method.gate, view), sampled)
         keep, masking = accepted_tokens(method, view, context)
         zero = torch.zeros_like(policy)
         entropy = torch.full_like(policy, method.entropy.coefficient)
-        coefficient = policy + torch.where(demonstration, zero, _kl_term(method, view))
+        coefficient = torch.where(keep, policy + torch.where(demonstration, zero, _kl_term(method, view)), zero)
+        weight = token_weights(method.reduction, view, counts, keep)
+        metrics = {**_policy_metrics(view, ratio, limited, ~demonstration), **mismatch, **masking}
+        if method.gate is not None:
+            weight = torch.where(demonstration, demonstration_weights(method.gate, view, counts, weight), weight)
+            entropy = entropy if method.gate.entropy else torch.where(demonstration, zero, entropy)
+            metrics |= loss_parts(view, coefficient, weight)
         return Coefficients(
-            coefficient=torch.where(keep, coefficient, zero),
+            coefficient=coefficient,
             entropy_coefficient=torch.where(keep, entropy, zero),
-            weight=token_weights(method.reduction, view, counts, keep),
+            weight=weight,
             keep=keep,
-            metrics={**_policy_metrics(view, ratio, limited, ~demonstration), **mismatch, **masking},
+            metrics=metrics,
         )
 
 

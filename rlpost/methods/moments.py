@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 AllReduce = Callable[[Tensor], Tensor]  # the elementwise sum over all processes, the same on each of them
 
@@ -22,7 +23,8 @@ class RowTable:
 
     def gather(self, ids: Tensor) -> Tensor:
         """[..., d] rows of `ids` [...]."""
-        return self.data[self.slot[ids]]
+        rows = self.data.index_select(0, self.slot[ids].flatten())  # several times faster than data[slots] on a CPU
+        return rows.view(*ids.shape, self.data.shape[1])
 
     def open(self, ids: Tensor) -> Tensor:
         """[U] slots of the distinct `ids` [U], made where there were none."""
@@ -63,16 +65,22 @@ class MomentRows:
         return self._first.gather(ids), self._second.gather(ids)
 
     def candidate_shift(self, ids: Tensor, slope: Tensor, hidden: Tensor, learning_rate: float) -> Tensor:
-        """u [n, k]: the logit shifts of the next Adam step if row ids[n, k] had gradient slope[n, k] * hidden[n].
+        """u [n, k]: the logit shifts of the next Adam step if row ids[n, k] had gradient g = slope[n, k] * hidden[n].
 
-        Holds a few [n, k, d] tensors: call it in chunks of tokens. The sign is that of ascent.
+        u = lr sum_d h M' / (sqrt(V') + eps), with M' = (b1 M + (1 - b1) g) / (1 - b1^t) and V' alike from g^2. The signs
+        are those of ascent. Holds two [n, k, d] tensors: call it in chunks of tokens. Constant factors are moved out of
+        the sum, so that every element is touched as few times as possible.
         """
         (b1, b2), t = self.betas, self.steps + 1
-        first, second = self.rows(ids)
-        gradient = slope[..., None] * hidden[:, None, :]
-        step = (b1 * first).add_(gradient, alpha=1 - b1).div_(1 - b1**t)
-        size = (b2 * second).add_(gradient.square_(), alpha=1 - b2).div_(1 - b2**t).sqrt_().add_(self.eps)
-        return learning_rate * step.div_(size).mul_(hidden[:, None, :]).sum(-1)
+        # With betas of 0 there is no history; a tiny number in their place keeps the factors finite.
+        keep1, keep2 = max(b1, 1e-30) / (1 - b1**t), max(b2, 1e-30) / (1 - b2**t)
+        new1, new2 = (1 - b1) / (1 - b1**t), (1 - b2) / (1 - b2**t)
+        step, size = self.rows(ids)
+        step.addcmul_(slope[..., None], hidden[:, None], value=new1 / keep1)
+        size.addcmul_(slope.square()[..., None], hidden.square()[:, None], value=new2 / keep2)
+        size.sqrt_().add_(self.eps / keep2**0.5)
+        scale = learning_rate * keep1 / keep2**0.5
+        return step.div_(size).mul_(hidden[:, None]).sum(-1).mul_(scale)
 
     def unit(self) -> float:
         """Size of the next step of a row without history, in learning rates: c(t) of the method's page; 1 for large t."""
@@ -84,8 +92,11 @@ class MomentRows:
         b1, b2 = self.betas
         gradient = gradient.to(self._first.data.dtype)
         first, second = self._first.open(ids), self._second.open(ids)
-        self._first.data[first] = b1 * self._first.data[first] + (1 - b1) * gradient
-        self._second.data[second] = b2 * self._second.data[second] + (1 - b2) * gradient**2
+        for table, slots, new, decay in (
+            (self._first.data, first, gradient, b1),
+            (self._second.data, second, gradient**2, b2),
+        ):
+            table.index_copy_(0, slots, table.index_select(0, slots).mul_(decay).add_(new, alpha=1 - decay))
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -113,15 +124,25 @@ class RowMeans:
         self._counts = torch.zeros(vocabulary, dtype=torch.float64, device=device)
 
     def add(self, ids: Tensor, slope: Tensor, hidden: Tensor) -> None:
-        """Adds slope[n, k] * hidden[n] to row ids[n, k], for all n and k; ids are distinct within a token n."""
-        rows, place = ids.unique(return_inverse=True)
-        if not rows.numel():
+        """Adds slope[n, k] * hidden[n] to row ids[n, k], for all n and k; ids are distinct within a token n.
+
+        A sparse [U, n] times dense [n, d] product: nothing of size n x k x d, and each row is written once.
+        """
+        if not ids.numel():
             return
-        share = slope.new_zeros(rows.numel(), ids.shape[0])
-        share[place, torch.arange(ids.shape[0], device=ids.device)[:, None].expand_as(place)] = slope
+        flat = ids.flatten()
+        counts = torch.bincount(flat, minlength=self._counts.numel())
+        rows = counts.nonzero().squeeze(1)
+        order = flat.argsort(stable=True)  # by row, within a row by token
+        starts = counts[rows].cumsum(0) - counts[rows]
+        weights = slope.flatten()[order].to(hidden.dtype)
+        part = functional.embedding_bag(
+            order // ids.shape[1], hidden, starts, mode="sum", per_sample_weights=weights
+        )  # row u is the weighted sum of its tokens' hidden states
         slots = self._sums.open(rows)  # first: it may replace the table
-        self._sums.data[slots] += (share @ hidden).to(self._sums.data.dtype)
-        self._counts += torch.bincount(ids.flatten(), minlength=self._counts.numel()).double()
+        table = self._sums.data
+        table.index_copy_(0, slots, table.index_select(0, slots).add_(part.to(table.dtype)))
+        self._counts += counts
 
     def total(self, all_reduce: AllReduce | None) -> tuple[Tensor, Tensor]:
         """(ids [U] ascending, means [U, d]), the same on every process. Exchanges touched rows only."""

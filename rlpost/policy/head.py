@@ -58,7 +58,7 @@ def chunked_head(
         d logp_t / dz_j = [j = t] - p_j        dH / dz_j = -p_j (log p_j + H)
     """
     rule = LogitRule(temperature, logit_scale, softcap)
-    return _ChunkedHead.apply(hidden, weight, bias, target, rule, chunk)
+    return _ChunkedHead.apply(hidden, weight, bias, target, rule, chunk, None)
 
 
 @torch.no_grad()
@@ -77,29 +77,78 @@ def head_statistics(
     Shapes as in `chunked_head`; k is cut to the vocabulary's size, and None leaves the scores out.
     """
     rule = rule or LogitRule()
-    n = target.shape[0]
-    kept = None if k is None else min(k, weight.shape[0])
-    sum_p2, sum_p3 = hidden.new_empty(n, dtype=torch.float32), hidden.new_empty(n, dtype=torch.float32)
-    ids = None if kept is None else target.new_empty(n, kept)
-    top = None if kept is None else hidden.new_empty(n, kept, dtype=torch.float32)
+    collected = _Collected(hidden, target, k, weight.shape[0])
     for part, scores in _score_chunks(hidden, weight, bias, rule, chunk, _product_dtype(hidden, weight)):
-        if ids is not None and top is not None and kept is not None:
-            ids[part], top[part] = _top_with_target(scores, target[part], kept)
-        p = scores.sub_(scores.logsumexp(-1, keepdim=True)).exp_()
-        squares = p.square()
-        sum_p2[part] = squares.sum(-1)
-        sum_p3[part] = squares.mul_(p).sum(-1)
-    return HeadStatistics(sum_p2, sum_p3, hidden.detach().float(), ids, top)
+        collected.take_scores(part, scores)
+        collected.take_probabilities(part, scores.sub_(scores.logsumexp(-1, keepdim=True)).exp_())
+    return HeadStatistics(*collected.tensors())
+
+
+class _Collected:
+    """The tensors of `HeadStatistics`, filled chunk after chunk.
+
+    On a CPU a chunk is gone through a few rows at a time: they stay in the cache from one operation to the next.
+    """
+
+    def __init__(self, hidden: Tensor, target: Tensor, k: int | None, vocabulary: int) -> None:
+        n = target.shape[0]
+        self.hidden, self.target = hidden.detach().float(), target
+        self.k = None if k is None else min(k, vocabulary)
+        self.sum_p2, self.sum_p3 = (hidden.new_empty(n, dtype=torch.float32) for _ in range(2))
+        self.ids = None if self.k is None else target.new_empty(n, self.k)
+        self.top = None if self.k is None else hidden.new_empty(n, self.k, dtype=torch.float32)
+        self._rows = 16 if hidden.device.type == "cpu" else None
+
+    def take_scores(self, part: slice, scores: Tensor) -> None:
+        """z [c, V] of the tokens `part`; left as it is."""
+        if self.ids is None or self.top is None or self.k is None:
+            return
+        for rows, some in self._split(part, scores):
+            self.ids[rows], self.top[rows] = _top_with_target(some, self.target[rows], self.k)
+
+    def take_probabilities(self, part: slice, p: Tensor) -> None:
+        """softmax(z) [c, V] of the tokens `part`; left as it is."""
+        for rows, some in self._split(part, p):
+            squares = some.square()
+            self.sum_p2[rows] = squares.sum(-1)
+            self.sum_p3[rows] = squares.mul_(some).sum(-1)
+
+    def tensors(self) -> list[Tensor]:
+        """In the order of `HeadStatistics`, without those that were not asked for."""
+        everything = (self.sum_p2, self.sum_p3, self.hidden, self.ids, self.top)
+        return [tensor for tensor in everything if tensor is not None]
+
+    def _split(self, part: slice, chunk: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        step = self._rows or max(1, chunk.shape[0])
+        for start in range(0, chunk.shape[0], step):
+            some = chunk[start : start + step]
+            yield slice(part.start + start, part.start + start + some.shape[0]), some
 
 
 def _top_with_target(scores: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """(ids [c, k], scores [c, k]): the largest first; the target takes the last place if it is not among them."""
-    top, ids = scores.topk(k, dim=-1)
+    top, ids = _largest(scores, k)
     absent = ~(ids == target[:, None]).any(-1)
     ids[:, -1] = torch.where(absent, target, ids[:, -1])
     own = scores.gather(-1, target[:, None]).squeeze(-1)
     top[:, -1] = torch.where(absent, own, top[:, -1])
     return ids, top
+
+
+def _largest(scores: Tensor, k: int, block: int = 64) -> tuple[Tensor, Tensor]:
+    """(values [c, k], ids [c, k]) as `topk`, largest first. The k largest lie in the k blocks with the largest maxima (and
+    in the rest that fills no block), so that only those are searched."""
+    whole = scores.shape[1] // block * block
+    if whole < 8 * k * block:
+        return scores.topk(k, dim=-1)
+    blocks = scores[:, :whole].unflatten(-1, (-1, block))
+    best = blocks.amax(-1).topk(k, dim=-1, sorted=False).indices
+    found = torch.cat(
+        [blocks[torch.arange(best.shape[0], device=best.device)[:, None], best].flatten(1), scores[:, whole:]], 1
+    )
+    top, place = found.topk(k, dim=-1)
+    inside = best.gather(-1, (place // block).clamp(max=k - 1)) * block + place % block
+    return top, torch.where(place < k * block, inside, place - k * block + whole)
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -135,20 +184,35 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, rule: LogitRule, chunk: int
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        rule: LogitRule,
+        chunk: int,
+        collected: _Collected | None,
+    ) -> tuple[Tensor, ...]:
         product = _product_dtype(hidden, weight)
         exact = torch.promote_types(product, torch.float32)
         normalizer = hidden.new_empty(hidden.shape[0], dtype=exact)
         logp, entropy = torch.empty_like(normalizer), torch.empty_like(normalizer)
         for part, scores in _score_chunks(hidden, weight, bias, rule, chunk, product):
+            if collected is not None:
+                collected.take_scores(part, scores)
             normalizer[part] = scores.logsumexp(-1)
             logq = scores.sub_(normalizer[part, None])
             logp[part] = logq.gather(-1, target[part, None]).squeeze(-1)
-            entropy[part] = -logq.exp().mul_(logq).sum(-1)
+            p = logq.exp()
+            if collected is not None:
+                collected.take_probabilities(part, p)
+            entropy[part] = -p.mul_(logq).sum(-1)
+            del p, logq, scores  # before the next chunk's are made
         ctx.save_for_backward(hidden, target, normalizer, entropy)
         ctx.weight, ctx.bias, ctx.rule, ctx.chunk, ctx.product = weight, bias, rule, chunk, product
-        return logp, entropy
+        more = [] if collected is None else collected.tensors()
+        ctx.mark_non_differentiable(*more)
+        return logp, entropy, *more
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -177,7 +241,7 @@ class _ChunkedHead(torch.autograd.Function):
                     grad_weight += raw.t() @ hidden[part].to(product)
         bias_out = grad_bias.to(bias.dtype) if grad_bias is not None else None
         weight_out = grad_weight.to(weight.dtype) if grad_weight is not None else None
-        return grad_hidden, weight_out, bias_out, None, None, None
+        return grad_hidden, weight_out, bias_out, None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,21 +265,7 @@ class ScoringLinear(nn.Linear):
     def forward(self, input: Tensor, request: HeadRequest | None = None) -> Any:
         if request is None:
             return super().forward(input)
-        rule = request.rule
-        scored = chunked_head(
-            input,
-            self.weight,
-            self.bias,
-            request.target,
-            temperature=rule.temperature,
-            chunk=request.chunk,
-            softcap=rule.softcap,
-            logit_scale=rule.scale,
-        )
-        if not request.statistics:
-            return scored
-        more = head_statistics(
-            input, self.weight, request.target, request.statistics_k, request.chunk, bias=self.bias, rule=rule
-        )
-        tensors = (more.sum_p2, more.sum_p3, more.hidden, more.top_ids, more.top_logits)
-        return *scored, *(tensor for tensor in tensors if tensor is not None)
+        collected = None
+        if request.statistics:
+            collected = _Collected(input, request.target, request.statistics_k, self.weight.shape[0])
+        return _ChunkedHead.apply(input, self.weight, self.bias, request.target, request.rule, request.chunk, collected)

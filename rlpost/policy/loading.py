@@ -53,6 +53,7 @@ def load_config(section: ModelSection, path: str) -> tuple[PreTrainedConfig, tup
 
 def load_causal_lm(section: ModelSection, path: str, config: PreTrainedConfig) -> PreTrainedModel:
     """The causal LM in training mode, on the CPU, with a `ScoringLinear` as output layer."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if section.attention == "flash_attention_2" and section.dtype == "float32" and section.autocast == "none":
@@ -69,7 +70,7 @@ def load_causal_lm(section: ModelSection, path: str, config: PreTrainedConfig) -
                 attn_implementation=config._attn_implementation or section.attention,
                 trust_remote_code=section.trust_remote_code,
             )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise RecipeError(_cannot_load(path, error)) from error
     return prepare(causal_lm, gradient_checkpointing=section.gradient_checkpointing)
 

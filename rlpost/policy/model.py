@@ -83,6 +83,11 @@ class Policy(nn.Module):
         return self.causal_lm.config
 
     @property
+    def context_window(self) -> int | None:
+        """How many tokens the model can attend to; None where its configuration does not say."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def device(self) -> torch.device:
         return self.causal_lm.device
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from rlpost.recipe.base import Section
+from rlpost.recipe.preference import PreferenceSource
 
 
 class DatasetSource(Section):
@@ -22,7 +23,13 @@ class DatasetSource(Section):
     prompt: str = "prompt"
     """The column with the question: a string, or a list of chat messages."""
     demonstration: str | None = None
-    """The column with a worked solution, for methods that learn from solutions."""
+    """The column with a worked solution, for methods that learn from solutions: a string, or chat messages of which the
+    last one counts."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Further columns for reward functions, by their new name; dots lead into a column's fields, such as
+    `{answer: reward_model.ground_truth}`."""
+    system: Literal["keep", "drop"] = "keep"
+    """What becomes of the system message of prompts that are chats."""
     limit: PositiveInt | None = None
     """Use only the first so many rows."""
 
@@ -61,7 +68,9 @@ class ArithmeticSource(Section):
     """The question's wording."""
 
 
-Source = Annotated[DatasetSource | ReasoningGymSource | ArithmeticSource, Field(discriminator="type")]
+Source = Annotated[
+    DatasetSource | ReasoningGymSource | ArithmeticSource | PreferenceSource, Field(discriminator="type")
+]
 
 
 class DataSection(Section):
@@ -79,7 +88,16 @@ class DataSection(Section):
     """Prompts longer than this (after the chat template) are `too_long`. Never cut."""
     too_long: Literal["drop", "refuse"] = "drop"
     """What becomes of prompts longer than `max_prompt_tokens`: drop them (counted and reported) or refuse to start."""
+    max_demonstration_tokens: PositiveInt | None = None
+    """Longer worked solutions are not learned from by `method.gate`; null: `rollout.max_completion_tokens`."""
+    long_demonstrations: Literal["drop", "refuse"] = "drop"
+    """What becomes of worked solutions longer than that: leave their prompts to RL (counted) or refuse to start."""
     shuffle: bool = True
     """Shuffle anew in every epoch, from the run's seed."""
     template_options: dict[str, Any] = Field(default_factory=dict)
     """Extra keywords for the chat template, such as `{enable_thinking: false}`."""
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether training data are preference pairs, so that nothing is sampled."""
+        return isinstance(self.train, PreferenceSource)

@@ -53,6 +53,9 @@ class CheckpointSection(Section):
     """Save every so many optimizer steps; 0: only at the end and at Ctrl-C."""
     keep: PositiveInt = 2
     """How many checkpoints are kept."""
+    asynchronous: bool = False
+    """Copy the state into host memory and write it while the run goes on. Needs room for a second copy of weights and
+    optimizer state."""
 
 
 class EvaluationSection(Section):

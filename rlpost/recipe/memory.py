@@ -67,7 +67,7 @@ def estimate(recipe: Recipe, size: ModelSize, *, processes: int = 1, zero_stage:
     chunk = min(recipe.learner.head_chunk_tokens, recipe.learner.micro_batch_tokens)
     formula = f"{chunk} tokens x {size.vocabulary} words x 3 copies x 4 bytes"
     lines.append(MemoryLine("head chunk", 12 * chunk * size.vocabulary, formula))
-    return lines + _engine(recipe, size)
+    return lines + ([] if recipe.data.has_pairs else _engine(recipe, size))
 
 
 def cache_per_token(recipe: Recipe, size: ModelSize) -> int:
@@ -94,7 +94,9 @@ def _weights(recipe: Recipe, size: ModelSize, trained: int, processes: int, stag
         lines.append(line("AdamW state", trained, 2 * width, stage >= 1))
     if recipe.model.dtype == "float32" and recipe.model.autocast == "bfloat16":
         lines.append(line("autocast copies", size.parameters, 2, False))
-    if recipe.method.kl.coefficient > 0 and recipe.model.lora is None:
+    pairs = recipe.method.pairs
+    live = pairs is not None and (pairs.reference == "live" or not recipe.data.has_pairs)
+    if (recipe.method.kl.coefficient > 0 or live) and recipe.model.lora is None:
         lines.append(line("reference model", size.parameters, width, stage >= 3))
     return lines
 

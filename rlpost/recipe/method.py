@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from rlpost.recipe.base import Section
+from rlpost.recipe.guidance import Gate, HintGuidance, SftFirstGate, describe_gate, describe_guidance
 from rlpost.recipe.masks import CurvatureMask, Mask, ProbabilityMask, RandomMask
+from rlpost.recipe.preference import PairsSection, describe_pairs
 from rlpost.recipe.presets import fill_preset
 
 
@@ -153,6 +155,13 @@ class MethodSection(Section):
     """Replacement of groups without signal."""
     overlong: OverlongSection = Field(default_factory=OverlongSection)
     """Treatment of truncated completions."""
+    guidance: HintGuidance | None = None
+    """GHPO: hints for prompts that no completion solved; null: none. Needs demonstrations."""
+    gate: Gate | None = None
+    """HPT and its relatives: which prompts are learned from their demonstration; null: none. Needs demonstrations."""
+    pairs: PairsSection | None = None
+    """DPO and RPO: learn from pairs of a chosen and a rejected response; null: none. From a data set (`data.train` of type
+    `preference`), or from the best and the worst completion of every sampled group."""
 
     @model_validator(mode="before")
     @classmethod
@@ -170,6 +179,11 @@ class MethodSection(Section):
     def curvature(self) -> CurvatureMask | None:
         """The curvature mask that acts, or that a control mask is matched to."""
         return next(iter(_curvature_masks(self)), None)
+
+    @property
+    def needs_demonstrations(self) -> bool:
+        """Whether the method learns from worked solutions."""
+        return self.guidance is not None or self.gate is not None
 
 
 def _curvature_masks(method: MethodSection) -> list[CurvatureMask]:
@@ -217,6 +231,28 @@ def _rules(m: MethodSection) -> list[tuple[bool, str]]:
             "correction.min must be below correction.max",
         ),
         (
+            m.gate is not None and m.dynamic_sampling.enabled,
+            "gate and dynamic_sampling.enabled contradict each other: one learns from the solutions of unsolved prompts, the "
+            "other replaces these prompts by others. Set dynamic_sampling.enabled to false, or gate to null",
+        ),
+        (
+            m.guidance is not None and isinstance(m.gate, SftFirstGate) and m.guidance.cold_start < m.gate.rollouts,
+            "guidance.cold_start must be at least gate.rollouts: nothing is sampled in the rollouts of SFT",
+        ),
+        *[
+            (
+                m.pairs is not None and wrong,
+                f"pairs and {slot} cannot act together: a pair's coefficients come from both its responses. Set {slot} to {to}",
+            )
+            for slot, wrong, to in (
+                ("gate", m.gate is not None, "null"),
+                ("guidance", m.guidance is not None, "null"),
+                ("masks", bool(m.masks), "[]"),
+                ("kl.coefficient", m.kl.coefficient != 0, "0 (pairs.beta ties the policy to its reference)"),
+                ("entropy.coefficient", m.entropy.coefficient != 0, "0"),
+            )
+        ],
+        (
             len(set(_curvature_masks(m))) > 1,
             "masks: more than one curvature mask; there is one tracker of moments, so give one (controls must match it)",
         ),
@@ -226,7 +262,15 @@ def _rules(m: MethodSection) -> list[tuple[bool, str]]:
 def describe_order(method: MethodSection) -> list[str]:
     """The filled slots in the order in which they act, for `rlpost plan`."""
     m, adv, kl, fix = method, method.advantage, method.kl, method.correction
+    if m.pairs is not None:
+        return describe_pairs(m.pairs)
     steps: list[tuple[bool, str]] = [
+        *[(True, text) for text in (describe_guidance(m.guidance) if m.guidance is not None else [])],
+        (
+            m.dynamic_sampling.enabled,
+            f"groups of equal rewards sampled anew, at most {m.dynamic_sampling.max_rounds} rounds",
+        ),
+        (m.gate is not None, describe_gate(m.gate, m.guidance is not None) if m.gate is not None else ""),
         (
             m.overlong.penalty > 0,
             f"reward -= up to {m.overlong.penalty:g} in the last {m.overlong.buffer:.0%} of the limit",
@@ -234,10 +278,6 @@ def describe_order(method: MethodSection) -> list[str]:
         (
             kl.where == "reward" and kl.coefficient > 0,
             f"reward -= {kl.coefficient:g} * KL to the reference ({kl.estimator})",
-        ),
-        (
-            m.dynamic_sampling.enabled,
-            f"groups of equal rewards sampled anew, at most {m.dynamic_sampling.max_rounds} rounds",
         ),
         (True, f"advantage: centre {adv.center}, scale {adv.scale} ({adv.combine})"),
         (m.ratio.level != "none", f"ratio per {m.ratio.level}, clip {_describe_clip(m.clip)}"),

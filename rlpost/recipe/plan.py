@@ -118,10 +118,12 @@ def leaves_as_json(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _batch(recipe: Recipe, processes: int) -> Batch:
     rollout, learner = recipe.rollout, recipe.learner
-    completions = rollout.prompts_per_step * rollout.completions_per_prompt
+    completions = 0 if recipe.data.has_pairs else rollout.prompts_per_step * rollout.completions_per_prompt
     per_process = math.ceil(rollout.prompts_per_step / processes)
     per_update = math.ceil(per_process / learner.minibatches)
     g, limit = rollout.completions_per_prompt, rollout.max_completion_tokens
+    if recipe.method.pairs is not None:
+        g = 2  # whatever is sampled, a prompt is learned from as a pair
     # A tree row has the prompt once per group, other rows once per completion.
     prompts = per_update * (1 if learner.layout == "tree" else g)
     tokens = prompts * recipe.data.max_prompt_tokens + per_update * g * limit
@@ -131,7 +133,7 @@ def _batch(recipe: Recipe, processes: int) -> Batch:
         processes=processes,
         prompts_per_step=rollout.prompts_per_step,
         prompts_per_process=per_process,
-        completions_per_prompt=g,
+        completions_per_prompt=0 if recipe.data.has_pairs else rollout.completions_per_prompt,
         completions_per_step=completions,
         tokens_sampled_per_step=completions * limit,
         tokens_per_process_and_update=tokens,
@@ -145,11 +147,17 @@ def _batch(recipe: Recipe, processes: int) -> Batch:
 
 
 def _order(recipe: Recipe) -> tuple[str, ...]:
+    if recipe.data.has_pairs:
+        return ("take pairs, and the reference's log-probs of them", *describe_order(recipe.method))
     steps = [
         "sample completions",
         "score: " + (" + ".join(_reward(r.weight, r.name or r.function) for r in recipe.rewards) or "nothing"),
     ]
+    if recipe.method.pairs is not None:
+        steps.append("pair the best completion of every group with its worst")
     steps += describe_order(recipe.method)
+    if recipe.method.pairs is not None:
+        return tuple(steps)
     if recipe.learner.minibatches * recipe.learner.epochs == 1 and recipe.method.clip.type == "ppo":
         steps.append("(one update per rollout: the ratio is 1 and the clip never acts)")
     return tuple(steps)
@@ -182,10 +190,14 @@ def _print_batch(console: Console, b: Batch) -> None:
         if b.data_epochs is None
         else f"{b.data_epochs:.2f} ({b.training_prompts} prompts)"
     )
-    lines = [
+    sampled = [
         f"{b.processes} process(es) x {b.prompts_per_process} prompts x {b.completions_per_prompt} completions "
         f"= {b.completions_per_step} completions a step",
         f"at most {b.tokens_sampled_per_step:,} tokens sampled a step",
+    ]
+    given = [f"{b.processes} process(es) x {b.prompts_per_process} = {b.prompts_per_step} preference pairs a step"]
+    lines = [
+        *(sampled if b.completions_per_step else given),
         f"at most {b.tokens_per_process_and_update:,} tokens per process and update, "
         f"in about {b.micro_batches_per_update} micro-batches",
         f"{b.rollouts} rollouts x {b.updates_per_rollout} updates = {b.optimizer_steps} optimizer steps",

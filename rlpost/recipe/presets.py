@@ -30,6 +30,12 @@ _REINFORCE: Slots = {
 }
 _CURVATURE: Slots = {"masks": [{"type": "curvature", "step": "adam"}]}  # arXiv 2510.00819; limits calibrated
 
+_HINTS: Slots = {"guidance": {"type": "hint"}}  # arXiv 2507.10628
+# arXiv 2509.04419. Its text and its code disagree on nearly all of the RL part; the shared core is a centred reward.
+_GATE: Slots = {"gate": {"type": "solve_rate"}}
+
+_RPO: Slots = {"pairs": {"loss": "sigmoid", "beta": 0.01, "sft": {"type": "sum", "eta": 0.005}}}
+
 _OVERLAYS: dict[str, tuple[Slots, ...]] = {
     "grpo": (),
     "dr_grpo": (_DR_GRPO,),
@@ -61,6 +67,29 @@ _OVERLAYS: dict[str, tuple[Slots, ...]] = {
     "capo": (_CURVATURE,),
     "dr_capo": (_DR_GRPO, _CURVATURE),
     "rein_capo": (_REINFORCE, _CURVATURE),
+    "ghpo": (_HINTS,),
+    "ghpo_released": (  # hkgc-1/GHPO: token mean, raw prefixes of characters, and its loss on bare prompts
+        _HINTS,
+        {"guidance": {"snap": False, "condition": "released"}, "reduction": {"type": "token"}},
+    ),
+    "hpt": (_GATE, {"advantage": {"scale": "none"}}),  # every prompt weighs the same, whichever way it goes
+    "hpt_paper": (_GATE, {"reduction": {"type": "constant", "constant": 1}}),  # eq. 7-13: RL summed over tokens
+    "hpt_released": (  # TsinghuaC3I/Unify-Post-Training; 64 = the sequences of a process, which it sums over
+        _GATE,
+        {
+            "advantage": {"scale": "none"},
+            "clip": {"type": "none"},
+            "correction": {"action": "none"},
+            "entropy": {"coefficient": 0.001},
+            "reduction": {"type": "constant", "constant": 8192},
+            "gate": {"rl_weight": 64.0, "reduction": "token", "balance": "parts", "entropy": True},
+        },
+    ),
+    "dpo": ({"pairs": {"loss": "sigmoid", "beta": 0.1}},),  # arXiv 2305.18290
+    "rpo": (_RPO,),  # arXiv 2405.16436, the loss of its main text, with the values of its Zephyr beta series
+    "rpo_average": (  # the same, its appendix F: the mean log-prob of each response, not multiplied by beta
+        {"pairs": {"loss": "sigmoid", "beta": 0.5, "sft": {"type": "sequence_mean", "weight": 0.2}}},
+    ),
 }
 
 

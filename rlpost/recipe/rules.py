@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from rlpost.errors import RecipeError, RewardError
 from rlpost.recipe.data import ArithmeticSource, DatasetSource, ReasoningGymSource, Source
+from rlpost.recipe.pair_rules import pair_problems
+from rlpost.recipe.preference import PreferenceSource
 from rlpost.recipe.rollout import VllmEngine
 from rlpost.recipe.root import Recipe
 
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
     from rlpost.recipe.load import LoadedRecipe
 
 _DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
-_NO_SAMPLING = ("sft", "dpo", "rpo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def training_prompts(recipe: Recipe) -> int | None:
 
 def _group_of_one(r: Recipe, _: Setting) -> Iterator[str]:
     center = r.method.advantage.center
-    if r.rollout.completions_per_prompt == 1 and center in ("group", "leave_one_out"):
+    if r.method.pairs is None and r.rollout.completions_per_prompt == 1 and center in ("group", "leave_one_out"):
         yield (
             f"rollout.completions_per_prompt=1 with method.advantage.center={center}: a completion compared with "
             "itself has no advantage, so nothing would be learned. Sample at least 2 per prompt, or use center batch or none"
@@ -136,7 +137,7 @@ def _evaluation(r: Recipe, _: Setting) -> Iterator[str]:
             f"evaluation.prompts={e.prompts} but data.held_out=0 and no data.eval: there is nothing to evaluate on. "
             "Set data.held_out or data.eval, or switch evaluation off with evaluation.prompts=0"
         )
-    if not any(reward.accuracy for reward in r.rewards):
+    if not r.data.has_pairs and not any(reward.accuracy for reward in r.rewards):
         yield (
             f"evaluation.prompts={e.prompts} but no reward has accuracy=true, so nothing says which answers are right. "
             "Set accuracy=true on the reward that does, or switch evaluation off with evaluation.prompts=0"
@@ -144,7 +145,7 @@ def _evaluation(r: Recipe, _: Setting) -> Iterator[str]:
 
 
 def _rewards(r: Recipe, s: Setting) -> Iterator[str]:
-    if not r.rewards and r.method.preset not in _NO_SAMPLING:
+    if not r.rewards and not r.data.has_pairs:
         yield f"rewards is empty, but method.preset={r.method.preset} learns from rewards. Name at least one function"
     from rlpost.scoring.load import check_arguments, load_reward
 
@@ -197,6 +198,38 @@ def _flash_attention(r: Recipe, _: Setting) -> Iterator[str]:
         yield "model.attention=flash_attention_2 needs a CUDA GPU, and torch sees none here. Use model.attention=sdpa"
 
 
+def _solutions(r: Recipe, _: Setting) -> Iterator[str]:
+    if not r.method.needs_demonstrations:
+        return
+    slots = " and ".join(f"method.{name}" for name in ("guidance", "gate") if getattr(r.method, name) is not None)
+    train = r.data.train
+    if isinstance(train, DatasetSource) and train.demonstration is None:
+        yield (
+            f"{slots} learns from worked solutions, but data.train.demonstration is null: no column of {train.path} is "
+            "mapped. Name the column that holds them, such as data.train.demonstration=solution"
+        )
+    if isinstance(train, ReasoningGymSource):
+        from rlpost.data.solutions import SOLVERS
+
+        if train.task not in SOLVERS:
+            yield (
+                f"{slots} learns from worked solutions, but data.train.task={train.task} comes without. Tasks with "
+                f"solutions: {', '.join(SOLVERS)}"
+            )
+    if not any(reward.accuracy for reward in r.rewards):
+        yield (
+            f"{slots} needs to know which completions are right, but no reward has accuracy=true. Set it on the one that "
+            "says so"
+        )
+    longest = r.data.max_prompt_tokens + (r.data.max_demonstration_tokens or 0)
+    if r.method.gate is not None and r.learner.micro_batch_tokens < longest:
+        yield (
+            f"learner.micro_batch_tokens={r.learner.micro_batch_tokens} is less than data.max_prompt_tokens="
+            f"{r.data.max_prompt_tokens} plus data.max_demonstration_tokens={r.data.max_demonstration_tokens}: the longest "
+            f"worked solution would not fit. Set learner.micro_batch_tokens to at least {longest}, or lower a limit"
+        )
+
+
 def _resume(r: Recipe, _: Setting) -> Iterator[str]:
     if r.resume != "never" and r.overwrite:
         yield f"resume={r.resume} with overwrite=true: one goes on from what the other deletes. Set one of them only"
@@ -208,7 +241,7 @@ def _resume(r: Recipe, _: Setting) -> Iterator[str]:
 
 def _files(r: Recipe, _: Setting) -> Iterator[str]:
     for key, source in (("data.train", r.data.train), ("data.eval", r.data.eval)):
-        if isinstance(source, DatasetSource) and source.path.lower().endswith(_DATA_ENDINGS):
+        if isinstance(source, DatasetSource | PreferenceSource) and source.path.lower().endswith(_DATA_ENDINGS):
             path = Path(source.path).expanduser()
             if not path.is_file() and not (has_magic(source.path) and _matches(source.path)):
                 yield f"{key}.path={source.path}: there is no such file (looked in {Path.cwd()}). Correct the path"
@@ -276,6 +309,8 @@ RULES: tuple[Rule, ...] = (
     _group_of_one,
     _division,
     _row_fits,
+    pair_problems,
+    _solutions,
     _warmup,
     _evaluation,
     _data_size,

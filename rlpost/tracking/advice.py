@@ -120,6 +120,20 @@ def _mismatch(rows: Sequence[MetricRow]) -> Iterator[Advice]:
         )
 
 
+def _chosen_falls(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+    """Preference training's over-optimisation: pairs are told apart better while both responses become less likely. The
+    log-ratio to the reference starts at 0 and, unlike the log-prob, does not depend on which pairs a batch holds."""
+    fall, accuracy = _recent(rows, "pairs/chosen_log_ratio_per_token"), _recent(rows, "pairs/accuracy")
+    start = number(rows[0], "pairs/accuracy")
+    if fall is not None and accuracy is not None and start is not None and fall < -0.01 and accuracy > start + 0.05:
+        yield Advice(
+            "chosen-falls",
+            f"Accuracy rose from {start:.2f} to {accuracy:.2f} while chosen responses became less likely ({fall:.3f} nats a "
+            "token against the reference), the sign of over-optimisation: use RPO's SFT term or raise its coefficient "
+            "(method.pairs.sft.eta, or .weight), raise method.pairs.beta, or stop earlier.",
+        )
+
+
 def _gradient(rows: Sequence[MetricRow]) -> Iterator[Advice]:
     key = "optimizer/grad_norm"
     if key in rows[-1] and number(rows[-1], key) is None:
@@ -162,6 +176,7 @@ _RULES: tuple[Callable[[Sequence[MetricRow]], Iterator[Advice]], ...] = (
     _entropy,
     _clip,
     _mismatch,
+    _chosen_falls,
     _gradient,
 )
 

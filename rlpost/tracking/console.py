@@ -25,6 +25,9 @@ _FIELDS = (
     ("reward", "reward/mean", ".3f"),
     ("length", "completions/length_mean", ".0f"),
     ("loss", "optimizer/loss", ".4g"),
+    ("pair loss", "pairs/loss", ".4f"),
+    ("pair accuracy", "pairs/accuracy", ".2f"),
+    ("margin", "pairs/margin", ".3g"),
     ("grad", "optimizer/grad_norm", ".3g"),
 )
 

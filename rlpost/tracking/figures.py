@@ -68,6 +68,7 @@ def draw_all(rows: Sequence[MetricRow], folder: Path) -> list[Picture]:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [_draw_line(line, train, folder) for line in LINES[:1]]
     pictures.append(_draw_accuracy(held_out, folder))
+    pictures.append(_draw_pairs(train, held_out, folder))
     pictures += [_draw_line(line, train, folder) for line in LINES[1:]]
     pictures.append(_draw_time(train, folder))
     pictures += [_draw_group(group, keys, train, folder) for group, keys in extra_groups(train).items()]
@@ -132,6 +133,26 @@ def _draw_accuracy(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
             axes.legend(loc="lower right", ncols=min(4, len(found)))
 
     return _single(folder / "accuracy.png", "Held-out accuracy", draw)
+
+
+def _draw_pairs(train: Sequence[MetricRow], held_out: Sequence[MetricRow], folder: Path) -> Picture | None:
+    """The over-optimisation curve of preference training: the mean log-prob of chosen responses (RPO's figures 1 and 4)."""
+    steps, values = series(train, "pairs/chosen_logp")
+    if not steps:
+        return None
+    sides = (("chosen", BLUE), ("rejected", RED))
+    found = [(side, color, *series(held_out, f"eval/{side}_logp")) for side, color in sides]
+
+    def draw(axes: Any) -> None:
+        _curve(axes, steps, values, SKY, labels=False)
+        axes.lines[-1].set_label("chosen, training batches")
+        for side, color, where, numbers in found:
+            if where:
+                axes.plot(where, numbers, marker="o", markersize=5, color=color, linewidth=2, label=f"{side}, held out")
+        axes.set_ylabel("nats per response")
+        axes.legend(loc="best", fontsize=9)
+
+    return _single(folder / "chosen_logp.png", "Log-prob of chosen responses", draw)
 
 
 def _draw_time(rows: Sequence[MetricRow], folder: Path) -> Picture | None:

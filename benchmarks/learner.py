@@ -1,0 +1,193 @@
+"""rlpost's learner on frozen rollouts: layouts, precisions, dead groups, and each mechanism switched off by itself.
+
+    python -m benchmarks.learner --model FOLDER            # CPU, SmolLM2-135M: about an hour on two cores
+    python -m benchmarks.learner --model FOLDER --scale small --repeats 1
+    python -m benchmarks.learner --gpu qwen-1.5b           # random weights of that size on a CUDA device
+
+Every number comes from a process of its own; cases take turns within a repeat. The first step is dropped. Tokens per
+second: useful = completion tokens of the whole rollout (skipped groups included: they are dealt with, too), real =
+positions that are not padding, padded = all positions sent through the model. MFU (GPU only) counts 6 x parameters a
+real token, attention left out, over the device's dense bfloat16 peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.frozen import RolloutSpec, make_rollout
+from benchmarks.measure import fresh_process, machine, show, spread, table, write_result
+from benchmarks.models import QWEN, make_qwen, vocabulary_of
+from benchmarks.worker import Job
+
+# Dense bfloat16 peaks in TFLOP/s by what the device's name contains, from the makers' data sheets.
+PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
+FULL = RolloutSpec(prompts=4, completions=8, prompt_tokens=96, max_completion_tokens=384, mean_tokens=128)
+SMALL = RolloutSpec(prompts=2, completions=8, prompt_tokens=32, max_completion_tokens=96, mean_tokens=32)
+GPU = RolloutSpec(prompts=16, completions=8, prompt_tokens=256, max_completion_tokens=2048, mean_tokens=768)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One line of the table. `part`: layouts (the grid) or ablation (one mechanism off)."""
+
+    part: str
+    name: str
+    dead_share: float
+    setting: dict[str, Any]
+
+
+def cases_of(budget: int, shares: list[float]) -> list[Case]:
+    """The grid of layout x precision x share of dead groups, then the default with one mechanism taken away at a time."""
+    grid = [
+        Case("layouts", f"{layout}, {dtype}", share, {"layout": layout, **precision, "micro_batch_tokens": budget})
+        for share in shares
+        for layout in ("tree", "sorted", "padded")
+        for dtype, precision in PRECISIONS.items()
+    ]
+    base: dict[str, Any] = {"micro_batch_tokens": budget}
+    ablations: dict[str, dict[str, Any]] = {
+        "default (tree, skipping, chunked head)": {},
+        "sorted rows instead of trees": {"layout": "sorted"},
+        "padded rows instead of trees": {"layout": "padded"},
+        "dead groups not skipped": {"skip_dead": False},
+        "full logits instead of chunks": {"head": "full"},
+        "all three off": {"layout": "padded", "skip_dead": False, "head": "full"},
+    }
+    return grid + [Case("ablation", name, 0.5, {**base, **change}) for name, change in ablations.items()]
+
+
+PRECISIONS: dict[str, dict[str, str]] = {
+    "bf16 autocast": {"autocast": "bfloat16"},
+    "fp32": {"autocast": "none"},
+}
+
+
+def measure(cases: list[Case], base: RolloutSpec, model: str, args: argparse.Namespace) -> list[list[dict[str, Any]]]:
+    """[case] -> one result a repeat."""
+    found: list[list[dict[str, Any]]] = [[] for _ in cases]
+    for repeat in range(args.repeats):
+        order = range(len(cases)) if repeat % 2 == 0 else reversed(range(len(cases)))
+        for i in order:
+            spec = replace(base, dead_share=cases[i].dead_share)
+            job = Job("rlpost", model, spec.as_dict(), cases[i].setting, steps=args.steps, threads=args.threads)
+            found[i].append(fresh_process(job, threads=args.threads))
+            seconds = found[i][-1]["wall_s"][-1]
+            print(f"repeat {repeat + 1} {cases[i].part} {cases[i].name}: {seconds:.2f} s", flush=True)
+    return found
+
+
+def summarise(case: Case, results: list[dict[str, Any]], useful: float, peak_tflops: float | None) -> dict[str, Any]:
+    """Medians and ranges over processes, and rates from the median wall time."""
+    wall = spread([sum(r["wall_s"]) / len(r["wall_s"]) for r in results])
+    first, seconds = results[0], wall["median"]
+    summary: dict[str, Any] = {
+        "part": case.part,
+        "name": case.name,
+        "dead_share": case.dead_share,
+        "setting": case.setting,
+        "cpu_s": spread([sum(r["cpu_s"]) / len(r["cpu_s"]) for r in results]),
+        "wall_s": wall,
+        "peak_mib": spread([r["peak_mib"] for r in results]),
+        "useful_per_s": useful / seconds,
+        "real_per_s": first["real"] / seconds,
+        "padded_per_s": first["padded"] / seconds,
+        "padding_share": 1 - first["real"] / first["padded"],
+        "micro_batches": first["micro_batches"],
+    }
+    if peak_tflops:
+        summary["mfu"] = 6 * first["parameters"] * first["real"] / seconds / (peak_tflops * 1e12)
+    return summary
+
+
+def render(rows: list[dict[str, Any]], part: str, clock: str) -> str:
+    """One part as a table; `clock`: cpu_s or wall_s."""
+    chosen = [row for row in rows if row["part"] == part]
+    base = chosen[0][clock]["median"]
+    with_mfu = any("mfu" in row for row in chosen)
+    head = ["case", "dead", "s a step", "x first line", "useful/s", "real/s", "padded/s", "padding", "peak GiB"]
+    lines = [
+        [
+            row["name"],
+            f"{row['dead_share']:.0%}",
+            show(row[clock]),
+            f"{row[clock]['median'] / base:.2f}",
+            *(f"{row[key]:.0f}" for key in ("useful_per_s", "real_per_s", "padded_per_s")),
+            f"{row['padding_share']:.0%}",
+            f"{row['peak_mib']['median'] / 1024:.2f}",
+            *([f"{row['mfu']:.1%}"] if with_mfu else []),
+        ]
+        for row in chosen
+    ]
+    return table([*head, "MFU"] if with_mfu else head, lines)
+
+
+def device_peak() -> float | None:
+    """Dense bfloat16 TFLOP/s of the CUDA device, where known."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder in Hugging Face layout")
+    parser.add_argument("--gpu", choices=list(QWEN), help="random weights of this size, long completions; needs CUDA")
+    parser.add_argument("--scale", choices=["full", "small"], default="full")
+    parser.add_argument("--part", choices=["layouts", "ablation"], help="only this part")
+    parser.add_argument("--dead", type=float, nargs="+", default=[0.0, 0.5], help="shares of dead groups")
+    parser.add_argument("--micro-batch-tokens", type=int, help="positions a pass; 4096, on a GPU 16384")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=3, help="per process; the first is dropped")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/learner.json"))
+    args = parser.parse_args()
+    if (args.model is None) == (args.gpu is None):
+        parser.error("give exactly one of --model and --gpu")
+    return args
+
+
+def main() -> int:
+    args = arguments()
+    described, peak = machine(), device_peak()
+    if args.gpu and "gpu" not in described:
+        print("--gpu needs a CUDA device, and torch sees none; use --model on a CPU.", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(make_qwen(args.gpu, Path(folder))) if args.gpu else str(Path(args.model).resolve())
+        scale = GPU if args.gpu else FULL if args.scale == "full" else SMALL
+        base = replace(scale, vocabulary=vocabulary_of(model))
+        budget = args.micro_batch_tokens or (16384 if args.gpu else 4096)
+        cases = [case for case in cases_of(budget, args.dead) if args.part in (None, case.part)]
+        found = measure(cases, base, model, args)
+    useful = make_rollout(base).counts()["completion"]
+    rows = [summarise(case, results, useful, peak) for case, results in zip(cases, found, strict=True)]
+    clock = "wall_s" if args.gpu else "cpu_s"
+    for part in dict.fromkeys(case.part for case in cases):
+        print(f"\n{part}\n{render(rows, part, clock)}")
+    result = {
+        "what": "rlpost's optimizer step on frozen rollouts",
+        "model": args.gpu or Path(model).name,
+        "rollout": base.as_dict(),
+        "tokens": make_rollout(base).counts(),
+        "clock": clock,
+        "repeats": args.repeats,
+        "steps_counted": args.steps - 1,
+        "threads": args.threads,
+        "peak_tflops": peak,
+        "machine": described,
+        "rows": rows,
+    }
+    write_result(args.output, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

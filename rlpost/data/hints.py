@@ -1,0 +1,186 @@
+"""Hints: the beginning of a worked solution, cut where it hurts nothing, and the prompt that shows it."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from rlpost.experience import Message, Prompt
+from rlpost.recipe.guidance import HintGuidance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A LaTeX command, a number (sign, thousands, decimals, fraction, exponent, percent), or a word.
+_ATOM = re.compile(
+    r"\\(?:[A-Za-z]+\*?|.)"
+    r"|[-+]?\d+(?:(?:[.,/]|\{,\}|\\,)\d+)*(?:[eE][-+]?\d+)?(?:\\?%)?"
+    r"|[^\W\d_]+(?:['’-][^\W\d_]+)*",
+    re.DOTALL,
+)
+# A step ends with its line, or with a sentence.
+_STEP = re.compile(r"\n+|(?<=[.!?])[ \t]+(?=[^\s])")
+_BRACES = {"{": "}", "[": "]"}
+
+
+def cut_hint(
+    text: str,
+    ratio: float,
+    unit: str = "characters",
+    *,
+    snap: bool = True,
+    token_ends: Sequence[int] | None = None,
+) -> str:
+    """The first round(n * ratio) of the text's n units; the whole text only for ratio 1.
+
+    `snap` shortens the result further until it cuts no word, number or LaTeX command (a command's arguments belong to
+    it). `token_ends` (needed by `unit: tokens`) are the places in `text` where its tokens end. White space at the end is
+    dropped. May be empty.
+    """
+    if ratio >= 1:
+        return text.rstrip()
+    ends = _unit_ends(text, unit, token_ends)
+    count = min(round(len(ends) * ratio), len(ends) - 1)
+    if count <= 0:
+        return ""
+    end = ends[count - 1]
+    if snap:
+        end = safe_end(text, end)
+    return text[:end].rstrip() if snap else text[:end]
+
+
+def _unit_ends(text: str, unit: str, token_ends: Sequence[int] | None) -> Sequence[int]:
+    """Where the units of a text end."""
+    if unit == "characters":
+        return range(1, len(text) + 1)
+    if unit == "tokens":
+        if token_ends is None:
+            raise ValueError("hints by tokens need `token_ends`")
+        return token_ends
+    text = text.rstrip()
+    if unit == "lines":
+        ends = [match.end() for match in re.finditer(r"\n+", text) if match.start()]
+    else:
+        atoms = _atoms(text)
+        ends = [m.end() for m in _STEP.finditer(text) if m.start() and _cut_by(atoms, m.start()) is None]
+    return [*ends, len(text)]
+
+
+def safe_end(text: str, end: int) -> int:
+    """The last place at or before `end` that lies inside no word, number or LaTeX command."""
+    cut = _cut_by(_atoms(text), end)
+    return end if cut is None else cut
+
+
+def _cut_by(atoms: Sequence[tuple[int, int]], place: int) -> int | None:
+    """The start of the atom that `place` lies inside of, or None."""
+    before = bisect_left(atoms, place, key=lambda atom: atom[0]) - 1
+    return atoms[before][0] if before >= 0 and place < atoms[before][1] else None
+
+
+def _atoms(text: str) -> list[tuple[int, int]]:
+    """[start, end) of what must not be cut, in order; a LaTeX command reaches to the end of its last argument."""
+    found: list[tuple[int, int]] = []
+    place = 0
+    while match := _ATOM.search(text, place):
+        start, stop = match.span()
+        if match[0].startswith("\\") and match[0][1:2].isalpha():
+            stop = _arguments_end(text, stop)
+        found.append((start, stop))
+        place = stop
+    return found
+
+
+def _arguments_end(text: str, place: int) -> int:
+    """Where the bracketed arguments, sub- and superscripts that begin at `place` end."""
+    while place < len(text):
+        if text[place] in "^_" and text[place + 1 : place + 2] == "{":
+            after = _bracket_end(text, place + 1)
+        elif text[place] in _BRACES:
+            after = _bracket_end(text, place)
+        else:
+            break
+        if after is None:
+            break
+        place = after
+    return place
+
+
+def _bracket_end(text: str, place: int) -> int | None:
+    """The place behind the bracket that closes the one at `place`; None when there is none."""
+    opening, closing = text[place], _BRACES[text[place]]
+    depth, i = 0, place
+    while i < len(text):
+        if text[i] == "\\":
+            i += 2
+            continue
+        depth += (text[i] == opening) - (text[i] == closing)
+        if depth == 0:
+            return i + 1
+        i += 1
+    return None
+
+
+@dataclass(slots=True)
+class Hinter:
+    """Makes hinted prompts: tokenised as they will be sampled from."""
+
+    section: HintGuidance
+    tokenizer: PreTrainedTokenizerBase
+    max_prompt_tokens: int
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def hint(self, prompt: Prompt, ratio: float) -> str:
+        """The hint that a prompt's demonstration gives; empty without a demonstration or where nothing is left."""
+        if prompt.demonstration is None or ratio <= 0:
+            return ""
+        text = prompt.demonstration.text
+        ends = self._token_ends(text) if self.section.unit == "tokens" else None
+        return cut_hint(text, ratio, self.section.unit, snap=self.section.snap, token_ends=ends)
+
+    def __call__(self, prompts: Sequence[Prompt], ratio: float) -> list[Prompt | None]:
+        """Every prompt with a hint; None where there is no hint, or where it does not fit `max_prompt_tokens`.
+
+        The hinted prompt has the same id and columns, and knows the bare one as its `origin`.
+        """
+        hints = [self.hint(prompt, ratio) for prompt in prompts]
+        wanted = [(prompt, hint) for prompt, hint in zip(prompts, hints, strict=True) if hint]
+        made = iter(self._hinted(wanted))
+        found = [next(made) if hint else None for hint in hints]
+        return [p if p is not None and len(p.token_ids) <= self.max_prompt_tokens else None for p in found]
+
+    def _hinted(self, wanted: Sequence[tuple[Prompt, str]]) -> list[Prompt]:
+        if not wanted:
+            return []
+        if self.section.place == "assistant":
+            # The turn that the template has opened is continued, so the prompt's own tokens stay as they are.
+            more = self.tokenizer([hint for _, hint in wanted], add_special_tokens=False)["input_ids"]
+            return [
+                replace(p, text=p.text + hint, token_ids=(*p.token_ids, *ids), hint=hint, origin=p)
+                for (p, hint), ids in zip(wanted, more, strict=True)
+            ]
+        messages = [with_hint(p.messages, self.section.wording.replace("{hint}", hint)) for p, hint in wanted]
+        texts = self.tokenizer.apply_chat_template(
+            [list(chat) for chat in messages], tokenize=False, add_generation_prompt=True, **self.template_options
+        )
+        token_ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [
+            replace(p, messages=chat, text=text, token_ids=tuple(ids), hint=hint, origin=p)
+            for (p, hint), chat, text, ids in zip(wanted, messages, texts, token_ids, strict=True)
+        ]
+
+    def _token_ends(self, text: str) -> list[int]:
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return [end for _, end in offsets]
+
+
+def with_hint(messages: Sequence[Message], addition: str) -> tuple[Message, ...]:
+    """The messages with `addition` behind the last one of the user (or, if there is none, the last one)."""
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    at = users[-1] if users else len(messages) - 1
+    return tuple(
+        Message(role=m["role"], content=m["content"] + addition) if i == at else m for i, m in enumerate(messages)
+    )

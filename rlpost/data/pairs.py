@@ -1,0 +1,249 @@
+"""Preference pairs: tokenised, measured, and split into training and held-out pairs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from rlpost.data.preferences import SAYS, Preference, load_preferences, refusal
+from rlpost.errors import DataError
+from rlpost.experience import Completion, Message, Prompt
+from rlpost.recipe.data import DataSection
+from rlpost.recipe.preference import PreferenceSource
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH = 1000  # rows at once: fast tokenizers work through a batch in parallel, memory stays small
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair(Prompt):
+    """A prompt with two responses to it; `baseline` is the initial model's, where the recipe names one."""
+
+    chosen: Completion
+    rejected: Completion
+    baseline: tuple[int, ...] | None = None
+
+    @property
+    def responses(self) -> tuple[tuple[int, ...], ...]:
+        """The token ids of all responses, in the order in which they are learned from."""
+        return (self.chosen.token_ids, self.rejected.token_ids, *([self.baseline] if self.baseline is not None else []))
+
+
+@dataclass(frozen=True, slots=True)
+class PairSets:
+    """The pairs of a run. No prompt of `held_out` occurs in `train`."""
+
+    train: tuple[Pair, ...]
+    held_out: tuple[Pair, ...]
+    dropped: Counter[str] = field(default_factory=Counter)  # by reason
+    cut: int = 0  # responses
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of the training pairs in their order, by which a resumed run knows them again."""
+        return fingerprint(self.train)
+
+    def note(self) -> str:
+        """The counts in one line."""
+        said = {
+            **SAYS,
+            "prompt": "have a prompt that is too long",
+            "held_out": "share their prompt with a held-out pair",
+        }
+        reasons = "; ".join(f"{n} {said[reason]}" for reason, n in sorted(self.dropped.items()) if n)
+        return f"{len(self.train)} training and {len(self.held_out)} held-out pairs; dropped: {reasons or 'none'}" + (
+            f"; {self.cut} responses cut at the token limit" if self.cut else ""
+        )
+
+
+def fingerprint(pairs: Sequence[Pair]) -> str:
+    """A short hash of the tokens of `pairs`, in their order."""
+    digest = hashlib.blake2b(digest_size=12)
+    for pair in pairs:
+        digest.update(repr((pair.token_ids, pair.responses)).encode())
+    return digest.hexdigest()
+
+
+def build_pairs(
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_context: int | None,
+    seed: int,
+    max_completion_tokens: int,
+) -> PairSets:
+    """Loads, templates, tokenises and splits the preference pairs of a recipe.
+
+    Raises DataError for whatever the sources' settings refuse, and when no pair is left.
+    """
+    limit = section.max_prompt_tokens
+    if max_context is not None:
+        limit = min(limit, max_context - max_completion_tokens)
+    if limit < 1:
+        raise DataError(
+            f"The model's context of {max_context} tokens leaves no room for a prompt beside responses of "
+            f"{max_completion_tokens} tokens. Lower rollout.max_completion_tokens."
+        )
+    reader = _Reader(section, tokenizer, limit, max_completion_tokens)
+    train = reader.read(section.train, "data.train")
+    held_out = (
+        _split_off(train, section.held_out, seed) if section.eval is None else reader.read(section.eval, "data.eval")
+    )
+    texts = {pair.text for pair in held_out}
+    kept = [pair for pair in train if pair.text not in texts]
+    shared = len(train) - len(kept) - (len(held_out) if section.eval is None else 0)
+    reader.dropped["held_out"] += shared
+    sets = PairSets(tuple(kept), tuple(held_out), reader.dropped, reader.cut)
+    if not kept:
+        raise DataError(
+            f"No training pair is left ({sets.note()}). Raise data.max_prompt_tokens or rollout.max_completion_tokens, lower "
+            "data.held_out, or give more data in data.train."
+        )
+    return sets
+
+
+class _Reader:
+    """Reads sources and counts what it drops."""
+
+    def __init__(self, section: DataSection, tokenizer: PreTrainedTokenizerBase, prompt_limit: int, limit: int) -> None:
+        self.section, self.tokenizer = section, tokenizer
+        self.prompt_limit, self.limit = prompt_limit, limit
+        self.dropped: Counter[str] = Counter()
+        self.cut = 0
+
+    def read(self, source: object, where: str) -> list[Pair]:
+        if not isinstance(source, PreferenceSource):
+            raise DataError(
+                f"{where}: pairs come from a source of type `preference`, not `{getattr(source, 'type', source)}`."
+            )
+        rows, dropped = load_preferences(source, where)
+        self.dropped += dropped
+        pairs: list[Pair] = []
+        for start in range(0, len(rows), BATCH):
+            pairs += self._batch(rows[start : start + BATCH], source)
+        fitting = [pair for pair in pairs if len(pair.token_ids) <= self.prompt_limit]
+        long = [pair for pair in fitting if max(map(len, pair.responses)) > self.limit]
+        self._refuse(
+            source, where, long, [pair for pair in pairs if len(pair.token_ids) > self.prompt_limit], len(rows)
+        )
+        self.dropped["prompt"] += len(pairs) - len(fitting)
+        if source.too_long == "cut":
+            self.cut += sum(len(ids) > self.limit for pair in long for ids in pair.responses)
+            return [self._shortened(pair) for pair in fitting]
+        self.dropped["too_long"] += len(long)
+        return [pair for pair in fitting if max(map(len, pair.responses)) <= self.limit]
+
+    def _refuse(self, source: PreferenceSource, where: str, long: list[Pair], prompts: list[Pair], total: int) -> None:
+        if long and source.too_long == "refuse":
+            detail = f"{max(map(len, long[0].responses))} tokens, where rollout.max_completion_tokens is {self.limit}"
+            raise refusal("too_long", len(long), total, (long[0].id, detail), where)
+        if prompts and self.section.too_long == "refuse":
+            raise DataError(
+                f"{where}: {len(prompts)} of {total} prompts have more than {self.prompt_limit} tokens, the first is "
+                f"{prompts[0].id}. Raise data.max_prompt_tokens, or set data.too_long=drop."
+            )
+
+    def _shortened(self, pair: Pair) -> Pair:
+        chosen, rejected = (
+            one if len(one.token_ids) <= self.limit else _completion(one.token_ids[: self.limit], one.text, cut=True)
+            for one in (pair.chosen, pair.rejected)
+        )
+        baseline = None if pair.baseline is None else pair.baseline[: self.limit]
+        return replace(pair, chosen=chosen, rejected=rejected, baseline=baseline)
+
+    def _batch(self, rows: Sequence[Preference], source: PreferenceSource) -> Iterator[Pair]:
+        plain = source.plain  # otherwise the chat template has written the special tokens already
+        texts = [self._text(row, plain) for row in rows]
+        prompt_ids = self.tokenizer(texts, add_special_tokens=plain)["input_ids"]
+        for row, text, ids in zip(rows, texts, prompt_ids, strict=True):
+            tails = [
+                self._ended(row, text, one, plain)
+                for one in (row.chosen, row.rejected, row.baseline)
+                if one is not None
+            ]
+            joined = self.tokenizer([text + tail for tail in tails], add_special_tokens=plain)["input_ids"]
+            # Where a token would reach over the border, the response is tokenised by itself, as it would be sampled.
+            responses = [
+                tuple(both[len(ids) :])
+                if both[: len(ids)] == ids
+                else tuple(self.tokenizer(tail, add_special_tokens=False)["input_ids"])
+                for both, tail in zip(joined, tails, strict=True)
+            ]
+            yield Pair(
+                row.id,
+                self._messages(row),
+                text,
+                tuple(ids),
+                chosen=_completion(responses[0], row.chosen),
+                rejected=_completion(responses[1], row.rejected),
+                baseline=responses[2] if len(responses) > 2 else None,
+            )
+
+    def _text(self, row: Preference, plain: bool) -> str:
+        """The prompt as the model reads it."""
+        if not plain:
+            return self._template(self._messages(row), row, answer=True)
+        if not isinstance(row.prompt, str):
+            raise DataError(
+                f"plain=true is for texts, but the prompt of row {row.id} is a list of chat messages, which need the chat "
+                "template. Set data.train.plain=false (data.eval.plain)."
+            )
+        return row.prompt
+
+    def _messages(self, row: Preference) -> tuple[Message, ...]:
+        messages = (Message(role="user", content=row.prompt),) if isinstance(row.prompt, str) else row.prompt
+        system = self.section.system_prompt
+        if system is None or messages[0]["role"] == "system":
+            return messages
+        return (Message(role="system", content=system), *messages)
+
+    def _template(self, messages: Sequence[Message], row: Preference, *, answer: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=answer, **self.section.template_options
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(
+                f"The chat template fails on row {row.id}: {error}. Check the roles of its messages, data.system_prompt and "
+                "model.chat_template; for texts that need no template set data.train.plain=true."
+            ) from error
+
+    def _ended(self, row: Preference, prompt: str, response: str, plain: bool) -> str:
+        """What follows the prompt's text: the response and the mark that ends the turn, nothing behind it."""
+        end = str(self.tokenizer.eos_token)
+        bare = response if response.endswith(end) else response + end
+        if plain:
+            return bare
+        answer = Message(role="assistant", content=response)
+        whole = self._template((*self._messages(row), answer), row, answer=False)
+        tail, text = whole.removeprefix(prompt), response.strip()
+        if tail == whole or text not in tail:  # the template writes a past answer differently from one to be sampled
+            return bare
+        written = tail.index(text) + len(text)
+        return tail.rstrip() if tail[written:].strip() else tail[:written] + end
+
+
+def _completion(ids: tuple[int, ...], text: str, *, cut: bool = False) -> Completion:
+    return Completion(ids, (math.nan,) * len(ids), text, "length" if cut else "stop")
+
+
+def _split_off(pairs: list[Pair], count: int, seed: int) -> list[Pair]:
+    """`count` pairs with distinct prompts, drawn from the run's seed."""
+    first: dict[str, Pair] = {}
+    for pair in pairs:
+        first.setdefault(pair.text, pair)
+    if count and count >= len(first):
+        raise DataError(
+            f"data.held_out asks for {count} pairs to be set aside, but data.train has only {len(first)} distinct prompts that "
+            "fit, and some must remain for training. Lower data.held_out or give data.eval."
+        )
+    return random.Random(f"held-out/{seed}").sample(list(first.values()), count)

@@ -1,0 +1,118 @@
+"""HPT (arXiv 2509.04419) and its relatives: which prompts are learned from their samples, and which from their solution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rlpost.methods.estimator import AdvantageResult, compute_advantages
+from rlpost.methods.imitation import joins_group
+from rlpost.recipe.guidance import Gate, SftFirstGate, SoftGate, SolveRateGate, SrftGate
+from rlpost.recipe.method import MethodSection
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What one prompt is learned from."""
+
+    samples: bool = True  # its sampled completions take part in the update
+    demonstration: bool = False  # its demonstration does
+    rl_weight: float = 1.0  # alpha: factor on the samples' advantages
+    sft_weight: float = 0.0  # beta: a demonstration's coefficient, where it does not join the group
+
+    @property
+    def dropped(self) -> Route:
+        """The route of a prompt without a usable demonstration: its samples are learned from after all."""
+        return replace(self, samples=True, demonstration=False, sft_weight=0.0)
+
+
+def right_of_known(found: Sequence[float | None], threshold: float) -> tuple[int, int]:
+    """(right completions, completions of known accuracy) among a group's accuracies (None: unknown)."""
+    known = [value for value in found if value is not None]
+    return sum(value >= threshold - 1e-9 for value in known), len(known)
+
+
+def route(gate: Gate, found: Sequence[float | None], rollout: int) -> Route:
+    """Where the gate sends a prompt whose completions have the accuracies `found` (None: unknown).
+
+    HPT eq. 10: P <= gamma goes to SFT. Completions of unknown accuracy are left out of P; a prompt of which nothing is
+    known is sent to SFT only by gamma = 1, which sends all.
+    """
+    right, known = right_of_known(found, gate.threshold)
+    if isinstance(gate, SftFirstGate):
+        first = rollout < gate.rollouts
+        return Route(not first, first, gate.rl_weight, gate.sft_weight if first else 0.0)
+    if isinstance(gate, SoftGate):
+        alpha, beta = gate.rl[min(right, len(gate.rl) - 1)], gate.sft[min(right, len(gate.sft) - 1)]
+        if not known:
+            return Route(rl_weight=gate.rl_weight)
+        return Route(alpha > 0, beta > 0, gate.rl_weight * alpha, gate.sft_weight * beta)
+    if isinstance(gate, SolveRateGate):
+        below = gate.gamma >= 0 and (right <= gate.gamma * known + 1e-9 if known else gate.gamma >= 1)
+        return Route(
+            samples=not below or gate.below != "sft",
+            demonstration=below,
+            rl_weight=gate.rl_weight,
+            sft_weight=gate.sft_weight if below else 0.0,
+        )
+    return Route(True, True, gate.rl_weight, gate.sft_weight)  # LUFFY and SRFT: every prompt, both
+
+
+def needs_samples(gate: Gate | None, rollout: int) -> bool:
+    """Whether anything that is sampled in this rollout could be learned from, or decides a route."""
+    return not (isinstance(gate, SftFirstGate) and rollout < gate.rollouts)
+
+
+@dataclass(frozen=True, slots=True)
+class GatedAdvantages:
+    """Advantages of S samples of P prompts, and of the prompts' demonstrations."""
+
+    samples: Tensor  # [S] float64, rl_weight included
+    demonstrations: Tensor  # [P] float64; beta, or the advantage among the group's completions; 0 where there is none
+    result: AdvantageResult  # the base method's
+
+
+def gated_advantages(
+    method: MethodSection,
+    rewards: Tensor,
+    prompt: Tensor,
+    routes: Sequence[Route],
+    *,
+    weights: Sequence[float],
+    right: Tensor,
+    lengths: Tensor | None = None,
+    max_completion_tokens: int = 0,
+    sequence_kl: Tensor | None = None,
+) -> GatedAdvantages:
+    """`compute_advantages` (see there) with routes; demonstrations that join their group enter its mean and std.
+
+    Such a demonstration has full marks: the sum of the positive `weights`. `right` [S] (1, 0; NaN: unknown) is what SRFT
+    makes +1 and -1 of.
+    """
+    gate = method.gate
+    joined = [p for p, r in enumerate(routes) if r.demonstration] if gate is not None and joins_group(gate) else []
+    marks = torch.tensor([[max(float(w), 0.0) for w in weights]] * len(joined), dtype=torch.float64)
+    n = len(joined)
+    result = compute_advantages(
+        method,
+        torch.cat([rewards.double(), marks.reshape(n, rewards.shape[1])]) if n else rewards,
+        torch.cat([prompt, torch.tensor(joined, dtype=prompt.dtype)]) if n else prompt,
+        weights=weights,
+        lengths=torch.cat([lengths, lengths.new_zeros(n)]) if n and lengths is not None else lengths,
+        max_completion_tokens=max_completion_tokens,
+        sequence_kl=torch.cat([sequence_kl, sequence_kl.new_zeros(n)])
+        if n and sequence_kl is not None
+        else sequence_kl,
+    )
+    samples = result.advantage[: len(prompt)]
+    if isinstance(gate, SrftGate):
+        samples = torch.where(right.isnan(), torch.zeros_like(samples), 2 * right.to(samples.dtype) - 1)
+    alpha = torch.tensor([r.rl_weight for r in routes], dtype=torch.float64)
+    demonstrations = torch.tensor([r.sft_weight for r in routes], dtype=torch.float64)
+    if n:
+        demonstrations = torch.zeros_like(demonstrations)
+        demonstrations[joined] = result.advantage[len(prompt) :]
+    return GatedAdvantages(samples * alpha[prompt] if len(routes) else samples, demonstrations, result)

@@ -1,0 +1,170 @@
+"""SAFE (arXiv 2602.04651): gate, PID, phases, penalties and brake as pure functions of numbers; a counter of crashes."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Phase = Literal["WARMUP", "CLIMBING", "PLATEAU", "CONVERGED"]
+PHASES: tuple[Phase, ...] = ("WARMUP", "CLIMBING", "PLATEAU", "CONVERGED")
+Phases = tuple[float, float, float, float]
+
+
+def entropy_gate(entropy: float, floor: float = 2.0, lowest: float = 0.5) -> float:
+    """The published gate max(lowest, floor / (H + 0.1)), H in nats per token: falls with entropy."""
+    return max(lowest, floor / (max(entropy, 0.0) + 0.1))
+
+
+def relative_gate(entropy: float, reference: float, softness: float, limits: tuple[float, float]) -> float:
+    """(1 + s) H_0 / (H + s H_0), cut to `limits`: 1 at the entropy H_0 of the start, falling with entropy.
+
+    1 where there was no entropy at the start, and so no scale.
+    """
+    if reference <= 0:
+        return 1.0
+    return min(max((1 + softness) * reference / (max(entropy, 0.0) + softness * reference), limits[0]), limits[1])
+
+
+def published_phase(rewards: Sequence[float], window: int, climb: float, steady: float, above: float) -> Phase:
+    """The published detector on all batch-mean rewards so far (the last two windows suffice).
+
+    Between one and two windows it compares the window with itself, so it cannot say CLIMBING there: as published.
+    """
+    if len(rewards) < window:
+        return "WARMUP"
+    recent = rewards[-window:]
+    older = rewards[-2 * window : -window] if len(rewards) >= 2 * window else recent
+    if statistics.fmean(recent) > statistics.fmean(older) + climb:
+        return "CLIMBING"
+    return "CONVERGED" if statistics.pstdev(recent) < steady and statistics.fmean(recent) > above else "PLATEAU"
+
+
+def relative_phase(
+    rewards: Sequence[float], spread: float, best: float, window: int, *, climb: float, steady: float, within: float
+) -> Phase:
+    """The detector in units of the rewards' `spread`: the newer half of the last two windows against the older half.
+
+    CONVERGED: steady, and at most `within` spreads below `best`, the best moving average so far. A reward that fell and
+    stays low is thus PLATEAU (a tighter threshold), however steady it is.
+    """
+    if len(rewards) < window:
+        return "WARMUP"
+    known = rewards[-2 * window :]
+    older, newer = known[: len(known) // 2], known[len(known) // 2 :]
+    mean = statistics.fmean(newer)
+    # Rounding must not decide where all rewards are equal; it grows with their size, not with their spread.
+    tiny = 1e-9 * max(abs(mean), abs(best), spread)
+    if mean - statistics.fmean(older) > climb * spread + tiny:
+        return "CLIMBING"
+    steady_now = statistics.pstdev(newer) <= steady * spread + tiny
+    return "CONVERGED" if steady_now and mean >= best - within * spread - tiny else "PLATEAU"
+
+
+def phase_factor(phase: Phase, factors: Phases) -> float:
+    """phi: what the phase multiplies the threshold by."""
+    return factors[PHASES.index(phase)]
+
+
+@dataclass(frozen=True, slots=True)
+class PidState:
+    """Integral and last error of a PID loop."""
+
+    integral: float = 0.0
+    error: float = 0.0
+
+
+def clamped_pid(
+    state: PidState, error: float, *, kp: float, ki: float, kd: float, integral_limit: float
+) -> tuple[PidState, float]:
+    """The published PID: the integral is cut to +-limit. u = Kp e + Ki I + Kd (e - e_prev)."""
+    integral = min(max(state.integral + error, -integral_limit), integral_limit)
+    return PidState(integral, error), kp * error + ki * integral + kd * (error - state.error)
+
+
+def conditional_pid(
+    state: PidState, error: float, *, kp: float, ki: float, kd: float, leak: float, limit: float
+) -> tuple[PidState, float]:
+    """A PID whose output is cut to +-limit and whose integral, which leaks, does not wind up: while the output is cut, an
+    error of the same sign is not integrated (anti-windup by conditional integration). |Ki I| <= limit."""
+
+    def output(integral: float) -> float:
+        return kp * error + ki * integral + kd * (error - state.error)
+
+    integral = leak * state.integral + error
+    raw = output(integral)
+    if abs(raw) > limit and raw * error > 0:
+        integral = leak * state.integral
+    most = limit / ki if ki > 0 else math.inf
+    integral = min(max(integral, -most), most)
+    return PidState(integral, error), min(max(output(integral), -limit), limit)
+
+
+def threshold_penalty(kl: float, threshold: float, weight: float, gate: float = 1.0) -> tuple[float, float]:
+    """(penalty, its derivative by kl) of gate * weight * max(0, kl - threshold)^2."""
+    excess = max(0.0, kl - threshold)
+    return gate * weight * excess**2, 2 * gate * weight * excess
+
+
+def momentum_penalty(kls: Sequence[float], window: int, weight: float) -> tuple[float, float]:
+    """(penalty, its derivative by the newest KL) of weight * v^2 for v = (KL_t - KL_{t-window+1}) / window > 0, else 0."""
+    if len(kls) < window:
+        return 0.0, 0.0
+    velocity = max(0.0, (kls[-1] - kls[-window]) / window)
+    return weight * velocity**2, 2 * weight * velocity / window
+
+
+def predicted_kl(kls: Sequence[float]) -> float:
+    """KL after the coming step if it grows as in the last one; the newest where it did not grow; 0 for none."""
+    if not kls:
+        return 0.0
+    return kls[-1] + max(0.0, kls[-1] - kls[-2]) if len(kls) > 1 else kls[-1]
+
+
+def preview_brake(kls: Sequence[float], limit: float | None) -> float:
+    """The share of the learning rate for the coming step: limit / prediction where the prediction exceeds the limit (the
+    published, never called, hook), 1 elsewhere. A KL that falls is not braked: the step would bring it back."""
+    growing = len(kls) > 1 and kls[-1] > kls[-2]
+    predicted = predicted_kl(kls)
+    return limit / predicted if limit is not None and growing and predicted > limit else 1.0
+
+
+CRASH_DECAY, CRASH_FACTOR, CRASH_WAIT = 0.98, 4.0, 20  # a moving average of about 50 rollouts
+
+
+@dataclass(frozen=True, slots=True)
+class CrashState:
+    """Counts crashes: a rollout's mean reward falls more than 4 standard deviations (of mean rewards around their moving
+    average, decay 0.98) below that average. A crash lasts, and is counted once, until a reward is above that line again."""
+
+    seen: int = 0
+    average: float = 0.0
+    variance: float = 0.0
+    down: bool = False
+    crashes: int = 0
+
+    def step(self, reward: float) -> CrashState:
+        """The state after a rollout of mean reward `reward`; unchanged for NaN. Counts from the 20th rollout on."""
+        if math.isnan(reward):
+            return self
+        if not self.seen:
+            return CrashState(1, reward)
+        gap = reward - self.average
+        down = self.seen >= CRASH_WAIT and gap < -CRASH_FACTOR * math.sqrt(self.variance)
+        share = max(1 - CRASH_DECAY, 1 / (self.seen + 1))  # a plain mean at first
+        return CrashState(
+            seen=self.seen + 1,
+            average=self.average + share * gap,
+            variance=(1 - share) * (self.variance + share * gap**2),
+            down=down,
+            crashes=self.crashes + (down and not self.down),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> CrashState:
+        return cls(**state)

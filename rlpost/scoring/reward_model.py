@@ -1,0 +1,263 @@
+"""A reward model beside the reward functions: a Hugging Face sequence classifier, batched, that loads or fails loudly."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlpost.errors import RewardError
+from rlpost.experience import Group, Outcome, Score
+from rlpost.policy.packing import stack_rows
+from rlpost.recipe.critic import RewardModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class GroupScorer(Protocol):
+    """What the loop asks of whatever scores: `rlpost.scoring.scorer.Scorer`, a reward model, or several of them."""
+
+    names: tuple[str, ...]
+    counts: dict[str, Counter[Outcome]]
+    slowest: dict[str, float]
+    logged: dict[str, float]
+
+    def check(self, columns: Collection[str]) -> None: ...
+
+    def score(self, groups: Sequence[Group], step: int = 0, max_steps: int = 0) -> list[Group]: ...
+
+    def close(self) -> None: ...
+
+
+class RewardModel:
+    """Scores completions with a sequence classifier; one score a completion. The interface is the scorer's.
+
+    A conversation longer than `max_tokens`, or a score that is no finite number, has the outcome `unparsable`: unknown,
+    never a substitute.
+    """
+
+    def __init__(self, section: RewardModelSection, *, max_failed_share: float = 0.5) -> None:
+        """Loads model and tokenizer.
+
+        Raises RewardError where either is missing, incomplete or of the wrong kind: there is no fallback.
+        """
+        self.section = section
+        self.names: tuple[str, ...] = (section.name,)
+        self.counts: dict[str, Counter[Outcome]] = {}
+        self.slowest: dict[str, float] = {}
+        self.logged: dict[str, float] = {}
+        self.max_failed_share = max_failed_share
+        self.device = _device(section.device)
+        self.tokenizer = _load_tokenizer(section)
+        self.model: PreTrainedModel | None = _load_model(section).to(self.device)
+
+    def check(self, columns: Collection[str]) -> None:
+        """A reward model needs no columns."""
+
+    def score(self, groups: Sequence[Group], step: int = 0, max_steps: int = 0) -> list[Group]:
+        """The same groups with one score a completion; `step` and `max_steps` change nothing.
+
+        Raises RewardError when more than `max_failed_share` of the completions could not be scored, or memory ran out.
+        """
+        start = time.perf_counter()
+        token_ids = [self._encode(group, i) for group in groups for i in range(len(group.completions))]
+        fitting = [i for i, ids in enumerate(token_ids) if 0 < len(ids) <= self.section.max_tokens]
+        values = dict(zip(fitting, self._run([token_ids[i] for i in fitting]), strict=True))
+        scores = [self._score(values.get(i), len(ids)) for i, ids in enumerate(token_ids)]
+        self.counts = {self.names[0]: Counter(score.outcome for score in scores)}
+        self.slowest = {self.names[0]: time.perf_counter() - start}
+        self._check_failures(scores)
+        rest = iter(scores)
+        return [replace(group, scores=tuple((next(rest),) for _ in group.completions)) for group in groups]
+
+    def close(self) -> None:
+        """Lets go of the model and its memory."""
+        self.model = None
+
+    def __enter__(self) -> RewardModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _encode(self, group: Group, i: int) -> list[int]:
+        completion = group.completions[i]
+        if self.section.text == "plain":
+            return list(self.tokenizer(group.prompt.text + completion.text)["input_ids"])
+        chat = [*map(dict, group.prompt.messages), {"role": "assistant", "content": completion.text}]
+        try:
+            text = self.tokenizer.apply_chat_template(chat, tokenize=False)
+        except Exception as error:  # jinja's own errors: a template may refuse roles, or an order of them
+            raise RewardError(
+                f"The chat template of the reward model {self.section.path} refuses the conversation of prompt "
+                f"{group.prompt.id} ({type(error).__name__}: {error}). Use prompts of a form that it knows, or `text: plain`."
+            ) from error
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @torch.inference_mode()
+    def _run(self, token_ids: Sequence[list[int]]) -> list[float]:
+        if self.model is None:
+            raise RewardError(f"The reward model {self.section.path} was closed before it was asked to score.")
+        pad = self.model.config.get_text_config().pad_token_id
+        # transformers finds a text's end by its padding token; without one it takes one text at a time.
+        budget = self.section.batch_tokens if pad is not None else 1
+        values = [0.0] * len(token_ids)
+        for stack in stack_rows([len(ids) for ids in token_ids], budget):
+            try:
+                scores = self._forward([token_ids[i] for i in stack.rows], stack.width, pad or 0)
+            except torch.OutOfMemoryError as error:
+                raise RewardError(
+                    f"The reward model {self.section.path} ran out of memory on {self.device} with {len(stack.rows)} texts of "
+                    f"{stack.width} tokens. Lower its batch_tokens ({self.section.batch_tokens}), or give it another device."
+                ) from error
+            for i, value in zip(stack.rows, scores.tolist(), strict=True):
+                values[i] = value
+        return values
+
+    def _forward(self, texts: Sequence[list[int]], width: int, pad: int) -> Tensor:
+        """Scores [R]; padding is at the right end."""
+        assert self.model is not None
+        ids = torch.full((len(texts), width), pad, dtype=torch.int64)
+        seen = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = torch.tensor(text)
+            seen[row, : len(text)] = 1
+        logits = self.model(input_ids=ids.to(self.device), attention_mask=seen.to(self.device)).logits
+        return logits[:, self.section.label or 0].float().cpu()
+
+    def _score(self, value: float | None, tokens: int) -> Score:
+        if value is None:
+            detail = f"{tokens} tokens, more than max_tokens={self.section.max_tokens}" if tokens else "no text"
+            return Score(Outcome.UNPARSABLE, None, detail)
+        if value != value or value in (float("inf"), float("-inf")):
+            return Score(Outcome.UNPARSABLE, None, f"the model's score is {value}")
+        return Score(Outcome.SCORED, value)
+
+    def _check_failures(self, scores: Sequence[Score]) -> None:
+        failed = [score for score in scores if score.failed]
+        if len(failed) > self.max_failed_share * len(scores):
+            raise RewardError(
+                f"The reward model {self.section.path} could not score {len(failed)} of {len(scores)} completions, more than "
+                f"scoring.max_failed_share={self.max_failed_share:g} allows. For example: {failed[0].detail}."
+            )
+
+
+class JoinedScorers:
+    """Several scorers as one: a completion's scores are theirs, one behind the other, in the order given."""
+
+    def __init__(self, parts: Sequence[GroupScorer]) -> None:
+        """Raises RewardError where two rewards have the same name."""
+        self.parts = tuple(parts)
+        self.names: tuple[str, ...] = tuple(name for part in parts for name in part.names)
+        double = sorted(name for name, n in Counter(self.names).items() if n > 1)
+        if double:
+            raise RewardError(
+                f"Two rewards are named {double[0]!r}: give each its own `name` in the recipe's `rewards`."
+            )
+
+    @property
+    def counts(self) -> dict[str, Counter[Outcome]]:
+        return {name: count for part in self.parts for name, count in part.counts.items()}
+
+    @property
+    def slowest(self) -> dict[str, float]:
+        return {name: seconds for part in self.parts for name, seconds in part.slowest.items()}
+
+    @property
+    def logged(self) -> dict[str, float]:
+        return {name: value for part in self.parts for name, value in part.logged.items()}
+
+    def check(self, columns: Collection[str]) -> None:
+        for part in self.parts:
+            part.check(columns)
+
+    def score(self, groups: Sequence[Group], step: int = 0, max_steps: int = 0) -> list[Group]:
+        """The groups with the scores of all parts. Raises RewardError as the parts do."""
+        scored = [part.score(groups, step, max_steps) for part in self.parts]
+        return [
+            replace(group, scores=tuple(sum(rows, ()) for rows in zip(*(s[g].scores for s in scored), strict=True)))
+            for g, group in enumerate(groups)
+        ]
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RewardError(f"There is no device {name!r} for a reward model; use auto, cpu, or cuda:1.") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RewardError(
+            f"The reward model's device {name} does not exist: torch sees {torch.cuda.device_count()} GPUs. Use auto or cpu."
+        )
+    return device
+
+
+def _load_tokenizer(section: RewardModelSection) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(section.path, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load(section, error, "tokenizer") from error
+    if section.text == "chat" and not tokenizer.chat_template:
+        raise RewardError(
+            f"The reward model {section.path} has no chat template, so it is not known how it was shown conversations. Use "
+            "`text: plain` if it takes bare text, or add the template to its tokenizer."
+        )
+    return tokenizer
+
+
+def _load_model(section: RewardModelSection) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForSequenceClassification
+
+    from rlpost.policy.loading import without_progress_bars
+
+    options: dict[str, Any] = {"dtype": getattr(torch, section.dtype), "trust_remote_code": section.trust_remote_code}
+    try:
+        with without_progress_bars():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                section.path, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise _cannot_load(section, error, "model") from error
+    if report["missing_keys"]:  # transformers would fill them with random numbers, and only warn
+        missing = ", ".join(sorted(report["missing_keys"])[:3])
+        raise RewardError(
+            f"{section.path} is no reward model: it lacks the weights {missing}, which would be made up at random. Name a "
+            "model that was saved as a sequence classifier."
+        )
+    outputs = int(model.config.num_labels)
+    if section.label is None and outputs != 1:
+        raise RewardError(
+            f"The reward model {section.path} has {outputs} outputs. Say with `label` (0 to {outputs - 1}) which is the reward."
+        )
+    if section.label is not None and section.label >= outputs:
+        raise RewardError(
+            f"The reward model {section.path} has {outputs} outputs, so `label` can be at most {outputs - 1}, not "
+            f"{section.label}."
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _cannot_load(section: RewardModelSection, error: Exception, what: str) -> RewardError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return RewardError(
+        f"The {what} of the reward model {section.path} cannot be loaded ({type(error).__name__}: {first}). Give a folder in "
+        "Hugging Face layout, or a name that this machine can download. Nothing is trained without it: there is no fallback."
+    )

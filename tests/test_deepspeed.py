@@ -1,0 +1,191 @@
+"""DeepSpeed ZeRO 1, 2, 3, with offload, adapters and bfloat16, in two processes against one plain learner."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import rows, weights
+
+from rlpost.errors import RecipeError
+from rlpost.learner.deepspeed import zero_config
+from rlpost.loop import train
+from rlpost.recipe.learner import LearnerSection
+from rlpost.recipe.load import load_recipe
+
+WORKER = Path(__file__).with_name("zero_worker.py")
+NAN_STEP, EMPTY_STEP, RESUMED_AT = 3, 4, 5
+FLOAT32 = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero2-lora", "zero3-lora")
+BFLOAT16 = ("zero1-bf16", "zero2-bf16", "zero3-bf16")
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model, tmp_path_factory):
+    """What zero_worker.py found, by configuration."""
+    folder = tmp_path_factory.mktemp("zero")
+    # No shared folder of compiled kernels and no compiler: nothing may need either.
+    nothing = folder / "empty"
+    nothing.mkdir()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CXX": "/bin/false", "TORCH_EXTENSIONS_DIR": str(nothing)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, str(WORKER), tiny_model, str(folder)], env=env, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not list(nothing.iterdir()), "something was compiled"
+    found = json.loads((folder / "results.json").read_text())
+    found["printed"] = done.stdout
+    return found
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", FLOAT32)
+def test_the_trajectory_is_that_of_one_plain_process(name, results):
+    """Uneven micro-batches, a process with none, a minibatch with none at all, a NaN, warm-up, decay, clipping."""
+    result = results[name]
+    for step, (found, expected) in enumerate(zip(result["found"], result["expected"], strict=True)):
+        assert found["learning_rate"] == expected["learning_rate"]
+        assert found["skipped"] == expected["skipped"] == float(step == NAN_STEP)
+        if step == NAN_STEP:
+            assert not math.isfinite(found["grad_norm"])
+            continue
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5), step
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5), step
+        assert (found["grad_norm"] == 0.0) == (step == EMPTY_STEP)
+    assert result["moved"] > 0.005
+    assert result["weights_gap"] < 1e-5
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", BFLOAT16)
+def test_bfloat16_weights_have_float32_masters(name, results):
+    """The run stays closer to the float32 one than a run without masters does, whose updates are rounded away."""
+    exact = [step["loss"] for step in results["zero2"]["expected"]]
+    ours = [step["loss"] for step in results[name]["found"]]
+    assert [step["skipped"] for step in results[name]["found"]] == [float(i == NAN_STEP) for i in range(len(ours))]
+    rest = [i for i in range(len(ours)) if i not in (NAN_STEP, EMPTY_STEP)]
+    assert ours == pytest.approx(exact, rel=0.05, abs=3e-3, nan_ok=True)
+    without = [step["loss"] for step in results[name]["expected"]]
+    assert sum(abs(ours[i] - exact[i]) for i in rest) < sum(abs(without[i] - exact[i]) for i in rest)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", FLOAT32 + BFLOAT16)
+def test_resumed_in_the_middle_equals_never_stopped_bit_for_bit(name, results):
+    assert results[name]["resumed"] == results[name]["found"][RESUMED_AT:]
+    assert results[name]["resumed_gap"] == 0.0
+
+
+@pytest.mark.engine
+def test_stage_3_never_holds_the_whole_model(results, tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    largest = max(parameter.numel() for parameter in model.parameters())
+    assert results["zero3"]["held"] == 0
+    assert results["zero3"]["held_while_syncing"] == largest
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3-bf16"])
+def test_the_checkpoint_of_gathered_weights_loads_with_transformers(name, results):
+    from transformers import AutoModelForCausalLM
+
+    model, info = AutoModelForCausalLM.from_pretrained(results[name]["checkpoint"], output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.dtype == (torch.bfloat16 if "bf16" in name else torch.float32)
+
+
+CHANGES = {
+    "rollout.prompts_per_step": 4,
+    "learner.steps": 2,
+    "learner.minibatches": 2,
+    "learner.learning_rate": 1e-4,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 9,
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, write_recipe, one_thread):
+    folder = tmp_path_factory.mktemp("plain")
+    train(load_recipe(write_recipe(folder, CHANGES)))
+    return folder / "run"
+
+
+def assert_close(run, reference):
+    mine, theirs = rows(run), rows(reference)
+    assert [(row["step"], row["kind"]) for row in mine] == [(row["step"], row["kind"]) for row in theirs]
+    for row, expected in zip(mine, theirs, strict=True):
+        for key in ("optimizer/loss", "optimizer/grad_norm", "reward/mean", "eval/accuracy"):
+            assert (key in row) == (key in expected)
+            assert row.get(key, 0.0) == pytest.approx(expected.get(key, 0.0), rel=1e-5), (row["step"], key)
+    got, expected = (weights(path / "checkpoints" / "step_000004") for path in (run, reference))
+    assert got.keys() == expected.keys()
+    assert all((got[name] - value).abs().max() < 1e-5 for name, value in expected.items())
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("launch", "asynchronous"), [("cpu-zero2.yaml", False), ("cpu-zero3.yaml", True)])
+def test_a_recipe_runs_sharded_and_resumes_exactly(launch, asynchronous, plain, write_recipe, children, tmp_path):
+    recipe = write_recipe(tmp_path, {**CHANGES, "checkpoint.asynchronous": asynchronous})
+    code, printed = children.run(recipe, launch=launch)
+    assert code == 0, printed
+    assert "DeepSpeed" not in printed and "FutureWarning" not in printed, printed
+    run = tmp_path / "run"
+    assert_close(run, plain)
+    before, last = rows(run), weights(run / "checkpoints" / "step_000004")
+    code, printed = children.run(recipe, f"resume={run}/checkpoints/step_000001", launch=launch)
+    assert code == 0, printed
+    assert rows(run) == before
+    again = weights(run / "checkpoints" / "step_000004")
+    assert all(torch.equal(again[name], value) for name, value in last.items())
+
+
+@pytest.mark.engine
+def test_what_deepspeed_cannot_take_up_is_refused_in_words(plain, write_recipe, children, tmp_path):
+    recipe = write_recipe(tmp_path, CHANGES)
+    checkpoint = plain / "checkpoints" / "step_000002"
+    code, printed = children.run(recipe, f"resume={checkpoint}", launch="cpu-zero2.yaml")
+    assert code != 0 and "of 1 processes" in printed and f"model.path={checkpoint}" in printed, printed
+    assert printed.count("CheckpointError: ") == 1
+
+
+def test_the_launch_file_and_the_recipe_make_deepspeeds_configuration(tmp_path):
+    section = LearnerSection(max_grad_norm=None)
+    file = tmp_path / "deepspeed.json"
+    file.write_text(
+        json.dumps(
+            {
+                "zero_optimization": {"stage": 3, "stage3_max_live_parameters": 10},
+                "optimizer": {"type": "Lion"},
+                "fp16": {"enabled": True},
+                "comms_logger": {"enabled": False},
+            }
+        )
+    )
+    launcher = {"zero_stage": "2", "offload_optimizer_device": "cpu", "config_file": str(file)}
+    made = zero_config(section, torch.bfloat16, launcher)
+    assert made["zero_optimization"]["stage"] == 3 and made["zero_optimization"]["stage3_max_live_parameters"] == 10
+    assert made["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert made["bf16"]["enabled"] and "optimizer" not in made and "fp16" not in made and "comms_logger" in made
+    assert made["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("launcher", "said"),
+    [
+        ({"zero_stage": "0"}, "must be 1, 2 or 3"),
+        ({"zero_stage": "3", "offload_optimizer_device": "nvme"}, "must be none or cpu"),
+        ({"config_file": "/nowhere/deepspeed.json"}, "cannot be read"),
+    ],
+)
+def test_launch_settings_that_cannot_be_are_refused(launcher, said):
+    with pytest.raises(RecipeError, match=said):
+        zero_config(LearnerSection(), torch.float32, launcher)
