@@ -12,6 +12,7 @@ import torch
 
 from rlpost.errors import CheckpointError, DataError
 from rlpost.experience import Group, Prompt
+from rlpost.learner.actor_critic import ActorCritic
 from rlpost.learner.checkpoint import CheckpointStore
 from rlpost.learner.factory import loading_device, make_learner
 from rlpost.learner.learner import Learner
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from rlpost.data.prompts import PromptSets
     from rlpost.data.sampler import PromptSampler
     from rlpost.evaluation import EvaluationResult
+    from rlpost.policy.critic import Critic
     from rlpost.recipe.load import LoadedRecipe
 
 T = TypeVar("T")
@@ -188,6 +190,7 @@ def assemble(loaded: LoadedRecipe) -> Parts:
             probe=recipe.rollout.probe,
             seed=recipe.seed,
             curvature=curvature,
+            actor_critic=ActorCritic.of(recipe.method) if recipe.method.critic or recipe.method.controller else None,
         ),
         sampling=sampling_settings(recipe),
         model_path=model_path,
@@ -291,11 +294,25 @@ def build_policy(recipe: Recipe, resume_from: Path | None, processes: Processes)
         temperature=recipe.rollout.temperature,
         head_chunk_tokens=recipe.learner.head_chunk_tokens,
     )
+    if recipe.method.critic is not None:
+        policy.critic = build_critic(recipe, model_path, policy)
     if resume_from is not None and recipe.model.lora is not None:
         from peft import load_peft_weights, set_peft_model_state_dict
 
         set_peft_model_state_dict(policy.model, load_peft_weights(str(resume_from), device=str(processes.device)))
     return model_path, policy
+
+
+def build_critic(recipe: Recipe, model_path: str, policy: Policy) -> Critic:
+    """The critic as it begins; a checkpoint's is loaded with the optimizer."""
+    from rlpost.data.packaged import resolve_model_path
+    from rlpost.policy.critic import make_critic
+
+    section = recipe.method.critic
+    assert section is not None
+    path = model_path if section.path is None else resolve_model_path(section.path)
+    width = policy.config.get_text_config().hidden_size
+    return make_critic(section, recipe.model, path, width, device=policy.device, seed=recipe.seed)
 
 
 def build_engine(

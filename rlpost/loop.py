@@ -14,6 +14,7 @@ from rlpost.assemble import Parts, assemble
 from rlpost.errors import TrainingError
 from rlpost.experience import Group, Prompt
 from rlpost.guide import remember
+from rlpost.learner.actor_critic import old_values, weigh_tokens
 from rlpost.learner.learner import token_logprobs
 from rlpost.learner.state import RunState, load_checkpoint, save_checkpoint
 from rlpost.learner.watch import Interrupt
@@ -156,10 +157,12 @@ class Loop:
             taught.groups, step=self.state.rollout, minibatches=recipe.learner.minibatches, gated=gated
         )
         buffer.hint_levels = taught.hint_levels
-        kl_first = needs_reference(recipe.method) and recipe.method.kl.where == "reward"
-        if kl_first:  # the reward needs them, so they come before it is known which groups are dead
+        # KL in the reward and values are needed before it is known what completions are worth, and which groups are dead.
+        kl_first = recipe.method.kl_place == "reward" or parts.updater.actor_critic is not None
+        if kl_first and needs_reference(recipe.method):
             buffer.ref_logp = parts.phase("reference", lambda: self.reference_logprobs(buffer))
-            buffer.old_logp = parts.phase("old_logprobs", lambda: self.logprobs(buffer, parts.learner.policy))
+        if kl_first:
+            parts.phase("old_logprobs", lambda: self.old_policy(buffer))
         parts.phase("weigh", lambda: self.weigh(buffer))
         buffer.metrics |= taught.metrics | gating
         if needs_reference(recipe.method) and not kl_first:
@@ -250,6 +253,15 @@ class Loop:
             groups = [found.get(place, group) for place, group in zip(places, groups, strict=True)]
         return groups, {"dynamic_sampling/rounds": float(rounds), "dynamic_sampling/replaced": float(replaced)}
 
+    def old_policy(self, buffer: RolloutBuffer) -> None:
+        """Log-probs, and a critic's values, before the first update."""
+        policy, critic = self.parts.learner.policy, self.parts.recipe.method.critic
+        if critic is None:
+            buffer.old_logp = self.logprobs(buffer, policy)
+            return
+        rows = self.parts.updater.rows(buffer, None)
+        buffer.old_logp, buffer.old_values = old_values(policy, critic, rows, buffer.tokens)
+
     def weigh(self, buffer: RolloutBuffer) -> None:
         parts, recipe = self.parts, self.parts.recipe
         weigh(
@@ -261,6 +273,17 @@ class Loop:
             max_completion_tokens=recipe.rollout.max_completion_tokens,
             processes=parts.processes,
         )
+        state = parts.updater.actor_critic
+        if state is None:
+            return
+        coefficient = state.begin_rollout(buffer, parts.processes)
+        if recipe.method.critic is not None:
+            # Without a centre and a scale the advantage is the shaped reward itself.
+            weights = tuple(r.weight for r in recipe.rewards)
+            raw = [group.reward(i, weights) for group in buffer.groups for i in range(len(group.completions))]
+            known = ~torch.tensor(raw, dtype=torch.float64).isnan()
+            rewards = buffer.advantage.double().where(known, torch.nan)
+            weigh_tokens(buffer, state, rewards, coefficient, parts.processes)
 
     def logprobs(self, buffer: RolloutBuffer, policy: Policy) -> Tensor:
         """Log-probs [N] of the rollout under `policy`; 0 for the tokens of dead groups."""

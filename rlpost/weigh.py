@@ -19,7 +19,7 @@ from rlpost.gradient.shaping import groups_to_refill
 from rlpost.gradient.types import Counts
 from rlpost.learner.buffer import RolloutBuffer
 from rlpost.learner.process import Processes
-from rlpost.methods.estimator import needs_reference, skippable_groups
+from rlpost.methods.estimator import skippable_groups
 from rlpost.methods.ghpo import accuracies
 from rlpost.methods.hpt import Route, gated_advantages, right_of_known
 from rlpost.recipe.method import DynamicSamplingSection, MethodSection
@@ -146,7 +146,7 @@ def _all_or_none(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 def _sequence_kl(buffer: RolloutBuffer, method: MethodSection) -> Tensor | None:
     """[S] the summed KL estimate of every completion, where the method takes it from the reward."""
-    if not (needs_reference(method) and method.kl.where == "reward"):
+    if not (method.kl_place == "reward" and method.critic is None):  # with a critic it is taken off token by token
         return None
     assert buffer.old_logp is not None and buffer.ref_logp is not None
     estimate = kl_estimate(method.kl.estimator, buffer.old_logp.double(), buffer.ref_logp.double())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -199,3 +200,50 @@ def test_updaters_differ_in_their_masks_only(tiny):
     other = side.with_masks([{"type": "curvature"}])
     assert other.method.reduction == side.method.reduction
     assert side.updater.curvature is None and other.curvature is not None and other.learner is side.learner
+
+
+@pytest.fixture
+def fake_processes(monkeypatch):
+    """`benchmarks.trl` without a single process: canned answers, and a list of the jobs that were asked for."""
+    import benchmarks.trl as bench
+
+    jobs, apart = [], [1e-7]
+
+    def answer(job, *, threads):
+        jobs.append(job)
+        if job.side == "parity":
+            return {"name": "dapo", "loss": 0.0, "loss_error": 1.0, "grad_norm": 1.0} | {
+                "norm_error": apart[0],
+                "gradient_error": 1e-6,
+            }
+        seconds = 12.0 if job.side == "trl" else 3.0
+        return {"cpu_s": [seconds], "wall_s": [seconds], "peak_mib": 512.0}
+
+    monkeypatch.setattr(bench, "fresh_process", answer)
+    return SimpleNamespace(bench=bench, jobs=jobs, apart=apart)
+
+
+def run_trl_benchmark(fake, monkeypatch, tiny, tmp_path):
+    arguments = ["trl", "--model", tiny, "--scale", "small", "--repeats", "2", "--rows", "equal"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--output", str(tmp_path / "out" / "trl.json")])
+    return fake.bench.main()
+
+
+def test_the_comparison_with_trl_end_to_end(fake_processes, monkeypatch, tiny, tmp_path, capsys):
+    assert run_trl_benchmark(fake_processes, monkeypatch, tiny, tmp_path) == 0
+    sides = [(job.side, job.setting.get("micro_batch")) for job in fake_processes.jobs]
+    assert sides[0] == ("parity", 8)
+    assert sides[1:5] == [("trl", 2), ("trl", 4), ("trl", 8), ("rlpost", None)]
+    assert sides[5:] == sides[4:0:-1]  # the second repeat goes the other way
+    result = json.loads((tmp_path / "out" / "trl.json").read_text())
+    assert result["rows"]["equal"]["sides"]["rlpost tree"]["times_less"]["median"] == 4.0
+    assert result["valid"] and result["machine"]["versions"]["torch"]
+    assert (tmp_path / "out" / "trl.png").stat().st_size > 1000
+    assert "| 4.00 (4.00-4.00) |" in capsys.readouterr().out
+
+
+def test_the_comparison_is_void_where_gradients_differ(fake_processes, monkeypatch, tiny, tmp_path, capsys):
+    fake_processes.apart[0] = 2e-5
+    assert run_trl_benchmark(fake_processes, monkeypatch, tiny, tmp_path) == 1
+    assert len(fake_processes.jobs) == 1 and "VOID" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

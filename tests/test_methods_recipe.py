@@ -15,6 +15,7 @@ from rlpost.recipe.method import MethodSection, describe_order
 from rlpost.recipe.presets import fill_preset, preset_names
 
 NAMES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "capo", "dr_capo", "rein_capo")
+NAMES += ("ppo", "safe", "safe_released")
 NAMES += ("ghpo", "ghpo_released", "hpt", "hpt_paper", "hpt_released", "dpo", "rpo", "rpo_average")
 
 
@@ -64,6 +65,14 @@ def test_unknown_preset_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("slots", "names"),
     [
+        ({"critic": {}}, ["critic", "advantage.center"]),
+        ({"preset": "ppo", "kl": {"coefficient": 0.1}}, ["controller", "kl.coefficient"]),
+        ({"controller": {"type": "safe", "term": "reward"}}, ["controller.term", "critic"]),
+        ({"preset": "ppo", "gate": {"type": "solve_rate"}}, ["critic", "gate"]),
+        (
+            {"preset": "safe", "critic": {"warmup_rollouts": 2, "trunk_gradient": 1.0}},
+            ["warmup_rollouts", "trunk_gradient"],
+        ),
         ({"ratio": {"level": "none"}}, ["clip.type", "ratio.level"]),
         ({"ratio": {"level": "sequence"}, "clip": {"dual": 3.0}}, ["clip.dual", "ratio.level"]),
         ({"kl": {"where": "reward"}}, ["kl.where", "kl.coefficient"]),

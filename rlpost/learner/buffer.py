@@ -41,6 +41,10 @@ class RolloutBuffer:
     counts: tuple[Counts, ...]  # by minibatch: the denominators, over all processes
     old_logp: Tensor | None = None  # [N] None while the policy has not changed since the rollout
     ref_logp: Tensor | None = None  # [N]
+    old_values: Tensor | None = None  # [N, H] of the critic's heads before the first update; None without a critic
+    token_advantage: Tensor | None = None  # [N] with a critic
+    target: Tensor | None = None  # [N] what the value before a token is to become
+    known: Tensor | None = None  # [N] bool: the completion's reward is known
     metrics: dict[str, float] = field(default_factory=dict)  # of the rollout, over all processes
     updates_done: int = 0
     routes: tuple[Route, ...] = ()  # by group; () without a gate
@@ -115,6 +119,7 @@ class RolloutBuffer:
             old_logp=None if self.old_logp is None else self.old_logp.to(device),
             ref_logp=None if self.ref_logp is None else self.ref_logp.to(device),
             advantage=self.advantage.to(device),
+            token_advantage=None if self.token_advantage is None else self.token_advantage.to(device),
             prompt=torch.tensor(prompt_of, dtype=torch.int64, device=device),
             truncated=torch.tensor(truncated, dtype=torch.bool, device=device),
             demonstration=~torch.tensor(self.sampled, dtype=torch.bool, device=device),
@@ -136,6 +141,7 @@ class FlatArrays:
     demonstration: Tensor  # [S] bool
     group_tokens: Tensor  # [P] float64
     offsets: list[int]  # [S + 1]
+    token_advantage: Tensor | None = None  # [N]
 
     def view(self, rows: TokenRows, output: PolicyOutput) -> tuple[TokenView, Tensor]:
         """The micro-batch as methods see it, and the group tokens of its prompts ([P of the view])."""
@@ -148,7 +154,9 @@ class FlatArrays:
             entropy=output.entropy.detach(),
             old_logp=logp if self.old_logp is None else self.old_logp[index],
             sampler_logp=self.sampler_logp[index],
-            advantage=self.advantage[sequences][local],
+            advantage=(
+                self.advantage[sequences][local] if self.token_advantage is None else self.token_advantage[index]
+            ),
             sequence=local,
             prompt=prompt,
             truncated=self.truncated[sequences],

@@ -78,8 +78,9 @@ class CheckpointStore:
             if (aside / MANIFEST).is_file() and not target.exists():
                 aside.rename(target)
             shutil.rmtree(aside, ignore_errors=True)
-        for staging in self.folder.glob(".writing_*"):
-            shutil.rmtree(staging, ignore_errors=True)
+        for pattern in (".writing_*", ".removing_*"):
+            for left in self.folder.glob(pattern):
+                shutil.rmtree(left, ignore_errors=True)
 
     def _write(self, step: int, write_shared: Callable[[Path], None], write_own: Callable[[Path], None]) -> Path:
         is_main = self.processes.is_main
@@ -119,7 +120,10 @@ class CheckpointStore:
             staging.rename(target)
         _sync_folder(self.folder)
         for old in self._all()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            doomed = self.folder / f".removing_{old.name}"  # never a half-removed folder under a checkpoint's name
+            shutil.rmtree(doomed, ignore_errors=True)
+            old.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
 
     def _all(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("step_*") if p.is_dir())

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from rlpost.errors import CheckpointError, RecipeError
-from rlpost.learner.learner import StepReport, collect_weights
-from rlpost.learner.optimizer import learning_rate, make_optimizer
+from rlpost.learner.learner import CRITIC, StepReport, collect_weights
+from rlpost.learner.optimizer import learning_rate, make_optimizer, set_learning_rate
 from rlpost.learner.process import Processes
 from rlpost.policy.model import Policy
 from rlpost.recipe.learner import LearnerSection
@@ -56,10 +56,9 @@ class DeepSpeedLearner:
         # DeepSpeed averages over processes; our losses have global denominators and are to be summed.
         self._engine.backward(loss * self.processes.world, scale_wrt_gas=False)
 
-    def step(self, index: int) -> StepReport:
-        rate = learning_rate(self._section, index)
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+    def step(self, index: int, *, scale: float = 1.0) -> StepReport:
+        rate = scale * learning_rate(self._section, index)
+        set_learning_rate(self._engine.optimizer.param_groups, rate)
         before = self._engine.skipped_steps
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
@@ -90,7 +89,8 @@ class DeepSpeedLearner:
         return {self._file: {"stage": self.stage, "optimizer": self._engine.optimizer.state_dict()}}
 
     def shared_state(self) -> dict[str, Any]:
-        return {}
+        critic = self.policy.critic  # below stage 3 the optimizer's state does not bring a module's weights back
+        return {} if critic is None or self.stage == 3 else {CRITIC: critic.state_dict()}
 
     def load(self, folder: Path, *, world: int) -> None:
         if world != self.processes.world:
@@ -112,6 +112,9 @@ class DeepSpeedLearner:
                 f"into other pieces. Start with the launch configuration that the run had, or begin a new run from its "
                 f"weights with model.path={folder}."
             )
+        if self.policy.critic is not None and self.stage < 3:
+            critic = torch.load(folder / "trainer" / CRITIC, weights_only=True, map_location="cpu")
+            self.policy.critic.load_state_dict(critic)
         optimizer = self._engine.optimizer
         shards = [None] * world
         shards[self.processes.rank] = saved["optimizer"]
@@ -231,7 +234,9 @@ def _config_file(launcher: Mapping[str, str]) -> dict[str, Any]:
 
 def _optimizer(section: LearnerSection, policy: Policy, config: dict[str, Any]) -> torch.optim.Optimizer:
     """AdamW; DeepSpeed's own CPU kernel where the state lies on the CPU and a GPU does the rest."""
-    optimizer = make_optimizer(section, policy.parameters())
+    critic = policy.critic
+    own, rate = ([], None) if critic is None else (critic.parameters(), critic.section.learning_rate)
+    optimizer = make_optimizer(section, policy.parameters(), own, rate)
     offloaded = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
     if offloaded and torch.cuda.is_available():
         from deepspeed.ops.adam import DeepSpeedCPUAdam

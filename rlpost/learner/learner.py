@@ -12,13 +12,13 @@ from torch import Tensor
 
 from rlpost.errors import CheckpointError
 from rlpost.experience import TokenRows
-from rlpost.learner.optimizer import learning_rate, make_optimizer
+from rlpost.learner.optimizer import learning_rate, make_optimizer, set_learning_rate
 from rlpost.learner.process import Processes
 from rlpost.policy.model import Policy
 from rlpost.policy.weights import Gather, gather_nothing
 from rlpost.recipe.learner import LearnerSection
 
-OPTIMIZER = "optimizer.pt"
+OPTIMIZER, CRITIC = "optimizer.pt", "critic.pt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +41,9 @@ class Learner(Protocol):
         """Accumulates the gradient of `loss`; `last` marks the last micro-batch of the optimizer step."""
         ...
 
-    def step(self, index: int) -> StepReport:
-        """Optimizer step number `index` of the run (from 0): reduce, clip, update, clear gradients."""
+    def step(self, index: int, *, scale: float = 1.0) -> StepReport:
+        """Optimizer step number `index` of the run (from 0), at `scale` times its learning rate: reduce, clip, update, clear
+        gradients."""
         ...
 
     def discard(self) -> None:
@@ -85,19 +86,23 @@ class DataParallelLearner:
         self.processes = processes
         self._section = section
         self._parameters = [p for p in policy.parameters() if p.requires_grad]
-        self._optimizer = make_optimizer(section, self._parameters)
+        critic = policy.critic
+        self._critic = [] if critic is None else [p for p in critic.parameters() if p.requires_grad]
+        own = {id(p) for p in self._critic}
+        self._actor = [p for p in self._parameters if id(p) not in own]
+        rate = None if critic is None else critic.section.learning_rate
+        self._optimizer = make_optimizer(section, self._parameters, self._critic, rate)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def step(self, index: int) -> StepReport:
+    def step(self, index: int, *, scale: float = 1.0) -> StepReport:
         self._reduce_gradients()
-        rate = learning_rate(self._section, index)
+        rate = scale * learning_rate(self._section, index)
         norm = self._clip()
         skipped = not bool(torch.isfinite(norm))
         if not skipped:
-            for group in self._optimizer.param_groups:
-                group["lr"] = rate
+            set_learning_rate(self._optimizer.param_groups, rate)
             self._optimizer.step()
         self.discard()
         return StepReport(float(norm), rate, skipped)
@@ -115,7 +120,8 @@ class DataParallelLearner:
         return {}
 
     def shared_state(self) -> dict[str, Any]:
-        return {OPTIMIZER: self._optimizer.state_dict()}
+        state: dict[str, Any] = {OPTIMIZER: self._optimizer.state_dict()}
+        return state if self.policy.critic is None else {**state, CRITIC: self.policy.critic.state_dict()}
 
     def load(self, folder: Path, *, world: int) -> None:
         if not (folder / "trainer" / OPTIMIZER).is_file():
@@ -125,10 +131,19 @@ class DataParallelLearner:
             )
         state = torch.load(folder / "trainer" / OPTIMIZER, weights_only=True, map_location="cpu")
         self._optimizer.load_state_dict(state)
+        if self.policy.critic is not None:
+            critic = torch.load(folder / "trainer" / CRITIC, weights_only=True, map_location="cpu")
+            self.policy.critic.load_state_dict(critic)
 
     def _clip(self) -> Tensor:
+        """The norm of the policy's gradient, before clipping; the critic's is clipped apart. Not finite if either is not."""
         limit = self._section.max_grad_norm
-        return torch.nn.utils.clip_grad_norm_(self._parameters, torch.inf if limit is None else limit)
+        norm = torch.nn.utils.clip_grad_norm_(self._actor, torch.inf if limit is None else limit)
+        if self.policy.critic is None:
+            return norm
+        most = self.policy.critic.section.max_grad_norm
+        critic = torch.nn.utils.clip_grad_norm_(self._critic, torch.inf if most is None else most)
+        return norm if torch.isfinite(critic) else critic
 
     def _reduce_gradients(self) -> None:
         for p in self._parameters:

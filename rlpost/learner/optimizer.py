@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 
@@ -32,13 +33,31 @@ def total_optimizer_steps(section: LearnerSection) -> int:
     return section.steps * section.minibatches * section.epochs
 
 
-def make_optimizer(section: LearnerSection, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay spares vectors (norms and biases), as is usual."""
+def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:
+    """Gives an optimizer's parameter groups the policy's rate, or their own multiple of it."""
+    for group in groups:
+        group["lr"] = rate * group.get("rate_factor", 1.0)
+
+
+def make_optimizer(
+    section: LearnerSection,
+    parameters: Iterable[torch.nn.Parameter],
+    critic: Iterable[torch.nn.Parameter] = (),
+    critic_rate: float | None = None,
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; weight decay spares vectors (norms and biases), as is usual.
+
+    The parameters of `critic`, which are among them, follow the same schedule at the peak rate `critic_rate`.
+    """
     trainable = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": section.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    own = {id(p) for p in critic}
+    factor = 1.0 if critic_rate is None or not section.learning_rate else critic_rate / section.learning_rate
+    groups: list[dict[str, Any]] = []
+    for mine, scale in ((False, 1.0), (True, factor)):
+        part = [p for p in trainable if (id(p) in own) == mine]
+        matrices, vectors = [p for p in part if p.ndim >= 2], [p for p in part if p.ndim < 2]
+        groups.append({"params": matrices, "weight_decay": section.weight_decay, "rate_factor": scale})
+        groups.append({"params": vectors, "weight_decay": 0.0, "rate_factor": scale})
     return torch.optim.AdamW(
         [g for g in groups if g["params"]],
         lr=section.learning_rate,

@@ -11,6 +11,7 @@ import torch
 from rlpost.experience import TokenRows
 from rlpost.gradient.loss import coefficient_loss
 from rlpost.gradient.metrics import Mean, Metric, Total, merge, values
+from rlpost.learner.actor_critic import ActorCritic, critic_loss
 from rlpost.learner.buffer import RolloutBuffer, micro_batches
 from rlpost.learner.curvature_check import CurvatureCheck
 from rlpost.learner.learner import Learner
@@ -18,6 +19,7 @@ from rlpost.learner.optimizer import learning_rate
 from rlpost.learner.pair_rows import pair_batches
 from rlpost.methods.capo import CurvatureTracker
 from rlpost.methods.context import StepContext
+from rlpost.methods.controllers import Decision
 from rlpost.methods.estimator import compute_coefficients, needs_statistics
 from rlpost.recipe.learner import LearnerSection
 from rlpost.recipe.method import MethodSection
@@ -37,6 +39,7 @@ class Updater:
     probe: ProbeSection | None
     seed: int
     curvature: CurvatureTracker | None = None
+    actor_critic: ActorCritic | None = None
 
     def rows(self, buffer: RolloutBuffer, minibatch: int | None, *, skip_dead: bool = True) -> list[TokenRows]:
         """The micro-batches of a minibatch (None: of the whole rollout)."""
@@ -56,11 +59,16 @@ class Updater:
         minibatch = buffer.updates_done % self.section.minibatches
         rows = self.rows(buffer, minibatch)
         check_mask = self._curvature_check(optimizer_step)
-        parts = self._accumulate(buffer, rows, minibatch, optimizer_step, check_mask)
+        decision = None if self.actor_critic is None else self.actor_critic.begin_step()
+        context = self.context(optimizer_step, decision)
+        parts = self._accumulate(buffer, rows, minibatch, context, check_mask)
         metrics = values(merge(self.learner.processes.gather(merge(parts))))
         if self.probe is not None and buffer.updates_done == 0 and buffer.step % self.probe.every == 0:
             self._check_engine(metrics, self.probe, buffer.step)
-        report = self.learner.step(optimizer_step)
+        report = self.learner.step(optimizer_step, scale=1.0 if decision is None else decision.step_scale)
+        if self.actor_critic is not None:
+            self.actor_critic.end_step(metrics)
+            metrics |= {} if decision is None else decision.metrics
         if self.curvature is not None and report.skipped:  # back to the state before the step, without what was pending
             self.curvature.load_state_dict(self.curvature.state_dict())
         elif self.curvature is not None:
@@ -73,15 +81,19 @@ class Updater:
 
     def state_dict(self) -> dict[str, Any]:
         """What the method remembers from step to step."""
-        return {} if self.curvature is None else {"curvature": self.curvature.state_dict()}
+        parts = {"curvature": self.curvature, "actor_critic": self.actor_critic}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes back what `state_dict` gave."""
         if self.curvature is not None:
             self.curvature.load_state_dict(state["curvature"])
+        if self.actor_critic is not None:
+            self.actor_critic.load_state_dict(state["actor_critic"])
 
-    def context(self, optimizer_step: int) -> StepContext:
+    def context(self, optimizer_step: int, decision: Decision | None = None) -> StepContext:
         """What methods may know of an optimizer step."""
+        controlled = self.actor_critic
         rule = self.learner.policy.rule
         return StepContext(
             learning_rate=learning_rate(self.section, optimizer_step),
@@ -89,6 +101,7 @@ class Updater:
             seed=self.seed,
             peak_learning_rate=self.section.learning_rate,
             logit_slope=rule.scale / rule.temperature,
+            kl_coefficient=None if controlled is None else controlled.kl_coefficient(decision),
             curvature=self.curvature,
         )
 
@@ -120,13 +133,12 @@ class Updater:
         buffer: RolloutBuffer,
         rows: list[TokenRows],
         minibatch: int,
-        optimizer_step: int,
+        context: StepContext,
         check_mask: CurvatureCheck | None,
     ) -> list[dict[str, Metric]]:
         processes = self.learner.processes
         arrays = buffer.arrays(processes.device)
         request = needs_statistics(self.method)
-        context = self.context(optimizer_step)
         # At least one: DeepSpeed steps on gradients that a backward pass has reduced, be they zero.
         passes = max(1, processes.maximum(len(rows))) if self.learner.equal_passes else len(rows)
         parts: list[dict[str, Metric]] = []
@@ -135,7 +147,9 @@ class Updater:
             batch = rows[i] if not spare else spare_rows(self.pad_id)
             output = self.learner.policy(batch, statistics=request)
             if spare:
-                self.learner.backward((output.logp * 0.0).sum(), last=i == passes - 1)
+                nothing = (output.logp * 0.0).sum()
+                nothing = nothing if output.values is None else nothing + (output.values * 0.0).sum()
+                self.learner.backward(nothing, last=i == passes - 1)
                 continue
             view, group_tokens = arrays.view(batch, output)
             counts = replace(buffer.counts[minibatch], prompt_tokens=group_tokens)
@@ -146,8 +160,14 @@ class Updater:
             if check_mask is not None:
                 check_mask.remember(batch, view)
             loss = coefficient_loss(coefficients, output.logp, output.entropy)
+            of_critic: dict[str, Metric] = {}
+            if output.values is not None and self.method.critic is not None:
+                section = self.method.critic
+                loss = loss * float(buffer.step >= section.warmup_rollouts)
+                value_loss, of_critic = critic_loss(section, buffer, batch, output.values, counts)
+                loss = loss + value_loss
             self.learner.backward(loss, last=i == passes - 1)
-            parts.append({**coefficients.metrics, **row_metrics(batch, float(loss.detach()))})
+            parts.append({**coefficients.metrics, **of_critic, **row_metrics(batch, float(loss.detach()))})
         return parts or [row_metrics(None, 0.0)]
 
 

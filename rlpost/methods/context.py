@@ -18,4 +18,5 @@ class StepContext:
     seed: int = 0  # of the run; random masks depend on (seed, optimizer_step, token_index)
     peak_learning_rate: float | None = None  # of the schedule; None: the largest seen
     logit_slope: float = 1.0  # d score / d (W h): the model's logit scale over the sampling temperature
+    kl_coefficient: float | None = None  # of KL in the loss, from a controller; None: the recipe's
     curvature: CurvatureTracker | None = None  # for methods with a curvature mask (see rlpost.methods.capo)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rlpost.gradient.advantage import normalise
 from rlpost.gradient.correction import sampler_correction
 from rlpost.gradient.kl import kl_coefficient, kl_estimate
-from rlpost.gradient.metrics import Mean, Metric, max_of, mean_of
+from rlpost.gradient.metrics import Mean, Metric, max_of, mean_of, quantiles_of
 from rlpost.gradient.ratio import Limited, importance_ratio, limit_ratio
 from rlpost.gradient.reduction import token_weights
 from rlpost.gradient.shaping import equal_rewards, overlong_penalty, sum_rewards
@@ -84,7 +84,7 @@ def _shaping(
         if lengths is None or limit <= 0:
             raise ValueError("overlong.penalty needs `lengths` and `max_completion_tokens`")
         parts.append(-overlong_penalty(method.overlong, lengths.to(rewards.device), limit))
-    if needs_reference(method) and method.kl.where == "reward":
+    if method.kl_place == "reward" and method.critic is None and method.kl.coefficient > 0:
         if sequence_kl is None:
             raise ValueError("kl.where `reward` needs `sequence_kl`: the summed KL of every completion")
         parts.append(-method.kl.coefficient * sequence_kl.double())
@@ -113,9 +113,15 @@ def compute_coefficients(
         keep, masking = accepted_tokens(method, view, context)
         zero = torch.zeros_like(policy)
         entropy = torch.full_like(policy, method.entropy.coefficient)
-        coefficient = torch.where(keep, policy + torch.where(demonstration, zero, _kl_term(method, view)), zero)
+        coefficient = torch.where(
+            keep, policy + torch.where(demonstration, zero, _kl_term(method, view, context)), zero
+        )
         weight = token_weights(method.reduction, view, counts, keep)
         metrics = {**_policy_metrics(view, ratio, limited, ~demonstration), **mismatch, **masking}
+        if method.controller is not None and view.ref_logp is not None:
+            kl = kl_estimate(method.kl.estimator, view.logp, view.ref_logp)[~demonstration]
+            metrics |= {"policy/kl_penalised": mean_of(kl), "policy/kl_penalised_max": max_of(kl)}
+            metrics |= quantiles_of("policy/kl_penalised", kl, (0.95,))
         if method.gate is not None:
             weight = torch.where(demonstration, demonstration_weights(method.gate, view, counts, weight), weight)
             entropy = entropy if method.gate.entropy else torch.where(demonstration, zero, entropy)
@@ -129,13 +135,14 @@ def compute_coefficients(
         )
 
 
-def _kl_term(method: MethodSection, view: TokenView) -> Tensor:
+def _kl_term(method: MethodSection, view: TokenView, context: StepContext) -> Tensor:
     """[N] what the KL penalty in the loss adds to the coefficient."""
-    if not needs_reference(method) or method.kl.where != "loss":
+    if method.kl_place != "loss":
         return torch.zeros_like(view.logp)
     if view.ref_logp is None:
-        raise ValueError("kl.coefficient > 0 needs TokenView.ref_logp")
-    return -method.kl.coefficient * kl_coefficient(method.kl.estimator, view.logp, view.ref_logp)
+        raise ValueError("a KL penalty needs TokenView.ref_logp")
+    beta = method.kl.coefficient if context.kl_coefficient is None else context.kl_coefficient
+    return -beta * kl_coefficient(method.kl.estimator, view.logp, view.ref_logp)
 
 
 def _policy_metrics(view: TokenView, ratio: Tensor, limited: Limited, sampled: Tensor) -> dict[str, Metric]:
@@ -159,7 +166,7 @@ def _policy_metrics(view: TokenView, ratio: Tensor, limited: Limited, sampled: T
 
 def needs_reference(method: MethodSection) -> bool:
     """Whether log-probs under the reference policy are needed."""
-    return method.kl.coefficient > 0
+    return method.kl_place is not None
 
 
 def needs_statistics(method: MethodSection) -> StatisticsRequest | None:
@@ -173,7 +180,7 @@ def needs_statistics(method: MethodSection) -> StatisticsRequest | None:
 def skippable_groups(method: MethodSection, advantage: Tensor, prompt: Tensor) -> Tensor:
     """[P] bool: groups without any gradient, which need no forward pass. They still count in `Counts`."""
     groups = int(prompt.max()) + 1 if prompt.numel() else 0
-    pulled = (needs_reference(method) and method.kl.where == "loss") or method.entropy.coefficient != 0
+    pulled = method.kl_place == "loss" or method.entropy.coefficient != 0 or method.critic is not None
     dead = torch.full((groups,), not pulled, dtype=torch.bool, device=prompt.device)
     dead[prompt[advantage != 0]] = False
     return dead

@@ -16,6 +16,7 @@ from rlpost.errors import TrainingError
 from rlpost.experience import TokenRows
 from rlpost.gradient.types import HeadStatistics
 from rlpost.policy.attention import attention_mask
+from rlpost.policy.critic import Critic
 from rlpost.policy.head import HeadRequest, LogitRule
 from rlpost.policy.loading import (
     add_lora,
@@ -47,6 +48,7 @@ class PolicyOutput(NamedTuple):
     logp: Tensor  # [N]
     entropy: Tensor  # [N] over the full vocabulary
     statistics: HeadStatistics | None = None
+    values: Tensor | None = None  # [M, H] of the critic, see `Critic.forward`
 
 
 class Policy(nn.Module):
@@ -71,6 +73,7 @@ class Policy(nn.Module):
         self.head_chunk_tokens = head_chunk_tokens
         self.notes = notes
         self.has_adapter = hasattr(model, "disable_adapter")
+        self.critic: Critic | None = None  # a submodule: sharded, moved and trained with the policy, saved beside it
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -114,7 +117,8 @@ class Policy(nn.Module):
                 statistics_k=None if statistics is None else statistics.k,
             )
             logp, entropy, *more = causal_lm.get_output_embeddings()(picked, request)
-        return PolicyOutput(logp, entropy, HeadStatistics(*more) if more else None)
+            values = None if self.critic is None else self.critic(rows, picked)
+        return PolicyOutput(logp, entropy, HeadStatistics(*more) if more else None, values)
 
     def precision(self) -> AbstractContextManager[Any]:
         """The autocast context of forward passes."""

@@ -96,7 +96,7 @@ def _weights(recipe: Recipe, size: ModelSize, trained: int, processes: int, stag
         lines.append(line("autocast copies", size.parameters, 2, False))
     pairs = recipe.method.pairs
     live = pairs is not None and (pairs.reference == "live" or not recipe.data.has_pairs)
-    if (recipe.method.kl.coefficient > 0 or live) and recipe.model.lora is None:
+    if (recipe.method.kl_place is not None or live) and recipe.model.lora is None:
         lines.append(line("reference model", size.parameters, width, stage >= 3))
     return lines
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from rlpost.recipe.base import Section
+from rlpost.recipe.critic import Controller, CriticSection, describe_controller, describe_critic
 from rlpost.recipe.guidance import Gate, HintGuidance, SftFirstGate, describe_gate, describe_guidance
 from rlpost.recipe.masks import CurvatureMask, Mask, ProbabilityMask, RandomMask
 from rlpost.recipe.preference import PairsSection, describe_pairs
@@ -134,7 +135,7 @@ class MethodSection(Section):
     """What is maximised. Slots not given come from `preset`."""
 
     preset: str = "grpo"
-    """grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, capo, dr_capo or rein_capo."""
+    """grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, capo, dr_capo, rein_capo, ppo, safe or safe_released."""
     advantage: AdvantageSection = Field(default_factory=AdvantageSection)
     """From rewards to advantages."""
     ratio: RatioSection = Field(default_factory=RatioSection)
@@ -159,6 +160,11 @@ class MethodSection(Section):
     """GHPO: hints for prompts that no completion solved; null: none. Needs demonstrations."""
     gate: Gate | None = None
     """HPT and its relatives: which prompts are learned from their demonstration; null: none. Needs demonstrations."""
+    critic: CriticSection | None = None
+    """PPO: learned values as the baseline; null: none. Needs advantage.center and advantage.scale `none`."""
+    controller: Controller | None = None
+    """What sets the coefficient of the KL penalty from step to step; null: `kl.coefficient` stands. Its `term` replaces
+    `kl.where`."""
     pairs: PairsSection | None = None
     """DPO and RPO: learn from pairs of a chosen and a rejected response; null: none. From a data set (`data.train` of type
     `preference`), or from the best and the worst completion of every sampled group."""
@@ -179,6 +185,13 @@ class MethodSection(Section):
     def curvature(self) -> CurvatureMask | None:
         """The curvature mask that acts, or that a control mask is matched to."""
         return next(iter(_curvature_masks(self)), None)
+
+    @property
+    def kl_place(self) -> Literal["loss", "reward"] | None:
+        """Where a penalty on KL to the reference acts; None: there is none, and no reference is needed."""
+        if self.controller is not None:
+            return "reward" if self.controller.term == "reward" else "loss"
+        return self.kl.where if self.kl.coefficient > 0 else None
 
     @property
     def needs_demonstrations(self) -> bool:
@@ -253,6 +266,28 @@ def _rules(m: MethodSection) -> list[tuple[bool, str]]:
             )
         ],
         (
+            m.critic is not None and (adv.center != "none" or adv.scale != "none"),
+            "critic gives every token its own baseline: set advantage.center and advantage.scale to none "
+            "(critic.whiten_advantage scales instead)",
+        ),
+        (
+            m.critic is not None and (m.gate is not None or m.guidance is not None or m.pairs is not None),
+            "critic and gate, guidance or pairs cannot act together: values are of sampled answers to bare prompts. Set "
+            "the other slot to null",
+        ),
+        (
+            m.controller is not None and m.kl.coefficient != 0,
+            "controller sets the KL coefficient itself: set kl.coefficient to 0, or controller to null",
+        ),
+        (
+            m.controller is not None and m.controller.term == "reward" and m.critic is None,
+            "controller.term `reward` needs a critic: set it to `coefficient`, or add one",
+        ),
+        (
+            m.critic is not None and m.critic.warmup_rollouts > 0 and m.critic.trunk_gradient > 0,
+            "critic.warmup_rollouts with critic.trunk_gradient above 0 would train the policy on values alone: set one to 0",
+        ),
+        (
             len(set(_curvature_masks(m))) > 1,
             "masks: more than one curvature mask; there is one tracker of moments, so give one (controls must match it)",
         ),
@@ -279,7 +314,9 @@ def describe_order(method: MethodSection) -> list[str]:
             kl.where == "reward" and kl.coefficient > 0,
             f"reward -= {kl.coefficient:g} * KL to the reference ({kl.estimator})",
         ),
-        (True, f"advantage: centre {adv.center}, scale {adv.scale} ({adv.combine})"),
+        *[(True, text) for text in (describe_critic(m.critic) if m.critic is not None else [])],
+        (m.critic is None, f"advantage: centre {adv.center}, scale {adv.scale} ({adv.combine})"),
+        (m.controller is not None, describe_controller(m.controller) if m.controller is not None else ""),
         (m.ratio.level != "none", f"ratio per {m.ratio.level}, clip {_describe_clip(m.clip)}"),
         (fix.action != "none", f"sampler correction: {fix.action} pi_old/pi_sampler per {fix.level} at {fix.max:g}"),
         (

@@ -36,6 +36,26 @@ _GATE: Slots = {"gate": {"type": "solve_rate"}}
 
 _RPO: Slots = {"pairs": {"loss": "sigmoid", "beta": 0.01, "sft": {"type": "sum", "eta": 0.005}}}
 
+_PPO: Slots = {  # arXiv 1707.06347, with GAE (1506.02438) and adaptive KL in the reward (1909.08593)
+    "advantage": {"center": "none", "scale": "none"},
+    "critic": {"level": "token", "gamma": 1.0, "lam": 0.95},
+    "controller": {"type": "adaptive_kl"},
+    "kl": {"estimator": "k1"},
+    "reduction": {"type": "token"},
+}
+_SAFE: Slots = {  # arXiv 2602.04651; the value is read at the prompt's end, not behind the answer as in its code
+    "critic": {
+        "heads": 2,
+        "aggregate": "soft_min",
+        "alpha": 0.3,
+        "level": "sequence",
+        "loss": {"type": "huber", "delta": 0.5, "clip": 0.2, "combine": "mean", "weight": 0.5},
+        "whiten_reward": "full",
+    },
+    "kl": {"estimator": "k3"},
+    "entropy": {"coefficient": 0.01},
+}
+
 _OVERLAYS: dict[str, tuple[Slots, ...]] = {
     "grpo": (),
     "dr_grpo": (_DR_GRPO,),
@@ -67,6 +87,17 @@ _OVERLAYS: dict[str, tuple[Slots, ...]] = {
     "capo": (_CURVATURE,),
     "dr_capo": (_DR_GRPO, _CURVATURE),
     "rein_capo": (_REINFORCE, _CURVATURE),
+    "ppo": (_PPO,),
+    "safe": (_PPO, _SAFE, {"controller": {"type": "safe"}}),
+    "safe_released": (  # ryyzn9/SAFE: its controller has no gradient, all of the value loss reaches the trunk
+        _PPO,
+        _SAFE,
+        {
+            "critic": {"trunk_gradient": 1.0},
+            "kl": {"estimator": "k1"},
+            "controller": {"type": "safe_published", "term": "released"},
+        },
+    ),
     "ghpo": (_HINTS,),
     "ghpo_released": (  # hkgc-1/GHPO: token mean, raw prefixes of characters, and its loss on bare prompts
         _HINTS,
