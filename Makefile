@@ -3,7 +3,9 @@ SHELL := /bin/bash
 VENV ?= .venv
 export RLPOST_VENV := $(VENV)
 RUN := $(VENV)/bin
-PYTEST := $(RUN)/python -m pytest
+# Two test processes, each with one thread: the tests start processes of their own, and threads that spin against each
+# other are many times slower than threads that take turns.
+PYTEST := OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow test-gpu check format bench docs clean
@@ -24,7 +26,7 @@ test-slow: install  ## the long tests
 	@$(PYTEST) -m "slow and not gpu" $(ARGS)
 
 test-gpu: install  ## the tests that need a CUDA device
-	@$(PYTEST) -m gpu $(ARGS)
+	@$(RUN)/python -m pytest -m gpu $(ARGS)
 
 check: install  ## the fast inner loop: format, lint, types, quick tests
 	@$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/mypy && $(PYTEST) -q -m "not slow and not gpu and not engine" $(ARGS)

@@ -16,6 +16,8 @@ from rlpost.loop import train
 from rlpost.recipe.load import load_recipe
 from rlpost.recipe.rules import Setting, check
 
+pytestmark = pytest.mark.engine
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from conftest import rows, weights
 from rlpost.loop import train
 from rlpost.recipe.load import load_recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
 RELEASED = {"preset": "safe_released"}
 SMALL = {"evaluation.prompts": 0, "learner.steps": 3, "learner.minibatches": 2, "rollout.prompts_per_step": 4}
 
