@@ -31,6 +31,9 @@ test-gpu: install  ## the tests that need a CUDA device
 check: install  ## the fast inner loop: format, lint, types, quick tests
 	@$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/mypy && $(PYTEST) -q -m "not slow and not gpu and not engine" $(ARGS)
 
+bench: install  ## compare with TRL on frozen rollouts: make bench MODEL=folder (hours at full scale; ARGS="--scale small")
+	@$(RUN)/python -m benchmarks.trl_parity --model $(MODEL) && $(RUN)/python -m benchmarks.trl --model $(MODEL) $(ARGS)
+
 docs: install  ## regenerate the recipe reference and its JSON schema
 	@$(RUN)/rlpost schema > recipes/schema.json && $(RUN)/rlpost recipe-docs > docs/recipe.md
 

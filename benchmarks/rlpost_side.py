@@ -61,11 +61,11 @@ class GradientTap(DataParallelLearner):
     keep = False
     gradients: dict[str, Tensor] | None = None
 
-    def step(self, index: int) -> StepReport:
+    def step(self, index: int, **options: Any) -> StepReport:
         if self.keep:
             named = self.policy.model.named_parameters()
             self.gradients = {n: p.grad.detach().clone() for n, p in named if p.grad is not None}
-        return super().step(index)
+        return super().step(index, **options)
 
 
 class RlpostSide:

@@ -12,6 +12,8 @@ import pytest
 from benchmarks.frozen import RolloutSpec, TrlRollout, frozen_reward, make_rollout, with_old_logprobs
 from benchmarks.measure import StepClock, show, spread, table, update_share
 
+pytestmark = pytest.mark.engine
+
 SPEC = RolloutSpec(
     prompts=6, completions=4, prompt_tokens=7, max_completion_tokens=40, mean_tokens=16, dead_share=0.5, vocabulary=50
 )
@@ -167,7 +169,6 @@ def test_steps_with_and_without_the_mask_share_policy_and_rollout(tiny):
     assert min(found["raw"]["with"] + found["raw"]["without"]) > 0
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize("name", ["grpo", "dapo", "bnpo", "dr_grpo", "gspo", "cispo"])
 def test_rlpost_takes_the_step_that_trl_takes(tiny, name):
     """Loss and gradient of TRL on identical frozen rollouts in float32, clipped tokens and a dead group included."""
@@ -180,7 +181,6 @@ def test_rlpost_takes_the_step_that_trl_takes(tiny, name):
     assert abs(found.loss) > 1e-3  # the comparison is not one of rounding errors
 
 
-@pytest.mark.engine
 def test_one_measurement_of_each_side_in_fresh_processes(tiny):
     from benchmarks.measure import fresh_process
     from benchmarks.worker import Job

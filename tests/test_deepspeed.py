@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import rows, weights
+from conftest import REPOSITORY, rows, weights
 
 from rlpost.errors import RecipeError
 from rlpost.learner.deepspeed import zero_config
@@ -189,3 +189,29 @@ def test_the_launch_file_and_the_recipe_make_deepspeeds_configuration(tmp_path):
 def test_launch_settings_that_cannot_be_are_refused(launcher, said):
     with pytest.raises(RecipeError, match=said):
         zero_config(LearnerSection(), torch.float32, launcher)
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_zero_3_trains_the_quickstart_model_as_one_process_does(children, tmp_path):
+    """135 million weights in float32, three steps of the recipe that everybody starts with, on few tokens."""
+    overrides = [
+        f"output_dir={tmp_path}",
+        "learner.steps=3",
+        "model.autocast=none",
+        "rollout.engine.type=transformers",
+        "rollout.prompts_per_step=4",
+        "rollout.completions_per_prompt=4",
+        "rollout.max_completion_tokens=8",
+        "evaluation.prompts=0",
+        "tracking.wandb.mode=disabled",
+    ]
+    recipe = REPOSITORY / "recipes" / "quickstart.yaml"
+    for name, launch in (("one", "cpu.yaml"), ("two", "cpu-zero3.yaml")):
+        code, printed = children.run(recipe, f"name={name}", *overrides, launch=launch, timeout=900)
+        assert code == 0, printed
+    one, two = rows(tmp_path / "one", "train"), rows(tmp_path / "two", "train")
+    assert len(one) == len(two) == 3 and any(row["optimizer/grad_norm"] > 0 for row in one)
+    for mine, theirs in zip(two, one, strict=True):
+        for key in ("optimizer/loss", "optimizer/grad_norm", "policy/entropy", "reward/mean"):
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5), (mine["step"], key)

@@ -10,9 +10,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlpost.errors import RecipeError, TrainingError
+from rlpost.gradient.types import StatisticsRequest
 from rlpost.policy.head import LogitRule, ScoringLinear
 from rlpost.policy.loading import prepare, verify_head
-from rlpost.policy.model import StatisticsRequest, load_policy
+from rlpost.policy.model import load_policy
 from rlpost.policy.rows import RowGroup, build_rows
 from rlpost.recipe.model import LoraSection, ModelSection
 

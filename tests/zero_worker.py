@@ -104,7 +104,8 @@ def run(learner, *, first: int = 0, last: int = STEPS) -> list[dict]:
     for step in range(first, last):
         buffer = rollout(step // 2, learner.processes.rank, learner.processes.world)
         buffer.updates_done = step % 2
-        token_logprobs(learner.policy, updater.rows(rollout(step // 2, 0, 1), None), 1000)  # as for old_logp
+        if step > 1:
+            token_logprobs(learner.policy, updater.rows(rollout(step // 2, 0, 1), None), 1000)  # as for old_logp
         metrics = updater.update(buffer, step)
         names = ("loss", "grad_norm", "learning_rate", "skipped")
         found.append({name: metrics[f"optimizer/{name}"] for name in names})

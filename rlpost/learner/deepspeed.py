@@ -37,7 +37,7 @@ class DeepSpeedLearner:
         self.processes = processes
         self._section = section
         config = zero_config(section, next(policy.parameters()).dtype, launcher_settings())
-        optimizer = _optimizer(section, policy, config)  # before the weights lose their shapes
+        optimizer = make_optimizer(section, policy.parameters())  # before the weights lose their shapes
         self.stage: int = config["zero_optimization"]["stage"]
         with redirect_stdout(StringIO()):  # parts of DeepSpeed print
             if self.stage == 3:
@@ -93,35 +93,36 @@ class DeepSpeedLearner:
         return {} if critic is None or self.stage == 3 else {CRITIC: critic.state_dict()}
 
     def load(self, folder: Path, *, world: int) -> None:
+        saved = self.processes.together(lambda: self._read(folder, world))
+        optimizer = self._engine.optimizer
+        shards = [None] * world
+        shards[self.processes.rank] = saved
+        with redirect_stdout(StringIO()):
+            optimizer.load_state_dict(shards, load_optimizer_states=True, load_from_fp32_weights=True)
+        if self.stage == 3:
+            optimizer.checkpoint_event_epilogue()  # small weights are kept whole on every process: gather them again
+
+    def _read(self, folder: Path, world: int) -> Any:
+        """This process's shard. Raises CheckpointError when it is not one for this launch configuration."""
+        begin_new = f"or begin a new run from its weights with model.path={folder}."
         if world != self.processes.world:
             raise CheckpointError(
-                f"{folder} holds the DeepSpeed state of {world} processes, which cannot be spread over "
-                f"{self.processes.world}. Start {world} processes, or begin a new run from its weights with "
-                f"model.path={folder}."
+                f"{folder} holds the state of {world} processes, which DeepSpeed cannot spread over "
+                f"{self.processes.world}. Start as many processes, with the launch configuration that the run had, "
+                f"{begin_new}"
             )
         file = folder / "trainer" / self._file
         if not file.is_file():
             raise CheckpointError(
-                f"{folder} was not saved by DeepSpeed. Start with the launch configuration that the run had, or begin a "
-                f"new run from its weights with model.path={folder}."
+                f"{folder} was not saved by DeepSpeed. Start with the launch configuration that the run had, {begin_new}"
             )
         saved = torch.load(file, weights_only=False, map_location="cpu")  # the manifest has vouched for it
         if saved["stage"] != self.stage:
             raise CheckpointError(
                 f"{folder} was saved by DeepSpeed ZeRO-{saved['stage']}; this is ZeRO-{self.stage}, which cuts the state "
-                f"into other pieces. Start with the launch configuration that the run had, or begin a new run from its "
-                f"weights with model.path={folder}."
+                f"into other pieces. Start with the launch configuration that the run had, {begin_new}"
             )
-        if self.policy.critic is not None and self.stage < 3:
-            critic = torch.load(folder / "trainer" / CRITIC, weights_only=True, map_location="cpu")
-            self.policy.critic.load_state_dict(critic)
-        optimizer = self._engine.optimizer
-        shards = [None] * world
-        shards[self.processes.rank] = saved["optimizer"]
-        with redirect_stdout(StringIO()):
-            optimizer.load_state_dict(shards, load_optimizer_states=True, load_from_fp32_weights=True)
-        if self.stage == 3:
-            optimizer.checkpoint_event_epilogue()  # small weights are kept whole on every process: gather them again
+        return saved["optimizer"]
 
     @property
     def _file(self) -> str:
@@ -230,16 +231,3 @@ def _config_file(launcher: Mapping[str, str]) -> dict[str, Any]:
         raise RecipeError(
             f"deepspeed_config_file {file} of the launch configuration cannot be read: {error}"
         ) from error
-
-
-def _optimizer(section: LearnerSection, policy: Policy, config: dict[str, Any]) -> torch.optim.Optimizer:
-    """AdamW; DeepSpeed's own CPU kernel where the state lies on the CPU and a GPU does the rest."""
-    critic = policy.critic
-    own, rate = ([], None) if critic is None else (critic.parameters(), critic.section.learning_rate)
-    optimizer = make_optimizer(section, policy.parameters(), own, rate)
-    offloaded = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
-    if offloaded and torch.cuda.is_available():
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(optimizer.param_groups, lr=section.learning_rate, betas=section.betas, eps=section.eps)
-    return optimizer

@@ -63,12 +63,7 @@ def load_checkpoint(path: Path, parts: Parts) -> RunState:
     counters = json.loads((path / "trainer" / "state.json").read_text())
     world, in_rollout = counters.pop("world"), counters.pop("in_rollout")
     counters.pop("recipe")
-    if world != parts.processes.world and in_rollout:
-        raise CheckpointError(
-            f"{path} was saved by {world} processes in the middle of a rollout; {parts.processes.world} cannot take it "
-            f"up, because each process holds its own part. Start {world} processes, or resume from a checkpoint at a "
-            f"rollout's end (a checkpoint.every that is a multiple of minibatches x epochs makes all of them such)."
-        )
+    parts.processes.together(lambda: _check_world(path, world, parts.processes.world, in_rollout))
     parts.learner.load(path, world=world)
     state = RunState(**counters)
     # Buffers are the run's own nouns, so they are unpickled; the manifest has shown that they are what was saved.
@@ -77,9 +72,24 @@ def load_checkpoint(path: Path, parts: Parts) -> RunState:
     set_rng_state(own["rng"])
     parts.updater.load_state_dict(own["method"])
     state.buffer = own["buffer"]
+    if state.buffer is not None and not all(hasattr(state.buffer, name) for name in state.buffer.__dataclass_fields__):
+        raise CheckpointError(
+            f"{path} holds a rollout in progress that another version of rlpost saved. Resume with that version up to a "
+            f"rollout's end, or begin a new run from its weights with model.path={path}."
+        )
     if state.sampler is not None:
         parts.sampler.load_state_dict(state.sampler)
     return state
+
+
+def _check_world(path: Path, world: int, now: int, in_rollout: bool) -> None:
+    """Whether `now` processes can take up what `world` saved."""
+    if world != now and in_rollout:
+        raise CheckpointError(
+            f"{path} was saved by {world} processes in the middle of a rollout; {now} cannot take it up, because each "
+            f"process holds its own part. Start {world} processes, or resume from a checkpoint at a rollout's end (a "
+            f"checkpoint.every that is a multiple of minibatches x epochs makes all of them such)."
+        )
 
 
 def asdict_shallow(state: RunState) -> dict[str, Any]:

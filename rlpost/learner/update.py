@@ -147,7 +147,8 @@ class Updater:
             batch = rows[i] if not spare else spare_rows(self.pad_id)
             output = self.learner.policy(batch, statistics=request)
             if spare:
-                nothing = (output.logp * 0.0).sum()
+                # Every output takes part, as in other passes: ZeRO-3 compares which modules run backward, and how often.
+                nothing = (output.logp * 0.0).sum() + (output.entropy * 0.0).sum()
                 nothing = nothing if output.values is None else nothing + (output.values * 0.0).sum()
                 self.learner.backward(nothing, last=i == passes - 1)
                 continue

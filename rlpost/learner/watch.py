@@ -58,15 +58,21 @@ class Phases:
 
 
 class Interrupt:
-    """Turns the first SIGINT or SIGTERM into a flag; a second one acts as usual."""
+    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a flag; a later one acts as usual.
+
+    A terminal sends Ctrl-C to the launcher and to us, and the launcher passes it on: one that follows at once is the same.
+    """
+
+    SAME_WITHIN_S = 2.0
 
     def __init__(self) -> None:
         self.requested = False
+        self._asked_at = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -75,8 +81,13 @@ class Interrupt:
             signal.signal(number, previous)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        signal.signal(number, self._previous.get(number, signal.SIG_DFL))
+        now = time.monotonic()
+        if self.requested:
+            if now - self._asked_at > self.SAME_WITHIN_S:
+                signal.signal(number, self._previous.get(number, signal.SIG_DFL))
+                os.kill(os.getpid(), number)
+            return
+        self.requested, self._asked_at = True, now
         if os.environ.get("RANK", "0") == "0":
             print(
                 "\nrlpost: stopping at the next safe moment, then saving. Once more to stop at once.", file=sys.stderr

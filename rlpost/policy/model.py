@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch.nn import functional
 
 from rlpost.errors import TrainingError
 from rlpost.experience import TokenRows
-from rlpost.gradient.types import HeadStatistics
+from rlpost.gradient.types import HeadStatistics, StatisticsRequest
 from rlpost.policy.attention import attention_mask
 from rlpost.policy.critic import Critic
 from rlpost.policy.head import HeadRequest, LogitRule
@@ -33,13 +32,6 @@ from rlpost.recipe.model import ModelSection
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True)
-class StatisticsRequest:
-    """Asks for `HeadStatistics`, with the k largest scores, or without them (None)."""
-
-    k: int | None = None
 
 
 class PolicyOutput(NamedTuple):

@@ -52,7 +52,7 @@ class CurvatureMask(Section):
     """`step: adam` looks at the k most likely tokens of a position, the sampled one always among them."""
     chunk_tokens: PositiveInt = 64
     """Tokens whose k x d predicted step is held at once."""
-    verify_every: NonNegativeInt = 10
+    verify_every: NonNegativeInt = 50
     """Every so many optimizer steps the prediction is compared with what the step did (one more forward pass); 0: never."""
 
     @model_validator(mode="after")
