@@ -24,6 +24,7 @@ from rlpost.learner.watch import Phases
 from rlpost.methods.capo import CurvatureTracker, make_tracker
 from rlpost.policy.attention import choose_layout
 from rlpost.policy.model import Policy, load_policy
+from rlpost.policy.rows import Layout
 from rlpost.recipe.root import Recipe
 from rlpost.rollout.engine import RolloutEngine, SamplingSettings
 from rlpost.scoring.scorer import Scorer
@@ -163,7 +164,6 @@ def assemble(loaded: LoadedRecipe) -> Parts:
         for close in started:
             close()
         raise
-    pad_id = tokenizer.pad_token_id
     return Parts(
         recipe=recipe,
         processes=processes,
@@ -181,19 +181,27 @@ def assemble(loaded: LoadedRecipe) -> Parts:
         scorer=scorer,
         engine=engine,
         learner=learner,
-        updater=Updater(
-            learner=learner,
-            method=recipe.method,
-            section=recipe.learner,
-            layout=layout,
-            pad_id=pad_id,
-            probe=recipe.rollout.probe,
-            seed=recipe.seed,
-            curvature=curvature,
-            actor_critic=ActorCritic.of(recipe.method) if recipe.method.critic or recipe.method.controller else None,
-        ),
+        updater=build_updater(recipe, learner, layout, tokenizer.pad_token_id, curvature),
         sampling=sampling_settings(recipe),
         model_path=model_path,
+    )
+
+
+def build_updater(
+    recipe: Recipe, learner: Learner, layout: Layout, pad_id: int, curvature: CurvatureTracker | None
+) -> Updater:
+    """What takes optimizer steps."""
+    method = recipe.method
+    return Updater(
+        learner=learner,
+        method=method,
+        section=recipe.learner,
+        layout=layout,
+        pad_id=pad_id,
+        probe=recipe.rollout.probe,
+        seed=recipe.seed,
+        curvature=curvature,
+        actor_critic=ActorCritic.of(method) if method.critic or method.controller else None,
     )
 
 

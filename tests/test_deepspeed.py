@@ -213,5 +213,7 @@ def test_zero_3_trains_the_quickstart_model_as_one_process_does(children, tmp_pa
     one, two = rows(tmp_path / "one", "train"), rows(tmp_path / "two", "train")
     assert len(one) == len(two) == 3 and any(row["optimizer/grad_norm"] > 0 for row in one)
     for mine, theirs in zip(two, one, strict=True):
-        for key in ("optimizer/loss", "optimizer/grad_norm", "policy/entropy", "reward/mean"):
+        for key in ("optimizer/grad_norm", "policy/entropy", "reward/mean"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-5), (mine["step"], key)
+        # A sum of terms that cancel, each of which this model's float32 log-probs (mismatch/mean_abs_gap) blur by 1e-5.
+        assert mine["optimizer/loss"] == pytest.approx(theirs["optimizer/loss"], rel=1e-5, abs=1e-6), mine["step"]

@@ -101,6 +101,9 @@ class DeepSpeedLearner:
             optimizer.load_state_dict(shards, load_optimizer_states=True, load_from_fp32_weights=True)
         if self.stage == 3:
             optimizer.checkpoint_event_epilogue()  # small weights are kept whole on every process: gather them again
+        elif self.policy.critic is not None:
+            critic = torch.load(folder / "trainer" / CRITIC, weights_only=True, map_location=self.processes.device)
+            self.policy.critic.load_state_dict(critic)
 
     def _read(self, folder: Path, world: int) -> Any:
         """This process's shard. Raises CheckpointError when it is not one for this launch configuration."""

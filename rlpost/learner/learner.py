@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlpost.errors import CheckpointError
 from rlpost.experience import TokenRows
-from rlpost.learner.optimizer import learning_rate, make_optimizer, set_learning_rate
+from rlpost.learner.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from rlpost.learner.process import Processes
 from rlpost.policy.model import Policy
 from rlpost.policy.weights import Gather, gather_nothing
@@ -138,11 +138,11 @@ class DataParallelLearner:
     def _clip(self) -> Tensor:
         """The norm of the policy's gradient, before clipping; the critic's is clipped apart. Not finite if either is not."""
         limit = self._section.max_grad_norm
-        norm = torch.nn.utils.clip_grad_norm_(self._actor, torch.inf if limit is None else limit)
+        norm = clip_gradients(self._actor, limit)
         if self.policy.critic is None:
             return norm
         most = self.policy.critic.section.max_grad_norm
-        critic = torch.nn.utils.clip_grad_norm_(self._critic, torch.inf if most is None else most)
+        critic = clip_gradients(self._critic, most)
         return norm if torch.isfinite(critic) else critic
 
     def _reduce_gradients(self) -> None:

@@ -244,6 +244,17 @@ def _rules(m: MethodSection) -> list[tuple[bool, str]]:
             "correction.min must be below correction.max",
         ),
         (
+            len(set(_curvature_masks(m))) > 1,
+            "masks: more than one curvature mask; there is one tracker of moments, so give one (controls must match it)",
+        ),
+        *_slot_rules(m),
+    ]
+
+
+def _slot_rules(m: MethodSection) -> list[tuple[bool, str]]:
+    """The same for slots that cannot act together."""
+    return [
+        (
             m.gate is not None and m.dynamic_sampling.enabled,
             "gate and dynamic_sampling.enabled contradict each other: one learns from the solutions of unsolved prompts, the "
             "other replaces these prompts by others. Set dynamic_sampling.enabled to false, or gate to null",
@@ -266,7 +277,7 @@ def _rules(m: MethodSection) -> list[tuple[bool, str]]:
             )
         ],
         (
-            m.critic is not None and (adv.center != "none" or adv.scale != "none"),
+            m.critic is not None and (m.advantage.center != "none" or m.advantage.scale != "none"),
             "critic gives every token its own baseline: set advantage.center and advantage.scale to none "
             "(critic.whiten_advantage scales instead)",
         ),
@@ -286,10 +297,6 @@ def _rules(m: MethodSection) -> list[tuple[bool, str]]:
         (
             m.critic is not None and m.critic.warmup_rollouts > 0 and m.critic.trunk_gradient > 0,
             "critic.warmup_rollouts with critic.trunk_gradient above 0 would train the policy on values alone: set one to 0",
-        ),
-        (
-            len(set(_curvature_masks(m))) > 1,
-            "masks: more than one curvature mask; there is one tracker of moments, so give one (controls must match it)",
         ),
     ]
 
