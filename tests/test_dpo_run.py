@@ -166,7 +166,7 @@ def test_pairs_made_on_the_spot(tmp_path, write_recipe, one_thread):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("launch", ["cpu2.yaml", "cpu-zero3.yaml"])
+@pytest.mark.parametrize("launch", ["cpu2.yaml", pytest.param("cpu-zero3.yaml", marks=pytest.mark.slow)])
 def test_two_processes_take_the_same_steps(tmp_path, tiny_model, children, one_thread, launch):
     alone = rows(run(pair_recipe(tmp_path / "a", tiny_model)).run_dir)
     recipe = pair_recipe(tmp_path / "b", tiny_model)

@@ -135,7 +135,10 @@ def test_lora_trains_adapter_and_critic(write_recipe, tmp_path):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("launch", ["cpu2.yaml", "cpu-zero2.yaml", "cpu-zero3.yaml"])
+@pytest.mark.parametrize(
+    "launch",
+    ["cpu2.yaml", *(pytest.param(f"cpu-zero{stage}.yaml", marks=pytest.mark.slow) for stage in (2, 3))],
+)
 def test_two_processes_equal_one(write_recipe, tmp_path, children, launch):
     """DeepSpeed clips policy and critic together, so here nothing is clipped."""
     method = {"preset": "safe", "critic": {"level": "token", "max_grad_norm": None}}

@@ -239,7 +239,7 @@ def test_ctrl_c_reaches_only_the_trainer(moods, tmp_path):
     for process in [trainer, *psutil.Process(trainer.pid).children(recursive=True)]:
         if process.pid not in map(int, pids.read_text().split()[1:]):
             process.send_signal(signal.SIGINT)
-    output, _ = trainer.communicate(timeout=30)
+    output, _ = trainer.communicate(timeout=180)
     assert output.decode().strip() == "stopped"
     assert_gone(pids)
 

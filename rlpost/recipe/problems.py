@@ -75,7 +75,9 @@ def _unknown_key(place: Place, key: str, root: type[Section]) -> str:
     if near and not elsewhere:
         return f"{key}: there is no such key; did you mean {where.format(near)}?"
     if elsewhere:
-        return f"{key}: there is no such key here; did you mean {' or '.join(elsewhere[:3])}?"
+        shallow = min(path.count(".") for path in elsewhere)  # `learner.learning_rate`, not the critic's own
+        meant = [path for path in elsewhere if path.count(".") == shallow]
+        return f"{key}: there is no such key here; did you mean {' or '.join(meant[:3])}?"
     kinds = type_names(place.section) if place.section else ()
     kind = f" with type {kinds[0]}" if kinds else ""
     return f"{key}: there is no such key; {head or 'a recipe'}{kind} has: {', '.join(fields)}"
