@@ -16,8 +16,9 @@ help:  ## what can be made
 install:  ## create .venv with everything (returns at once when nothing changed)
 	@launch/install.sh
 
+# Passive waiting: threads that spin while another program has the core make everything many times slower.
 quickstart: install  ## post-train a real language model with GRPO on this machine and show what it learned
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(RUN)/accelerate launch --quiet --config_file launch/cpu.yaml -m rlpost recipes/quickstart.yaml $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(RUN)/accelerate launch --quiet --config_file launch/cpu.yaml -m rlpost recipes/quickstart.yaml $(ARGS)
 
 test: install  ## the test suite (real vLLM, DeepSpeed, several processes; minutes)
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
