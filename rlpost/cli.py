@@ -45,7 +45,8 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     result = run(loaded)
     conclude(result, recipe)
-    if result.interrupted:
+    # The main process alone says so: the launcher kills the others when one ends with an error, report or not.
+    if result.interrupted and os.environ.get("RANK", "0") == "0":
         raise typer.Exit(130)
 
 
@@ -174,8 +175,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _quieten() -> None:
-    """Lets rlpost's own notes through (once, from rank 0) and keeps libraries' start-up chatter out of the terminal."""
+    """Before torch is imported: lets rlpost's own notes through, keeps libraries' chatter out, and threads from spinning."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Threads that spin while another program (or vLLM's own pool) has the core make a CPU run many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rlpost").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
