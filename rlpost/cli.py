@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from rlpost import errors
+from rlpost.ending import ends_at_once
 from rlpost.errors import RecipeError, RlpostError
 
 app = typer.Typer(
@@ -165,13 +166,14 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments and _is_recipe(arguments[0]):
         arguments = ["train", *arguments]
     _quieten()
-    try:
-        app(args=arguments, prog_name="rlpost")
-    except RlpostError as error:
-        _print_error(error)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with ends_at_once():
+        try:
+            app(args=arguments, prog_name="rlpost")
+        except RlpostError as error:
+            _print_error(error)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
 def _quieten() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 
+from rlpost.ending import ends_at_once
 from rlpost.experience import Completion, Group, Prompt
 from rlpost.gradient.types import Counts
 from rlpost.learner.buffer import RolloutBuffer
@@ -220,4 +221,5 @@ def main(path: str, folder: Path, only: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
+    with ends_at_once():
+        main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
