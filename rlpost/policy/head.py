@@ -78,17 +78,15 @@ def head_statistics(
     """
     rule = rule or LogitRule()
     collected = _Collected(hidden, target, k, weight.shape[0])
-    for part, scores in _score_chunks(hidden, weight, bias, rule, chunk, _product_dtype(hidden, weight)):
-        collected.take_scores(part, scores)
-        collected.take_probabilities(part, scores.sub_(scores.logsumexp(-1, keepdim=True)).exp_())
+    for whole, chunk_scores in _score_chunks(hidden, weight, bias, rule, chunk, _product_dtype(hidden, weight)):
+        for part, scores in _blocks(whole, chunk_scores):
+            collected.take_scores(part, scores)
+            collected.take_probabilities(part, _token_numbers(scores, target[part])[3])
     return HeadStatistics(*collected.tensors())
 
 
 class _Collected:
-    """The tensors of `HeadStatistics`, filled chunk after chunk.
-
-    On a CPU a chunk is gone through a few rows at a time: they stay in the cache from one operation to the next.
-    """
+    """The tensors of `HeadStatistics`, filled chunk after chunk."""
 
     def __init__(self, hidden: Tensor, target: Tensor, k: int | None, vocabulary: int) -> None:
         n = target.shape[0]
@@ -97,32 +95,23 @@ class _Collected:
         self.sum_p2, self.sum_p3 = (hidden.new_empty(n, dtype=torch.float32) for _ in range(2))
         self.ids = None if self.k is None else target.new_empty(n, self.k)
         self.top = None if self.k is None else hidden.new_empty(n, self.k, dtype=torch.float32)
-        self._rows = 16 if hidden.device.type == "cpu" else None
 
     def take_scores(self, part: slice, scores: Tensor) -> None:
         """z [c, V] of the tokens `part`; left as it is."""
         if self.ids is None or self.top is None or self.k is None:
             return
-        for rows, some in self._split(part, scores):
-            self.ids[rows], self.top[rows] = _top_with_target(some, self.target[rows], self.k)
+        self.ids[part], self.top[part] = _top_with_target(scores, self.target[part], self.k)
 
     def take_probabilities(self, part: slice, p: Tensor) -> None:
         """softmax(z) [c, V] of the tokens `part`; left as it is."""
-        for rows, some in self._split(part, p):
-            squares = some.square()
-            self.sum_p2[rows] = squares.sum(-1)
-            self.sum_p3[rows] = squares.mul_(some).sum(-1)
+        squares = p.square()
+        self.sum_p2[part] = squares.sum(-1)
+        self.sum_p3[part] = squares.mul_(p).sum(-1)
 
     def tensors(self) -> list[Tensor]:
         """In the order of `HeadStatistics`, without those that were not asked for."""
         everything = (self.sum_p2, self.sum_p3, self.hidden, self.ids, self.top)
         return [tensor for tensor in everything if tensor is not None]
-
-    def _split(self, part: slice, chunk: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        step = self._rows or max(1, chunk.shape[0])
-        for start in range(0, chunk.shape[0], step):
-            some = chunk[start : start + step]
-            yield slice(part.start + start, part.start + start + some.shape[0]), some
 
 
 def _top_with_target(scores: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -160,12 +149,21 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _score_chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, rule: LogitRule, chunk: int, product: torch.dtype
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    rule: LogitRule,
+    chunk: int,
+    product: torch.dtype,
+    cast: Tensor | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yields (which tokens, z [c, V] in float32 or wider) chunk after chunk; the caller may overwrite z."""
+    """Yields (which tokens, z [c, V] in float32 or wider) chunk after chunk; the caller may overwrite z.
+
+    `cast` is the weight in the precision of products, where the caller has it.
+    """
     exact = torch.promote_types(product, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        columns = weight.detach().to(product).t()
+        columns = (weight.detach().to(product) if cast is None else cast).t()
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             raw = (hidden[part].detach().to(product) @ columns).to(exact)
@@ -173,6 +171,51 @@ def _score_chunks(
                 raw.add_(bias.detach().to(exact))
             yield part, rule.scores(raw)
             del raw  # before the next chunk's is made
+
+
+def _cast_to_keep(weight: Tensor, product: torch.dtype) -> Tensor | None:
+    """The weight in the precision of products, kept for the backward pass as autocast keeps its own casts, or None where
+    there is nothing to cast. None under ZeRO-3 too, which frees the gathered weight in between."""
+    if product == weight.dtype or hasattr(weight, "ds_id"):
+        return None
+    return weight.detach().to(product)
+
+
+def _blocks(part: slice, chunk: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Cuts a chunk [c, V] of the tokens `part` into views. On a CPU of a few rows each: they stay in the cache from one
+    operation to the next, and what is made of them is small enough that memory is not asked of the system each time."""
+    step = 16 if chunk.device.type == "cpu" else max(1, chunk.shape[0])
+    for start in range(0, chunk.shape[0], step):
+        some = chunk[start : start + step]
+        yield slice(part.start + start, part.start + start + some.shape[0]), some
+
+
+def _token_numbers(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log of the normaliser [c], logp of `target` [c], entropy [c], probabilities [c, V]) of z [c, V], which is overwritten.
+
+    With x = z - max z and Z = sum exp x: logp_t = x_t - log Z, H = log Z - E[x]; both terms are small where H is."""
+    top = scores.amax(-1, keepdim=True)
+    centred = scores.sub_(top)
+    p = centred.exp()
+    total = p.sum(-1, keepdim=True)
+    p.div_(total)
+    log_total = total.log_()
+    logp = centred.gather(-1, target[:, None]).sub_(log_total)
+    entropy = log_total.squeeze(-1) - centred.mul_(p).sum(-1)
+    return top.add_(log_total).squeeze(-1), logp.squeeze(-1), entropy, p
+
+
+def _score_gradient(
+    logq: Tensor, target: Tensor, entropy: Tensor, by_logp: Tensor, by_entropy: Tensor | None
+) -> Tensor:
+    """The loss by z [c, V], from log softmax(z) [c, V] (overwritten), H [c], and the loss by logp and by H [c, 1]."""
+    by_logp = by_logp.to(logq.dtype)
+    if by_entropy is None:
+        step = logq.exp_().mul_(-by_logp)
+    else:
+        p = logq.exp()
+        step = logq.add_(entropy[:, None]).mul_(by_entropy).add_(by_logp).mul_(p).neg_()
+    return step.scatter_add_(-1, target[:, None], by_logp)
 
 
 class _ChunkedHead(torch.autograd.Function):
@@ -197,19 +240,18 @@ class _ChunkedHead(torch.autograd.Function):
         exact = torch.promote_types(product, torch.float32)
         normalizer = hidden.new_empty(hidden.shape[0], dtype=exact)
         logp, entropy = torch.empty_like(normalizer), torch.empty_like(normalizer)
-        for part, scores in _score_chunks(hidden, weight, bias, rule, chunk, product):
-            if collected is not None:
-                collected.take_scores(part, scores)
-            normalizer[part] = scores.logsumexp(-1)
-            logq = scores.sub_(normalizer[part, None])
-            logp[part] = logq.gather(-1, target[part, None]).squeeze(-1)
-            p = logq.exp()
-            if collected is not None:
-                collected.take_probabilities(part, p)
-            entropy[part] = -p.mul_(logq).sum(-1)
-            del p, logq, scores  # before the next chunk's are made
+        cast = _cast_to_keep(weight, product)
+        for whole, chunk_scores in _score_chunks(hidden, weight, bias, rule, chunk, product, cast):
+            for part, scores in _blocks(whole, chunk_scores):
+                if collected is not None:
+                    collected.take_scores(part, scores)
+                normalizer[part], logp[part], entropy[part], p = _token_numbers(scores, target[part])
+                if collected is not None:
+                    collected.take_probabilities(part, p)
+                del p, scores
+            del chunk_scores  # before the next chunk's are made
         ctx.save_for_backward(hidden, target, normalizer, entropy)
-        ctx.weight, ctx.bias, ctx.rule, ctx.chunk, ctx.product = weight, bias, rule, chunk, product
+        ctx.weight, ctx.bias, ctx.rule, ctx.chunk, ctx.product, ctx.cast = weight, bias, rule, chunk, product, cast
         more = [] if collected is None else collected.tensors()
         ctx.mark_non_differentiable(*more)
         return logp, entropy, *more
@@ -220,25 +262,33 @@ class _ChunkedHead(torch.autograd.Function):
         weight, bias, product = ctx.weight, ctx.bias, ctx.product
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if to_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=normalizer.dtype, device=hidden.device) if to_weight else None
         grad_bias = torch.zeros(weight.shape[0], dtype=normalizer.dtype, device=hidden.device) if to_bias else None
+        grad_weight: Tensor | None = None  # of the first chunk, to which the others are added: no zeros to fill and add
+        # Asking makes a GPU wait, which costs more there than the terms that it saves.
+        without_entropy = hidden.device.type == "cpu" and not bool(grads[1].any())
         with torch.autocast(hidden.device.type, enabled=False):
-            columns = weight.detach().to(product)
-            for part, scores in _score_chunks(hidden, weight, bias, ctx.rule, ctx.chunk, product):
-                slope = ctx.rule.slope(scores)
-                logq = scores.sub_(normalizer[part, None])
-                by_logp, by_entropy = grads[0][part, None], grads[1][part, None]
-                p = logq.exp()
-                step = logq.add_(entropy[part, None]).mul_(by_entropy).add_(by_logp).mul_(p).neg_()
-                step.scatter_add_(-1, target[part, None], by_logp.to(step.dtype)).mul_(slope)
-                del p
-                if grad_bias is not None:
-                    grad_bias += step.sum(0)
-                raw = step.to(product)
+            columns = weight.detach().to(product) if ctx.cast is None else ctx.cast
+            for whole, chunk_scores in _score_chunks(hidden, weight, bias, ctx.rule, ctx.chunk, product, columns):
+                raw = chunk_scores if chunk_scores.dtype == product else torch.empty_like(chunk_scores, dtype=product)
+                for part, scores in _blocks(whole, chunk_scores):
+                    slope = ctx.rule.slope(scores)
+                    logq = scores.sub_(normalizer[part, None])
+                    by_entropy = None if without_entropy else grads[1][part, None]
+                    step = _score_gradient(logq, target[part], entropy[part], grads[0][part, None], by_entropy)
+                    step.mul_(slope)
+                    if grad_bias is not None:
+                        grad_bias += step.sum(0)
+                    raw[part.start - whole.start : part.stop - whole.start] = step
+                    del logq, scores, step
+                del chunk_scores
                 if grad_hidden is not None:
-                    grad_hidden[part] = (raw @ columns).to(hidden.dtype)
-                if grad_weight is not None:
-                    grad_weight += raw.t() @ hidden[part].to(product)
+                    grad_hidden[whole] = (raw @ columns).to(hidden.dtype)
+                if to_weight:
+                    share = raw.t() @ hidden[whole].to(product)
+                    grad_weight = share.to(normalizer.dtype) if grad_weight is None else grad_weight.add_(share)
+                    del share
+            if to_weight and grad_weight is None:  # no tokens
+                grad_weight = torch.zeros(weight.shape, dtype=normalizer.dtype, device=hidden.device)
         bias_out = grad_bias.to(bias.dtype) if grad_bias is not None else None
         weight_out = grad_weight.to(weight.dtype) if grad_weight is not None else None
         return grad_hidden, weight_out, bias_out, None, None, None, None
