@@ -185,6 +185,17 @@ def test_live_bytes_counts():
         assert memory.live == 0
 
 
+def test_a_second_backward_pass_gives_the_same():
+    """The first one uses up the last chunk's scores."""
+    torch.manual_seed(5)
+    hidden, weight = torch.randn(10, 6, requires_grad=True), torch.randn(30, 6, requires_grad=True)
+    logp, entropy = chunked_head(hidden, weight, None, torch.randint(0, 30, (10,)), chunk=4)
+    loss = (logp * torch.randn(10) + entropy * torch.randn(10)).sum()
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(loss, (hidden, weight))
+    assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(first, second, strict=True))
+
+
 def test_memory_is_bounded_by_the_chunk():
     chunk, v, d, n = 32, 4000, 16, 512
     once, twice = head_memory(n, v, chunk), head_memory(2 * n, v, chunk)

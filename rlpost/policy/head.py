@@ -53,7 +53,8 @@ def chunked_head(
 
     hidden [N, d], weight [V, d], bias [V] or None, target [N] int64. Products run in autocast's precision where that is
     on, everything after them in float32 (float64 for float64 inputs). Forward and backward hold a few [chunk, V] and
-    [V, d] tensors, whatever N is: backward computes the scores again. With p = softmax(z) and H the entropy,
+    [V, d] tensors, whatever N is: backward computes the scores again, but for the last chunk's, which forward leaves to it.
+    With p = softmax(z) and H the entropy,
 
         d logp_t / dz_j = [j = t] - p_j        dH / dz_j = -p_j (log p_j + H)
     """
@@ -156,16 +157,24 @@ def _score_chunks(
     chunk: int,
     product: torch.dtype,
     cast: Tensor | None = None,
+    *,
+    last_first: bool = False,
+    last: Tensor | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yields (which tokens, z [c, V] in float32 or wider) chunk after chunk; the caller may overwrite z.
 
-    `cast` is the weight in the precision of products, where the caller has it.
+    `cast` is the weight in the precision of products, and `last` the last chunk's z, where the caller has them.
     """
     exact = torch.promote_types(product, torch.float32)
+    starts = range(0, hidden.shape[0], chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         columns = (weight.detach().to(product) if cast is None else cast).t()
-        for start in range(0, hidden.shape[0], chunk):
+        for start in reversed(starts) if last_first else starts:
             part = slice(start, start + chunk)
+            if last is not None:
+                yield part, last
+                last = None
+                continue
             raw = (hidden[part].detach().to(product) @ columns).to(exact)
             if bias is not None:
                 raw.add_(bias.detach().to(exact))
@@ -182,9 +191,9 @@ def _cast_to_keep(weight: Tensor, product: torch.dtype) -> Tensor | None:
 
 
 def _blocks(part: slice, chunk: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Cuts a chunk [c, V] of the tokens `part` into views. On a CPU of a few rows each: they stay in the cache from one
-    operation to the next, and what is made of them is small enough that memory is not asked of the system each time."""
-    step = 16 if chunk.device.type == "cpu" else max(1, chunk.shape[0])
+    """Cuts a chunk [c, V] of the tokens `part` into views of a few rows. On a CPU they stay in the cache from one operation
+    to the next, and what is made of them is small enough that memory is not asked of the system each time."""
+    step = 16 if chunk.device.type == "cpu" else 256
     for start in range(0, chunk.shape[0], step):
         some = chunk[start : start + step]
         yield slice(part.start + start, part.start + start + some.shape[0]), some
@@ -241,17 +250,23 @@ class _ChunkedHead(torch.autograd.Function):
         normalizer = hidden.new_empty(hidden.shape[0], dtype=exact)
         logp, entropy = torch.empty_like(normalizer), torch.empty_like(normalizer)
         cast = _cast_to_keep(weight, product)
+        last = None
         for whole, chunk_scores in _score_chunks(hidden, weight, bias, rule, chunk, product, cast):
-            for part, scores in _blocks(whole, chunk_scores):
+            # Backward begins with the last chunk, when all activations still live: it would hold these scores anyway.
+            if whole.stop >= hidden.shape[0] and any(ctx.needs_input_grad[:3]):
+                last = chunk_scores
+            for part, block in _blocks(whole, chunk_scores):
+                scores = block if last is None else block.clone()
                 if collected is not None:
                     collected.take_scores(part, scores)
                 normalizer[part], logp[part], entropy[part], p = _token_numbers(scores, target[part])
                 if collected is not None:
                     collected.take_probabilities(part, p)
-                del p, scores
+                del p, scores, block
             del chunk_scores  # before the next chunk's are made
         ctx.save_for_backward(hidden, target, normalizer, entropy)
         ctx.weight, ctx.bias, ctx.rule, ctx.chunk, ctx.product, ctx.cast = weight, bias, rule, chunk, product, cast
+        ctx.last = last
         more = [] if collected is None else collected.tensors()
         ctx.mark_non_differentiable(*more)
         return logp, entropy, *more
@@ -268,7 +283,11 @@ class _ChunkedHead(torch.autograd.Function):
         without_entropy = hidden.device.type == "cpu" and not bool(grads[1].any())
         with torch.autocast(hidden.device.type, enabled=False):
             columns = weight.detach().to(product) if ctx.cast is None else ctx.cast
-            for whole, chunk_scores in _score_chunks(hidden, weight, bias, ctx.rule, ctx.chunk, product, columns):
+            chunks = _score_chunks(
+                hidden, weight, bias, ctx.rule, ctx.chunk, product, columns, last_first=True, last=ctx.last
+            )
+            ctx.last = None  # will be overwritten: another backward pass computes it again
+            for whole, chunk_scores in chunks:
                 raw = chunk_scores if chunk_scores.dtype == product else torch.empty_like(chunk_scores, dtype=product)
                 for part, scores in _blocks(whole, chunk_scores):
                     slope = ctx.rule.slope(scores)
