@@ -225,9 +225,11 @@ def test_a_trainer_that_dies_leaves_no_process_behind(moods, tmp_path):
 def test_ctrl_c_reaches_only_the_trainer(moods, tmp_path):
     script, pids = tmp_path / "trainer.py", tmp_path / "pids"
     script.write_text(
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import signal, sys; sys.path.insert(0, sys.argv[1])\n"
         "from test_scoring import group, scorer\n"
         "if __name__ == '__main__':\n"
+        # A shell's background job starts with SIGINT ignored, and the tests may run in one.
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "    try:\n"
         f"        scorer('{moods}:mood', deadline_s=60).score([group('child {pids}')])\n"
         "    except KeyboardInterrupt:\n"
