@@ -23,14 +23,15 @@ def reward(completions, **columns):
 '''
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> str:
-    """The folder of a random two-layer Llama (tied embeddings, 258 byte tokens) with a chat template."""
+def save_tiny_model(folder: Path, *, seed: int = 0, spread: float = 0.2):
+    """Saves a random two-layer Llama (tied embeddings, 258 byte tokens) with a chat template; (model, tokenizer).
+
+    `spread` is the standard deviation of its weights: with 0.3 it ends often enough to test endings.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("tiny_model")
     vocab = {c: i for i, c in enumerate(["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     bytes_ = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,12 +51,21 @@ def tiny_model(tmp_path_factory) -> str:
         bos_token_id=None,
         pad_token_id=0,
         tie_word_embeddings=True,
-        initializer_range=0.2,
+        initializer_range=spread,
     )
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return model, tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> str:
+    """The folder of the tiny model."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    save_tiny_model(folder)
     return str(folder)
 
 

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from conftest import save_tiny_model
 
 from rlpost.errors import RolloutError
 from rlpost.experience import Completion, Prompt
@@ -26,36 +27,8 @@ SETTINGS = SamplingSettings(max_completion_tokens=24, temperature=1.0)
 
 
 def tiny(folder, *, seed: int = 0):
-    """A random Llama with a byte-level tokenizer, saved in Hugging Face layout. Ends often enough to test endings."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    vocab = {c: i for i, c in enumerate(["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    bytes_ = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token="<eos>", pad_token="<pad>")
-    config = LlamaConfig(
-        vocab_size=len(vocab),
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=256,
-        eos_token_id=EOS,
-        bos_token_id=None,
-        pad_token_id=0,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).eval()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder), model, tokenizer
+    """The tiny model's folder, the model, and its tokenizer; it ends often enough to test endings."""
+    return str(folder), *save_tiny_model(folder, seed=seed, spread=0.3)
 
 
 @pytest.fixture(scope="module")
