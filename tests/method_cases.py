@@ -57,7 +57,7 @@ class Case:
         top, ids = logits.topk(k)
         missing = ~(ids == self.token[:, None]).any(1)
         ids[missing, -1] = self.token[missing]
-        return HeadStatistics((p**2).sum(1), (p**3).sum(1), self.hidden, ids, logits.gather(1, ids))
+        return HeadStatistics(self.hidden, (p**2).sum(1), (p**3).sum(1), ids, logits.gather(1, ids))
 
     def view(self, **changes) -> TokenView:
         logp, entropy = (x.detach() for x in self.score())
@@ -110,9 +110,7 @@ def cut(view: TokenView, counts: Counts, keep: list[int]) -> tuple[TokenView, Co
         ref_logp=part(view.ref_logp),
         statistics=None
         if st is None
-        else HeadStatistics(
-            st.sum_p2[places], st.sum_p3[places], st.hidden[places], part(st.top_ids), part(st.top_logits)
-        ),
+        else HeadStatistics(st.hidden[places], part(st.sum_p2), part(st.sum_p3), part(st.top_ids), part(st.top_logits)),
         token=part(view.token),
         token_index=part(view.token_index),
     )

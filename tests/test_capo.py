@@ -385,7 +385,7 @@ def test_calibration_meets_its_target_at_the_peak(rules: tuple[str, ...], step: 
         logp=logp, entropy=logp, old_logp=logp, sampler_logp=logp, ref_logp=None, advantage=advantage, sequence=sequence,
         prompt=sequence.unique(), truncated=torch.zeros(n // 10, dtype=torch.bool),
         demonstration=torch.zeros(n // 10, dtype=torch.bool), token=token, token_index=torch.arange(n),
-        statistics=HeadStatistics((p**2).sum(1), (p**3).sum(1), hidden, ids, top),
+        statistics=HeadStatistics(hidden, (p**2).sum(1), (p**3).sum(1), ids, top),
     )  # fmt: skip
     mask = CurvatureMask.model_validate(
         {"step": step, "thresholds": {"type": "calibrated", "steps": 4, "target": target, "rules": rules}}

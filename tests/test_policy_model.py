@@ -73,6 +73,9 @@ def test_output_is_per_completion_token(path):
     _, plain = scores(load_policy(section(), path), statistics=StatisticsRequest())
     assert plain.statistics.top_ids is None
     torch.testing.assert_close(plain.statistics.sum_p2, out.statistics.sum_p2)
+    _, without = scores(load_policy(section(), path), statistics=StatisticsRequest(k=5, powers=False))
+    assert without.statistics.sum_p2 is None and without.statistics.sum_p3 is None
+    assert torch.equal(without.statistics.top_ids, out.statistics.top_ids)
 
 
 def test_the_policy_is_deterministic_in_training_mode(tmp_path):

@@ -16,19 +16,21 @@ class HeadStatistics:
     `top_logits`/`top_ids` hold the k largest logits with the sampled token always among them (last place if it was not).
     """
 
-    sum_p2: Tensor  # [N] sum over the vocabulary of p^2
-    sum_p3: Tensor  # [N] sum over the vocabulary of p^3
     hidden: Tensor  # [N, d] the head's input at the position that predicts the token
+    sum_p2: Tensor | None = None  # [N] sum over the vocabulary of p^2
+    sum_p3: Tensor | None = None  # [N] sum over the vocabulary of p^3
     top_ids: Tensor | None = None  # [N, k] int64
     top_logits: Tensor | None = None  # [N, k]
 
 
 @dataclass(frozen=True, slots=True)
 class StatisticsRequest:
-    """Which `HeadStatistics` a method needs; `sum_p2`, `sum_p3` and `hidden` always come along."""
+    """Which `HeadStatistics` a method needs; `hidden` always comes along."""
 
     k: int | None = None
     """How many of the largest logits, the sampled token among them; None: none."""
+    powers: bool = True
+    """Whether `sum_p2` and `sum_p3` are needed."""
 
 
 @dataclass(frozen=True, slots=True)

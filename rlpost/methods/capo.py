@@ -83,6 +83,8 @@ class CurvatureTracker:
     def _predict(self, view: TokenView, context: StepContext) -> Curvature:
         statistics = _statistics(view)
         if self.mask.step == "sgd":
+            if statistics.sum_p2 is None or statistics.sum_p3 is None:
+                raise ValueError("a curvature mask with `step: sgd` needs sum_p2 and sum_p3")
             square = (statistics.hidden * context.logit_slope).square().sum(-1)
             return sgd_curvature(
                 view.logp,
@@ -182,7 +184,8 @@ class CurvatureTracker:
                     self._limits_per_unit[name] = found
 
     def _chunks(self, tokens: int) -> list[slice]:
-        size = self.mask.chunk_tokens
+        # On a CPU a chunk that stays in the cache takes a third of the time of one that does not.
+        size = min(self.mask.chunk_tokens, 16) if torch.device(self._device).type == "cpu" else self.mask.chunk_tokens
         return [slice(start, start + size) for start in range(0, tokens, size)] or [slice(0, 0)]
 
     def _new_means(self) -> RowMeans:

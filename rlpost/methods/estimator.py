@@ -174,7 +174,7 @@ def needs_statistics(method: MethodSection) -> StatisticsRequest | None:
     mask = method.curvature
     if mask is None:
         return None
-    return StatisticsRequest(k=mask.top_k if mask.step == "adam" else None)
+    return StatisticsRequest(k=mask.top_k, powers=False) if mask.step == "adam" else StatisticsRequest()
 
 
 def skippable_groups(method: MethodSection, advantage: Tensor, prompt: Tensor) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlpost.gradient.types import HeadStatistics
+from rlpost.gradient.types import HeadStatistics, StatisticsRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,23 +77,31 @@ def head_statistics(
 
     Shapes as in `chunked_head`; k is cut to the vocabulary's size, and None leaves the scores out.
     """
-    rule = rule or LogitRule()
-    collected = _Collected(hidden, target, k, weight.shape[0])
+    rule, request = rule or LogitRule(), StatisticsRequest(k)
+    collected = _Collected(hidden, target, request, weight.shape[0])
     for whole, chunk_scores in _score_chunks(hidden, weight, bias, rule, chunk, _product_dtype(hidden, weight)):
         for part, scores in _blocks(whole, chunk_scores):
             collected.take_scores(part, scores)
             collected.take_probabilities(part, _token_numbers(scores, target[part])[3])
-    return HeadStatistics(*collected.tensors())
+    return as_statistics(collected.tensors(), request)
+
+
+def as_statistics(tensors: Sequence[Tensor], request: StatisticsRequest) -> HeadStatistics:
+    """Names what a `ScoringLinear` returned, after logp and entropy, to a `HeadRequest` with these statistics."""
+    hidden, *more = tensors
+    powers = tuple(more[:2]) if request.powers else (None, None)
+    top = (None, None) if request.k is None else tuple(more[-2:])
+    return HeadStatistics(hidden, *powers, *top)
 
 
 class _Collected:
     """The tensors of `HeadStatistics`, filled chunk after chunk."""
 
-    def __init__(self, hidden: Tensor, target: Tensor, k: int | None, vocabulary: int) -> None:
+    def __init__(self, hidden: Tensor, target: Tensor, request: StatisticsRequest, vocabulary: int) -> None:
         n = target.shape[0]
         self.hidden, self.target = hidden.detach().float(), target
-        self.k = None if k is None else min(k, vocabulary)
-        self.sum_p2, self.sum_p3 = (hidden.new_empty(n, dtype=torch.float32) for _ in range(2))
+        self.k = None if request.k is None else min(request.k, vocabulary)
+        self.powers = [hidden.new_empty(n, dtype=torch.float32) for _ in range(2)] if request.powers else []
         self.ids = None if self.k is None else target.new_empty(n, self.k)
         self.top = None if self.k is None else hidden.new_empty(n, self.k, dtype=torch.float32)
 
@@ -105,13 +113,14 @@ class _Collected:
 
     def take_probabilities(self, part: slice, p: Tensor) -> None:
         """softmax(z) [c, V] of the tokens `part`; left as it is."""
-        squares = p.square()
-        self.sum_p2[part] = squares.sum(-1)
-        self.sum_p3[part] = squares.mul_(p).sum(-1)
+        if self.powers:
+            squares = p.square()
+            self.powers[0][part] = squares.sum(-1)
+            self.powers[1][part] = squares.mul_(p).sum(-1)
 
     def tensors(self) -> list[Tensor]:
         """In the order of `HeadStatistics`, without those that were not asked for."""
-        everything = (self.sum_p2, self.sum_p3, self.hidden, self.ids, self.top)
+        everything = (self.hidden, *self.powers, self.ids, self.top)
         return [tensor for tensor in everything if tensor is not None]
 
 
@@ -315,13 +324,12 @@ class _ChunkedHead(torch.autograd.Function):
 
 @dataclass(frozen=True, slots=True)
 class HeadRequest:
-    """What a `ScoringLinear` computes instead of logits. `statistics_k` is used only with `statistics`."""
+    """What a `ScoringLinear` computes instead of logits."""
 
     target: Tensor  # [N] int64
     rule: LogitRule
     chunk: int
-    statistics: bool = False
-    statistics_k: int | None = None
+    statistics: StatisticsRequest | None = None
 
 
 class ScoringLinear(nn.Linear):
@@ -336,5 +344,5 @@ class ScoringLinear(nn.Linear):
             return super().forward(input)
         collected = None
         if request.statistics:
-            collected = _Collected(input, request.target, request.statistics_k, self.weight.shape[0])
+            collected = _Collected(input, request.target, request.statistics, self.weight.shape[0])
         return _ChunkedHead.apply(input, self.weight, self.bias, request.target, request.rule, request.chunk, collected)

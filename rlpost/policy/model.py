@@ -16,7 +16,7 @@ from rlpost.experience import TokenRows
 from rlpost.gradient.types import HeadStatistics, StatisticsRequest
 from rlpost.policy.attention import attention_mask
 from rlpost.policy.critic import Critic
-from rlpost.policy.head import HeadRequest, LogitRule
+from rlpost.policy.head import HeadRequest, LogitRule, as_statistics
 from rlpost.policy.loading import (
     add_lora,
     load_causal_lm,
@@ -105,12 +105,11 @@ class Policy(nn.Module):
                 rows.target,
                 self.rule,
                 self.head_chunk_tokens,
-                statistics=statistics is not None,
-                statistics_k=None if statistics is None else statistics.k,
+                statistics,
             )
             logp, entropy, *more = causal_lm.get_output_embeddings()(picked, request)
             values = None if self.critic is None else self.critic(rows, picked)
-        return PolicyOutput(logp, entropy, HeadStatistics(*more) if more else None, values)
+        return PolicyOutput(logp, entropy, as_statistics(more, statistics) if statistics else None, values)
 
     def precision(self) -> AbstractContextManager[Any]:
         """The autocast context of forward passes."""
