@@ -7,6 +7,9 @@ RUN := $(VENV)/bin
 # other are many times slower than threads that take turns.
 PYTEST := OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile
 
+# One GPU where launch/install.sh sees one too, else the CPU.
+TOPOLOGY ?= $(if $(shell nvidia-smi -L 2>/dev/null),launch/gpu.yaml,launch/cpu.yaml)
+
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow test-gpu check format bench docs clean
 
@@ -18,7 +21,7 @@ install:  ## create .venv with everything (returns at once when nothing changed)
 
 # Passive waiting: threads that spin while another program has the core make everything many times slower.
 quickstart: install  ## post-train a real language model with GRPO on this machine and show what it learned
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} $(RUN)/accelerate launch --quiet --config_file launch/cpu.yaml -m rlpost recipes/quickstart.yaml $(ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} OMP_WAIT_POLICY=$${OMP_WAIT_POLICY:-passive} launch/run.sh $(TOPOLOGY) recipes/quickstart.yaml $(ARGS)
 
 test: install  ## the test suite (real vLLM, DeepSpeed, several processes; minutes)
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ SMALL = RolloutSpec(prompts=2, completions=8, prompt_tokens=32, max_completion_t
 GPU = RolloutSpec(prompts=16, completions=8, prompt_tokens=256, max_completion_tokens=2048, mean_tokens=768)
 
 
+PRECISIONS: dict[str, dict[str, str]] = {
+    "fp32": {"autocast": "none"},
+    "bf16": {"autocast": "bfloat16"},
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """One line of the table. `part`: layouts (the grid) or ablation (one mechanism off)."""
@@ -41,30 +48,27 @@ class Case:
     setting: dict[str, Any]
 
 
-def cases_of(budget: int, shares: list[float]) -> list[Case]:
+def cases_of(budget: int, shares: list[float], precisions: Sequence[str] = tuple(PRECISIONS)) -> list[Case]:
     """The grid of layout x precision x share of dead groups, then the default with one mechanism taken away at a time."""
     grid = [
         Case("layouts", f"{layout}, {dtype}", share, {"layout": layout, **precision, "micro_batch_tokens": budget})
         for share in shares
         for layout in ("tree", "sorted", "padded")
-        for dtype, precision in PRECISIONS.items()
+        for dtype, precision in ((name, PRECISIONS[name]) for name in precisions)
     ]
-    base: dict[str, Any] = {"micro_batch_tokens": budget}
+    # The ablation in the precision that the machine is fast in, which is the last one named.
+    base: dict[str, Any] = {"micro_batch_tokens": budget, **PRECISIONS[precisions[-1]]}
     ablations: dict[str, dict[str, Any]] = {
         "default (tree, skipping, chunked head)": {},
         "sorted rows instead of trees": {"layout": "sorted"},
         "padded rows instead of trees": {"layout": "padded"},
         "dead groups not skipped": {"skip_dead": False},
-        "full logits instead of chunks": {"head": "full"},
+        "head: backward computes all scores again (chunks of 64)": {"head_chunk_tokens": 64},
+        "head: forward keeps all scores (one chunk)": {"head_chunk_tokens": 1 << 30},
+        "head: full logits and autograd": {"head": "full"},
         "all three off": {"layout": "padded", "skip_dead": False, "head": "full"},
     }
     return grid + [Case("ablation", name, 0.5, {**base, **change}) for name, change in ablations.items()]
-
-
-PRECISIONS: dict[str, dict[str, str]] = {
-    "bf16 autocast": {"autocast": "bfloat16"},
-    "fp32": {"autocast": "none"},
-}
 
 
 def measure(cases: list[Case], base: RolloutSpec, model: str, args: argparse.Namespace) -> list[list[dict[str, Any]]]:
@@ -143,6 +147,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scale", choices=["full", "small"], default="full")
     parser.add_argument("--part", choices=["layouts", "ablation"], help="only this part")
     parser.add_argument("--dead", type=float, nargs="+", default=[0.0, 0.5], help="shares of dead groups")
+    parser.add_argument(
+        "--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS), help="the last is the ablation's"
+    )
     parser.add_argument("--micro-batch-tokens", type=int, help="positions a pass; 4096, on a GPU 16384")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="per process; the first is dropped")
@@ -165,7 +172,7 @@ def main() -> int:
         scale = GPU if args.gpu else FULL if args.scale == "full" else SMALL
         base = replace(scale, vocabulary=vocabulary_of(model))
         budget = args.micro_batch_tokens or (16384 if args.gpu else 4096)
-        cases = [case for case in cases_of(budget, args.dead) if args.part in (None, case.part)]
+        cases = [case for case in cases_of(budget, args.dead, args.precisions) if args.part in (None, case.part)]
         found = measure(cases, base, model, args)
     useful = make_rollout(base).counts()["completion"]
     rows = [summarise(case, results, useful, peak) for case, results in zip(cases, found, strict=True)]

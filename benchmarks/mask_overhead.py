@@ -33,11 +33,14 @@ QUICKSTART = RolloutSpec(
 )
 
 
-def measure(model: str, rollout: FrozenRollout, mask: dict[str, Any], *, pairs: int, tokens: int) -> dict[str, Any]:
+def measure(
+    model: str, rollout: FrozenRollout, mask: dict[str, Any], *, pairs: int, tokens: int, autocast: str = "bfloat16"
+) -> dict[str, Any]:
     """CPU seconds of steps with and without the mask, in pairs; the first two of each are dropped."""
     from benchmarks.rlpost_side import RlpostSetting, RlpostSide
 
-    side = RlpostSide(model, rollout, RlpostSetting(micro_batch_tokens=tokens, learning_rate=1e-5), method={})
+    setting = RlpostSetting(micro_batch_tokens=tokens, learning_rate=1e-5, autocast=autocast)
+    side = RlpostSide(model, rollout, setting, method={})
     updaters = {"with": side.with_masks([mask]), "without": side.updater}
     seconds: dict[str, list[float]] = {"with": [], "without": []}
     for pair in range(pairs + 2):
@@ -90,6 +93,7 @@ def main() -> int:
     parser.add_argument("--step", choices=["adam", "sgd"], default="adam")
     parser.add_argument("--top-k", type=int, default=50)
     parser.add_argument("--micro-batch-tokens", type=int, default=4096)
+    parser.add_argument("--autocast", choices=["bfloat16", "none"], default="bfloat16", help="as in benchmarks.trl")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit", type=float, default=0.03)
     parser.add_argument(
@@ -103,7 +107,7 @@ def main() -> int:
     spec = RolloutSpec(**{**QUICKSTART.as_dict(), "vocabulary": vocabulary_of(args.model)})
     rollout = sampled_rollout(args.run, args.model, spec) if args.run else make_rollout(spec)
     mask = {**MASK, "step": args.step, "top_k": args.top_k}
-    found = measure(args.model, rollout, mask, pairs=args.pairs, tokens=args.micro_batch_tokens)
+    found = measure(args.model, rollout, mask, pairs=args.pairs, tokens=args.micro_batch_tokens, autocast=args.autocast)
     share, median = found["share"], found["share"]["median"]
     print(
         table(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,19 +13,24 @@ from torch.nn import functional
 from benchmarks.frozen import FrozenRollout, with_old_logprobs
 from rlpost.gradient.ratio import importance_ratio
 from rlpost.gradient.types import Coefficients, TokenView
+from rlpost.learner.actor_critic import ActorCritic, old_values, weigh_tokens
 from rlpost.learner.buffer import RolloutBuffer
 from rlpost.learner.learner import DataParallelLearner, StepReport, token_logprobs
 from rlpost.learner.process import Processes
 from rlpost.learner.update import Updater
 from rlpost.methods.capo import make_tracker
 from rlpost.methods.estimator import compute_coefficients
+from rlpost.policy.critic import make_critic
 from rlpost.policy.head import HeadRequest, ScoringLinear
 from rlpost.policy.model import load_policy
+from rlpost.recipe.critic import CriticSection
 from rlpost.recipe.learner import LearnerSection
 from rlpost.recipe.method import MethodSection, PpoClip
 from rlpost.recipe.model import ModelSection
 from rlpost.recipe.reward import RewardSection
 from rlpost.weigh import open_buffer, weigh
+
+Step = Callable[[int], dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,7 @@ class RlpostSetting:
     autocast: Literal["bfloat16", "none"] = "bfloat16"
     dtype: Literal["float32", "bfloat16"] = "float32"
     head: Literal["chunked", "full"] = "chunked"
+    head_chunk_tokens: int = 1024
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     gradient_checkpointing: bool = False
     learning_rate: float = 1e-6
@@ -89,6 +95,7 @@ class RlpostSide:
             layout=setting.layout,
             micro_batch_tokens=setting.micro_batch_tokens,
             max_grad_norm=max_grad_norm,
+            head_chunk_tokens=setting.head_chunk_tokens,
         )
         loaded = ModelSection(
             path=model,
@@ -97,11 +104,14 @@ class RlpostSide:
             attention=setting.attention,
             gradient_checkpointing=setting.gradient_checkpointing,
         )
-        self.policy = load_policy(loaded, model, device=self.processes.device)
+        self.policy = load_policy(
+            loaded, model, device=self.processes.device, head_chunk_tokens=setting.head_chunk_tokens
+        )
         if setting.head == "full":
             self.policy.causal_lm.get_output_embeddings().__class__ = FullLogitsHead
         self.learner = GradientTap(self.policy, self.section, self.processes)
         self.updater = self._updater(self.method)
+        self.critic_state_bytes = 0
         self.buffer = self._buffer()
 
     def step(self, index: int = 0, updater: Updater | None = None) -> dict[str, float]:
@@ -119,6 +129,45 @@ class RlpostSide:
     def with_masks(self, masks: list[dict[str, Any]]) -> Updater:
         """Another updater of the same policy and optimizer, with the given `masks`."""
         return self._updater(self.method.model_copy(update={"masks": MethodSection(masks=masks).masks}))
+
+    def with_critic(self, path: str, slots: Mapping[str, Any]) -> tuple[Step, Callable[[], None]]:
+        """PPO with a critic on the same policy and optimizer: (an optimizer step, the pass that reads values before it).
+
+        A separate critic starts from the model at `path`. Makes the learner anew, so call it before any step.
+        """
+        method = self.method.model_copy(update={"critic": CriticSection.model_validate(slots)})
+        section, state = method.critic, ActorCritic.of(method)
+        assert section is not None
+        model = ModelSection(path=path, dtype=self.setting.dtype, autocast=self.setting.autocast)
+        width = self.policy.config.get_text_config().hidden_size
+        critic = make_critic(section, model, path, width, device=self.processes.device)
+        self.policy.critic = critic
+        self.learner = GradientTap(self.policy, self.section, self.processes)
+        self.critic_state_bytes = sum(4 * p.numel() * p.element_size() for p in critic.parameters())
+        updater, plain = self._updater(method, state), self.buffer
+        buffer = replace(plain, groups=plain.groups)
+        rewards = plain.advantage.double()
+
+        def read() -> None:
+            self.policy.critic = critic
+            rows = updater.rows(buffer, None)
+            buffer.old_logp, buffer.old_values = old_values(self.policy, section, rows, buffer.tokens)
+            weigh_tokens(buffer, state, rewards, 0.0, self.processes)
+
+        def take(index: int) -> dict[str, float]:
+            self.policy.critic, buffer.updates_done = critic, 0
+            return updater.update(buffer, index)
+
+        return take, read
+
+    def without_critic(self) -> tuple[Step, Callable[[], None]]:
+        """The same without: an optimizer step, and nothing before it."""
+        updater = self._updater(self.method)
+
+        def leave_out() -> None:
+            self.policy.critic = None
+
+        return lambda index: self.step(index, updater), leave_out
 
     def drifted_logprobs(self, drift: float, seed: int = 0) -> FrozenRollout:
         """The rollout with log-probs of an older policy, against which rewarded tokens have become likelier and the others
@@ -141,7 +190,7 @@ class RlpostSide:
             total += surrogate_value(self.method, view, coefficients)
         return total
 
-    def _updater(self, method: MethodSection) -> Updater:
+    def _updater(self, method: MethodSection, actor_critic: ActorCritic | None = None) -> Updater:
         head = self.policy.causal_lm.get_output_embeddings().weight
         return Updater(
             learner=self.learner,
@@ -152,6 +201,7 @@ class RlpostSide:
             probe=None,
             seed=0,
             curvature=make_tracker(method, head.shape[0], head.shape[1], device=self.processes.device),
+            actor_critic=actor_critic,
         )
 
     def _buffer(self) -> RolloutBuffer:

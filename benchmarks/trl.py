@@ -1,10 +1,12 @@
 """Time of an optimizer step: rlpost against TRL at its fastest micro-batch, on the same frozen rollouts.
 
-    python -m benchmarks.trl --model FOLDER                # SmolLM2-135M: about two hours on two cores
+    python -m benchmarks.trl --model FOLDER                # SmolLM2-135M: hours; the result stands after every repeat
+    python -m benchmarks.trl --model FOLDER --scale medium --autocast none   # where a CPU emulates bfloat16
     python -m benchmarks.trl --model FOLDER --scale small --repeats 2
 
 Every number comes from a process of its own; the sides take turns within a repeat, and the order is reversed in every
-second one. Both sides: bfloat16 autocast over float32 weights, no activation checkpointing, fused AdamW, constant rate,
+second one. Both sides: bfloat16 autocast over float32 weights (float32 alone with --autocast none), no activation
+checkpointing, fused AdamW, constant rate,
 gradient norm clipped at 1, log-prob and entropy of every token, token-mean PPO loss with one step a rollout. The first
 step of each process is dropped. TRL's generation, scoring and padding of the batch are not counted, rlpost's building of
 rows is. The result is VOID, and the exit code 1, unless the float32 gradients of both sides agree on the same rows.
@@ -14,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +33,10 @@ from benchmarks.trl_parity import TOLERANCE, Agreement, report  # noqa: E402
 from benchmarks.worker import Job  # noqa: E402
 
 FULL = RolloutSpec(prompts=4, completions=8, prompt_tokens=96, max_completion_tokens=384, mean_tokens=128)
+# A third of the lengths: for a CPU on which a step of TRL at full scale takes minutes.
+MEDIUM = RolloutSpec(prompts=4, completions=8, prompt_tokens=32, max_completion_tokens=96, mean_tokens=32)
 SMALL = RolloutSpec(prompts=2, completions=8, prompt_tokens=32, max_completion_tokens=96, mean_tokens=32)
+SCALES = {"full": FULL, "medium": MEDIUM, "small": SMALL}
 MICRO_BATCHES = (2, 4, 8)
 
 
@@ -54,32 +61,71 @@ def rows_of(base: RolloutSpec) -> list[Row]:
     ]
 
 
-def sides_of(layouts: list[str], budget: int) -> dict[str, tuple[str, dict[str, Any]]]:
+def sides_of(layouts: list[str], budget: int, autocast: str) -> dict[str, tuple[str, dict[str, Any]]]:
     """What is measured: name -> (side, setting)."""
     sides: dict[str, tuple[str, dict[str, Any]]] = {
-        f"trl micro-batch {n}": ("trl", {"micro_batch": n}) for n in MICRO_BATCHES
+        f"trl micro-batch {n}": ("trl", {"micro_batch": n, "autocast": autocast}) for n in MICRO_BATCHES
     }
     for layout in layouts:
-        sides[f"rlpost {layout}"] = ("rlpost", {"layout": layout, "micro_batch_tokens": budget})
+        setting = {"layout": layout, "micro_batch_tokens": budget, "autocast": autocast}
+        sides[f"rlpost {layout}"] = ("rlpost", setting)
     return sides
 
 
 def measure(
     rows: list[Row], sides: dict[str, tuple[str, dict[str, Any]]], model: str, args: argparse.Namespace
-) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """[row][side] -> one result a repeat."""
+) -> Iterator[dict[str, dict[str, list[dict[str, Any]]]]]:
+    """After every repeat [row][side] -> one result a repeat; of TRL's micro-batches only the fastest of the first repeat is
+    repeated."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {row.name: {name: [] for name in sides} for row in rows}
     for repeat in range(args.repeats):
         for row in rows:
-            order = list(sides) if repeat % 2 == 0 else list(reversed(sides))
+            slower = [] if repeat == 0 else slower_of_trl(found[row.name])
+            order = [name for name in sides if name not in slower]
+            order = order if repeat % 2 == 0 else order[::-1]
             for name in order:
                 side, setting = sides[name]
                 job = Job(side, model, row.spec.as_dict(), setting, steps=args.steps, threads=args.threads)
                 result = fresh_process(job, threads=args.threads)
                 found[row.name][name].append(result)
                 cpu = sum(result["cpu_s"]) / len(result["cpu_s"])
-                print(f"repeat {repeat + 1} {row.name:10} {name:18} {cpu:7.2f} CPU s a step", flush=True)
-    return found
+                memory = result["peak_mib"] / 1024
+                print(
+                    f"repeat {repeat + 1} {row.name:10} {name:18} {cpu:7.2f} CPU s a step, {memory:.2f} GiB", flush=True
+                )
+        yield found
+
+
+@cache
+def clock() -> str:
+    """What counts: CPU seconds of all threads on a CPU, which other programs do not stretch; wall seconds on a GPU."""
+    import torch
+
+    return "wall_s" if torch.cuda.is_available() else "cpu_s"
+
+
+def verdicts(summary: dict[str, Any]) -> list[str]:
+    """Whether the default layout is as fast as wanted and takes no more memory than TRL's leanest setting, in words."""
+    lines = []
+    for part in summary.values():
+        side = next(side for name, side in part["sides"].items() if name.startswith("rlpost"))
+        times, memory = side["times_less"]["of_medians"], side["memory_of_leanest"]
+        wanted = "" if part["wanted"] is None else f" (wanted {part['wanted']}: {_met(times >= part['wanted'])})"
+        lines.append(
+            f"{part['title']}: {times:.2f} times less{wanted}; {memory:.2f} of the memory of TRL's leanest setting (wanted 1: "
+            f"{_met(memory <= 1)})"
+        )
+    return lines
+
+
+def _met(yes: bool) -> str:
+    return "met" if yes else "NOT met"
+
+
+def slower_of_trl(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """TRL's sides but for the one with the fastest first process."""
+    seconds = {name: sum(results[0][clock()]) for name, results in found.items() if name.startswith("trl")}
+    return [name for name in seconds if name != min(seconds, key=lambda n: seconds[n])]
 
 
 def summarise(row: Row, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -92,11 +138,11 @@ def summarise(row: Row, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any
             "peak_mib": spread([r["peak_mib"] for r in results]),
         }
     theirs = {name: side for name, side in sides.items() if name.startswith("trl")}
-    fastest = min(theirs, key=lambda name: theirs[name]["cpu_s"]["median"])
+    fastest = next(name for name in theirs if name not in slower_of_trl(found))
     leanest = min(theirs, key=lambda name: theirs[name]["peak_mib"]["median"])
     for name, side in sides.items():
-        pairs = zip(found[fastest], found[name], strict=True)
-        ratios = [sum(a["cpu_s"]) / sum(b["cpu_s"]) for a, b in pairs]
+        pairs = zip(found[fastest], found[name], strict=False)  # TRL's slower settings have one process only
+        ratios = [sum(a[clock()]) / sum(b[clock()]) for a, b in pairs]
         side["times_less"] = {**spread(ratios), "of_medians": _ratio(sides[fastest], side)}
         side["memory_of_leanest"] = side["peak_mib"]["median"] / sides[leanest]["peak_mib"]["median"]
     return {
@@ -111,7 +157,7 @@ def summarise(row: Row, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any
 
 
 def _ratio(fastest: dict[str, Any], side: dict[str, Any]) -> float:
-    return fastest["cpu_s"]["median"] / side["cpu_s"]["median"]
+    return fastest[clock()]["median"] / side[clock()]["median"]
 
 
 def render(summary: dict[str, Any]) -> str:
@@ -126,11 +172,11 @@ def render(summary: dict[str, Any]) -> str:
                     name + mark,
                     show(side["cpu_s"]),
                     show(side["wall_s"]),
-                    show(side["times_less"]),
+                    show(side["times_less"]) if name != part["trl_fastest"] else "1",
                     f"{side['peak_mib']['median'] / 1024:.2f}",
                 ]
             )
-    return table(["rollout", "side", "CPU s a step", "wall s", "times less CPU than TRL's fastest", "peak GiB"], lines)
+    return table(["rollout", "side", "CPU s a step", "wall s", "times less than TRL's fastest", "peak GiB"], lines)
 
 
 def draw(summary: dict[str, Any], path: Path) -> None:
@@ -143,14 +189,14 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(1, len(summary), figsize=(4 * len(summary), 3.2), squeeze=False)
     for axis, part in zip(axes[0], summary.values(), strict=True):
         names = list(part["sides"])
-        medians = [part["sides"][n]["cpu_s"]["median"] for n in names]
-        below = [m - part["sides"][n]["cpu_s"]["low"] for m, n in zip(medians, names, strict=True)]
-        above = [part["sides"][n]["cpu_s"]["high"] - m for m, n in zip(medians, names, strict=True)]
+        medians = [part["sides"][n][clock()]["median"] for n in names]
+        below = [m - part["sides"][n][clock()]["low"] for m, n in zip(medians, names, strict=True)]
+        above = [part["sides"][n][clock()]["high"] - m for m, n in zip(medians, names, strict=True)]
         colours = ["#9aa5b1" if n.startswith("trl") else "#2f6fde" for n in names]
         axis.barh(names, medians, xerr=[below, above], color=colours, capsize=3)
         axis.invert_yaxis()
         axis.set_title("\n".join(part["title"].rsplit(", ", 1)), fontsize=9)
-        axis.set_xlabel("CPU s a step (median, range)", fontsize=8)
+        axis.set_xlabel(f"{clock().removesuffix('_s')} s a step (median, range)", fontsize=8)
         axis.tick_params(labelsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,10 +216,16 @@ def gate(rows: list[Row], model: str, threads: int) -> list[Agreement]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder in Hugging Face layout")
-    parser.add_argument("--scale", choices=["full", "small"], default="full")
+    parser.add_argument("--scale", choices=list(SCALES), default="full")
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in rows_of(FULL)])
     parser.add_argument("--layouts", nargs="+", default=["tree"], choices=["tree", "sorted", "padded"])
     parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="rlpost's positions a pass")
+    parser.add_argument(
+        "--autocast",
+        choices=["bfloat16", "none"],
+        default="bfloat16",
+        help="of both sides; none (float32) on a CPU without bfloat16 instructions, which emulates them slowly",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="per process; the first is dropped")
     parser.add_argument("--threads", type=int, default=1)
@@ -187,7 +239,7 @@ def main() -> int:
     model = str(Path(args.model).resolve())
     from benchmarks.models import vocabulary_of
 
-    base = replace(FULL if args.scale == "full" else SMALL, vocabulary=vocabulary_of(model))
+    base = replace(SCALES[args.scale], vocabulary=vocabulary_of(model))
     rows = [row for row in rows_of(base) if args.rows is None or row.name in args.rows]
     described = machine()
     agreements = gate(rows, model, args.threads)
@@ -196,17 +248,35 @@ def main() -> int:
     if not valid:
         print("VOID: the two sides do not take the same step, so their times cannot be compared.", file=sys.stderr)
         return 1
-    found = measure(rows, sides_of(args.layouts, args.micro_batch_tokens), model, args)
-    summary = {row.name: summarise(row, found[row.name]) for row in rows}
-    print(render(summary))
+    sides = sides_of(args.layouts, args.micro_batch_tokens, args.autocast)
+    # Written after every repeat: hours of measuring must not be lost to whatever ends the last of them.
+    for done, found in enumerate(measure(rows, sides, model, args), start=1):
+        summary = {row.name: summarise(row, found[row.name]) for row in rows}
+        save(args, model, described, agreements, summary, done)
+        print(render(summary))
+        print("\n".join(verdicts(summary)))
+    return 0
+
+
+def save(
+    args: argparse.Namespace,
+    model: str,
+    described: dict[str, Any],
+    agreements: list[Agreement],
+    summary: dict[str, Any],
+    repeats: int,
+) -> None:
+    """The result so far as JSON and as a picture."""
     result = {
         "what": "optimizer step on frozen rollouts, rlpost against TRL",
-        "valid": valid,
+        "valid": True,  # else nothing would have been timed
         "model": Path(model).name,
         "scale": args.scale,
-        "repeats": args.repeats,
+        "repeats": repeats,
         "steps_counted": args.steps - 1,
         "threads": args.threads,
+        "autocast": args.autocast,
+        "clock": clock(),
         "machine": described,
         "gradients": [asdict(a) for a in agreements],
         "rows": summary,
@@ -214,7 +284,6 @@ def main() -> int:
     }
     write_result(args.output, result)
     draw(summary, args.output.with_suffix(".png"))
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 Exits with 1 unless loss and gradient norm agree to --tolerance (relative) for every loss, and the tokens are the same. Both
 sides read the pairs with their own data code. The policy is the reference plus noise, so that the pairs differ; the
 gradient is read before it is clipped. TRL sees the whole batch as one micro-batch (its `sft` is a mean over a micro-batch),
-rlpost cuts it into several.
+rlpost cuts it into several. `chat messages` needs the tiny model, whose words its template is made of.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks.measure import machine, table, write_result
 
@@ -33,6 +33,8 @@ class Setting:
 
     trl: dict[str, Any]
     rlpost: dict[str, Any]
+    chat: bool = False  # chat messages under the template below, not plain texts
+    one_by_one: bool = False  # TRL takes its micro-batches of one pair each
 
 
 SETTINGS = {
@@ -48,7 +50,16 @@ SETTINGS = {
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.005]},
         {"sft": {"type": "token_mean", "weight": 0.005}},
     ),
+    # TRL 1.16's `sigmoid` takes no notice of label_smoothing. Its `aot` does; that sorts log-ratios within a micro-batch,
+    # which of one pair changes nothing: what is left is conservative DPO.
+    "smoothed": Setting({"loss_type": ["aot"], "label_smoothing": 0.1}, {"label_smoothing": 0.1}, one_by_one=True),
+    "chat messages": Setting({"loss_type": ["sigmoid"]}, {}, chat=True),
 }
+# Ends with the end mark, as TRL also learns what a template writes behind it. The tiny tokenizer splits at white space.
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w3 ' if m.role == 'user' else 'w4 ' }}{{ m.content }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}w4 {% endif %}"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +99,20 @@ def write_pairs(path: Path, words: list[str], count: int, seed: int = 0) -> Path
     return path
 
 
+def as_chats(pairs: Path, path: Path) -> Path:
+    """The same pairs as chat messages."""
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    chats = [
+        {
+            key: [{"role": "user" if key == "prompt" else "assistant", "content": text.strip()}]
+            for key, text in row.items()
+        }
+        for row in rows
+    ]
+    path.write_text("\n".join(map(json.dumps, chats)))
+    return path
+
+
 def make_policy(model: str, folder: Path, noise: float = 0.02, seed: int = 1) -> str:
     """The reference with noise on its weights, in a folder of its own."""
     import torch
@@ -103,11 +128,11 @@ def make_policy(model: str, folder: Path, noise: float = 0.02, seed: int = 1) ->
     return str(folder)
 
 
-def run_trl(policy: str, reference: str, pairs: Path, settings: dict[str, Any]) -> Side:
-    """One optimizer step of TRL's DPOTrainer on all pairs at once."""
+def run_trl(policy: str, reference: str, pairs: Path, setting: Setting) -> Side:
+    """One optimizer step of TRL's DPOTrainer on all pairs, in one micro-batch unless the setting says otherwise."""
     import datasets
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, logging
+    from transformers import AutoModelForCausalLM, TrainerCallback, logging
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
@@ -122,11 +147,11 @@ def run_trl(policy: str, reference: str, pairs: Path, settings: dict[str, Any]) 
             found.update({n: p.grad.detach().clone() for n, p in model.named_parameters() if p.grad is not None})
 
     class Trainer(DPOTrainer):
-        value = 0.0
+        values: ClassVar[list[float]] = []
 
         def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
             result = super()._compute_loss(model, inputs, return_outputs)
-            self.value += float((result[0] if isinstance(result, tuple) else result).detach())
+            self.values.append(float((result[0] if isinstance(result, tuple) else result).detach()))
             return result
 
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
@@ -134,24 +159,34 @@ def run_trl(policy: str, reference: str, pairs: Path, settings: dict[str, Any]) 
         trainer = Trainer(
             model=AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32),
             ref_model=AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32),
-            args=_config(folder, len(rows), settings),
+            args=_config(folder, len(rows), setting),
             train_dataset=datasets.Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(policy),
+            processing_class=_tokenizer(policy, setting.chat),
             callbacks=[Keep()],
         )
         trainer.train()
         data = trainer.train_dataset
         tokens = [(tuple(r["prompt_ids"]), tuple(r["chosen_ids"]), tuple(r["rejected_ids"])) for r in data]
-    return Side(trainer.value, found, sorted(tokens))
+    return Side(sum(Trainer.values) / len(Trainer.values), found, sorted(tokens))
 
 
-def _config(folder: str, batch: int, settings: dict[str, Any]) -> Any:
+def _tokenizer(path: str, chat: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if chat:
+        tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def _config(folder: str, pairs: int, setting: Setting) -> Any:
     import torch
     from trl import DPOConfig
 
     return DPOConfig(
         output_dir=folder,
-        per_device_train_batch_size=batch,
+        per_device_train_batch_size=1 if setting.one_by_one else pairs,
+        gradient_accumulation_steps=pairs if setting.one_by_one else 1,
         max_steps=1,
         beta=BETA,
         learning_rate=1e-6,
@@ -165,14 +200,13 @@ def _config(folder: str, batch: int, settings: dict[str, Any]) -> Any:
         logging_steps=1000,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **settings,
+        **setting.trl,
     )
 
 
-def run_rlpost(policy: str, reference: str, pairs: Path, slots: dict[str, Any], layout: str = "tree") -> Side:
+def run_rlpost(policy: str, reference: str, pairs: Path, setting: Setting, layout: str = "tree") -> Side:
     """The same step, through rlpost's data code, rows and coefficient loss, in several micro-batches."""
     from rlpost.data.pairs import build_pairs
-    from rlpost.data.tokenizer import load_tokenizer
     from rlpost.gradient.loss import coefficient_loss
     from rlpost.gradient.metrics import merge, values
     from rlpost.learner.learner import token_logprobs
@@ -185,11 +219,12 @@ def run_rlpost(policy: str, reference: str, pairs: Path, slots: dict[str, Any], 
     from rlpost.recipe.method import MethodSection
     from rlpost.recipe.model import ModelSection
 
-    method = MethodSection.model_validate({"preset": "dpo", "pairs": {"beta": BETA, **slots}})
-    source = {"type": "preference", "path": str(pairs), "plain": True}
+    method = MethodSection.model_validate({"preset": "dpo", "pairs": {"beta": BETA, **setting.rlpost}})
+    source = {"type": "preference", "path": str(pairs), "plain": not setting.chat}
     section, processes = DataSection.model_validate({"train": source, "held_out": 0}), Processes()
     model = ModelSection(path=policy, dtype="float32", autocast="none")
-    sets = build_pairs(section, load_tokenizer(model), max_context=None, seed=0, max_completion_tokens=512)
+    tokenizer = _tokenizer(policy, setting.chat)
+    sets = build_pairs(section, tokenizer, max_context=None, seed=0, max_completion_tokens=512)
     buffer = open_pairs(
         [pair_group(p) for p in sets.train], [None] * len(sets.train), step=0, minibatches=1, processes=processes
     )
@@ -211,10 +246,8 @@ def run_rlpost(policy: str, reference: str, pairs: Path, slots: dict[str, Any], 
 def compare(name: str, policy: str, reference: str, pairs: Path, layout: str = "tree") -> Agreement:
     """One loss on both sides."""
     setting = SETTINGS[name]
-    theirs, ours = (
-        run_trl(policy, reference, pairs, setting.trl),
-        run_rlpost(policy, reference, pairs, setting.rlpost, layout),
-    )
+    pairs = as_chats(pairs, pairs.with_name("chats.jsonl")) if setting.chat else pairs
+    theirs, ours = run_trl(policy, reference, pairs, setting), run_rlpost(policy, reference, pairs, setting, layout)
     assert ours.gradients.keys() == theirs.gradients.keys()
     norm, their_norm = (
         sum(float(g.double().square().sum()) for g in side.gradients.values()) ** 0.5 for side in (ours, theirs)
@@ -258,7 +291,7 @@ def main() -> int:
         "--model", help="the reference, a folder in Hugging Face layout; a tiny random Llama if not given"
     )
     parser.add_argument("--layout", default="tree", choices=["tree", "sorted", "padded"])
-    parser.add_argument("--losses", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--losses", nargs="+", choices=list(SETTINGS), help="all that suit the model if not given")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE)
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks/trl_dpo_parity.json"))
@@ -271,7 +304,8 @@ def main() -> int:
         policy = make_policy(reference, folder / "policy")
         words = ["red", "blue", "is", "a", "very", "good", "answer"] if args.model else [f"w{i}" for i in range(3, 200)]
         pairs = write_pairs(folder / "pairs.jsonl", words, args.pairs)
-        found = [compare(one, policy, reference, pairs, args.layout) for one in args.losses]
+        losses = args.losses or [one for one, setting in SETTINGS.items() if not (args.model and setting.chat)]
+        found = [compare(one, policy, reference, pairs, args.layout) for one in losses]
     print(report(found, args.tolerance))
     agreed = all(a.holds(args.tolerance) for a in found)
     write_result(

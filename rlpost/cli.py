@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated
@@ -36,16 +38,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Train. Usually started by `accelerate launch --config_file launch/<topology>.yaml -m rlpost RECIPE`."""
+    from rlpost.conclude import conclude, conclude_at_once, launch_command
     from rlpost.recipe.load import load_recipe
     from rlpost.recipe.rules import refuse_unsound
 
     loaded = load_recipe(recipe, overrides or ())
-    refuse_unsound(loaded)
-    from rlpost.conclude import conclude
-    from rlpost.loop import train as run  # imports torch: only for a recipe that is sound
+    launched = launch_command()
+    try:
+        refuse_unsound(loaded)
+        from rlpost.loop import train as run  # imports torch: only for a recipe that is sound
 
-    result = run(loaded)
-    conclude(result, recipe)
+        result = run(loaded)
+    except KeyboardInterrupt:
+        conclude_at_once(loaded.recipe.run_dir, launched)
+        raise typer.Exit(130) from None
+    conclude(result, recipe, launched)
     # The main process alone says so: the launcher kills the others when one ends with an error, report or not.
     if result.interrupted and os.environ.get("RANK", "0") == "0":
         raise typer.Exit(130)
@@ -166,6 +173,10 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments and _is_recipe(arguments[0]):
         arguments = ["train", *arguments]
     _quieten()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # launch/run.sh ignores Ctrl-C for the launcher, not for us
     with ends_at_once():
         try:
             app(args=arguments, prog_name="rlpost")

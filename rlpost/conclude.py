@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +17,28 @@ if TYPE_CHECKING:
     from rlpost.loop import RunResult
 
 
-def conclude(result: RunResult, recipe_path: Path) -> None:
-    """Draws the report and prints the closing lines; on the main process only."""
+def conclude(result: RunResult, recipe_path: Path, launched: Sequence[str]) -> None:
+    """Draws the report and prints the closing lines; on the main process only. `launched`: see `launch_command`."""
     if int(os.environ.get("RANK", "0")) != 0:
         return
-    for line in closing_lines(result, recipe_path, draw_report(result)):
+    for line in closing_lines(result, recipe_path, draw_report(result), launched):
         print(line, flush=True)
+
+
+def conclude_at_once(run_dir: Path, launched: Sequence[str]) -> None:
+    """What to say when Ctrl-C ends a run on the spot: while it is put together, or the second time."""
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    # The manifest's name is not imported: that would import torch, which may be what was interrupted.
+    saved = sorted(path.parent for path in run_dir.glob("checkpoints/step_*/manifest.json"))
+    metrics = run_dir / "metrics.jsonl"
+    if saved:
+        print(f"\nStopped at once. The last checkpoint is {saved[-1]}. To go on from it:\n  {resume_command(launched)}")
+    elif metrics.is_file() and metrics.stat().st_size:
+        again = shlex.join([*launched, "overwrite=true"])
+        print(f"\nStopped at once; nothing has been saved yet. To start again:\n  {again}")
+    else:
+        print("\nStopped; nothing has been saved yet. Run the same command to start again.")
 
 
 def draw_report(result: RunResult) -> Path | str:
@@ -32,10 +51,9 @@ def draw_report(result: RunResult) -> Path | str:
         return f"no report: {error}"
 
 
-def resume_command() -> str:
-    """The command that started this run, its launcher included, with `resume=auto`."""
-    import shlex
-
+def launch_command() -> list[str]:
+    """The command that started this run, its launcher included, without `resume` and `overwrite`. To be asked for at the
+    start: at Ctrl-C the launcher may be gone before the run is."""
     import psutil
 
     process = psutil.Process()
@@ -48,7 +66,12 @@ def resume_command() -> str:
         "rlpost",
     ):  # a script: its first line names the interpreter
         kept = kept[1:]
-    return shlex.join([*kept, "resume=auto"])
+    return kept
+
+
+def resume_command(launched: Sequence[str]) -> str:
+    """How to go on with the run that was started with `launched`."""
+    return shlex.join([*launched, "resume=auto"])
 
 
 def command() -> str:
@@ -59,19 +82,16 @@ def command() -> str:
     return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
-def closing_lines(result: RunResult, recipe_path: Path, report: Path | str) -> list[str]:
+def closing_lines(result: RunResult, recipe_path: Path, report: Path | str, launched: Sequence[str]) -> list[str]:
     """The text."""
     lines = [""]
     if result.interrupted:
         lines += [
             f"Stopped after optimizer step {result.optimizer_steps} and saved. To go on:",
-            f"  {resume_command()}",
+            f"  {resume_command(launched)}",
         ]
     if result.accuracy_before is not None and result.accuracy_after is not None:
-        gain = result.accuracy_after - result.accuracy_before
-        lines.append(
-            f"Held-out accuracy: {result.accuracy_before:.3f} before, {result.accuracy_after:.3f} after ({gain:+.3f})."
-        )
+        lines.append(_accuracy(result.accuracy_before, result.accuracy_after, result.run_dir))
     lines.append(f"Report: {report}")
     if result.checkpoint is not None:
         lines.append(f"Checkpoint (Hugging Face layout): {result.checkpoint}")
@@ -84,3 +104,12 @@ def closing_lines(result: RunResult, recipe_path: Path, report: Path | str) -> l
             f"  {rlpost} rewards try FILE:FUNCTION --samples samples.jsonl    # your own reward, without training",
         ]
     return lines
+
+
+def _accuracy(before: float, after: float, run_dir: Path) -> str:
+    if math.isnan(before) or math.isnan(after):
+        return (
+            "Held-out accuracy is not known: the rewards with accuracy=true gave no verdict on any held-out completion (None, "
+            f"or a failure: see `scores` in {run_dir / 'completions'})."
+        )
+    return f"Held-out accuracy: {before:.3f} before, {after:.3f} after ({after - before:+.3f})."

@@ -171,7 +171,11 @@ def _cpu() -> Iterator[Finding]:
     yield Finding("CPU", "warn" if crowded else "ok", f"{cores} cores usable, {threads} torch threads", advice)
     ratio = _seconds_of_matmul(torch.bfloat16) / _seconds_of_matmul(torch.float32)
     slow = ratio > 1.5 and not torch.cuda.is_available()
-    advice = "this CPU has no fast bfloat16: set model.autocast=none for speed" if slow else ""
+    advice = (
+        "no instructions for bfloat16: `auto`, the default of model.autocast and rollout.engine.dtype, takes float32"
+        if slow
+        else ""
+    )
     yield Finding(
         "bfloat16", "warn" if slow else "ok", f"on the CPU a product takes {ratio:.1f}x its time in float32", advice
     )

@@ -14,6 +14,7 @@ from rlpost.recipe.learner import EvaluationSection
 from rlpost.recipe.rollout import RolloutSection
 from rlpost.rollout.engine import RolloutEngine, SamplingRequest, SamplingSettings
 from rlpost.rollout.seeds import request_seed
+from rlpost.verdict import accuracy, is_right
 
 
 class Scorer(Protocol):
@@ -76,12 +77,8 @@ def verdict(scores: Sequence[Score], accuracy_rewards: Sequence[bool], threshold
 
     None when one of them failed or none applies. Other rewards (format, length) have no say.
     """
-    counted = [score for score, counts in zip(scores, accuracy_rewards, strict=True) if counts]
-    values = [score.value for score in counted if score.value is not None]
-    if not values or any(score.failed for score in counted):
-        return None
-    # Rewards such as 0.1 + 0.2 + 0.7 miss 1 by rounding alone.
-    return math.fsum(values) >= threshold - 1e-9
+    value = accuracy(scores, accuracy_rewards)
+    return None if value is None else is_right(value, threshold)
 
 
 def select_prompts(prompts: Sequence[Prompt], count: int) -> list[Prompt]:

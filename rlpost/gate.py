@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from rlpost.experience import Group, Prompt
 from rlpost.gradient.metrics import Mean, Metric, Total
 from rlpost.learner.buffer import DemonstrationRow
-from rlpost.methods.ghpo import accuracies
-from rlpost.methods.hpt import Route, right_of_known, route
+from rlpost.methods.hpt import Route, route
 from rlpost.recipe.guidance import Gate
+from rlpost.verdict import accuracies, right_of_known
 
 Read = Callable[[Sequence[Prompt]], Sequence[tuple[int, ...] | None]]
 

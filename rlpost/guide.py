@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from rlpost.experience import Group, Prompt
 from rlpost.gradient.metrics import Mean, Metric, Total
-from rlpost.methods.ghpo import accuracies, is_hard, level_ratios, next_first_level
+from rlpost.methods.ghpo import is_hard, is_solved, level_ratios, next_first_level
 from rlpost.recipe.guidance import HintGuidance
+from rlpost.verdict import accuracies, right_of_known
 
 SEED_LEVEL = 1000
 """Added to a hint's level where seeds are derived: the rounds of dynamic sampling have the numbers below."""
@@ -45,14 +46,15 @@ def guide(
 
     `groups` are scored. `sample(prompts, seed_level)` gives unscored groups, `score` scores them, `hint(prompts, ratio)`
     makes hinted prompts (None: impossible); all are local to the process, and each is called once per level for all groups
-    that are still hard. `memory` has the level at which a prompt begins (absent: 1). A group that no level solves keeps the
-    samples of its last hint.
+    that are still unsolved. `memory` has the level at which a prompt begins (absent: 1). A group that no level solves keeps
+    the samples of its last hint. Only groups known to be all wrong begin; once begun, only a right completion ends it.
     """
     ratios = level_ratios(section, rollout, rollouts)
     run = _Escalation(list(groups), section, accuracy_rewards)
     first = {i: min(memory.get(groups[i].prompt.id, 1), max(1, len(ratios))) for i in run.hard}
     for level, ratio in enumerate(ratios, start=1):
-        asked = [i for i in run.still_hard() if first[i] <= level]
+        asked = [i for i in run.unsolved() if first[i] <= level]
+        run.asked.update(asked)
         prompts = hint([groups[i].prompt for i in asked], ratio)
         chosen = [(i, prompt) for i, prompt in zip(asked, prompts, strict=True) if prompt is not None]
         if chosen:
@@ -62,7 +64,7 @@ def guide(
         groups=_conditioned(run.groups, run.levels, section),
         levels=run.levels,
         metrics=run.metrics(groups, len(section.ratios)),
-        first_levels=_first_levels(run, first, memory, len(ratios)) if section.memory and ratios else {},
+        first_levels=_first_levels(run, first, memory) if section.memory and ratios else {},
     )
 
 
@@ -72,13 +74,19 @@ class _Escalation:
     def __init__(self, groups: list[Group], section: HintGuidance, accuracy_rewards: Sequence[bool]) -> None:
         self.groups, self.section, self.accuracy_rewards = groups, section, accuracy_rewards
         self.levels = [0] * len(groups)
-        self.hard = self.still_hard()
+        self.asked: set[int] = set()  # groups for which a hint was wanted
+        found = [accuracies(group, accuracy_rewards) for group in groups]
+        self.hard = [i for i, values in enumerate(found) if is_hard(values, section)]
+        self.unknown = sum(not is_hard(values, section) and not is_solved(values, section) for values in found)
         self._counted: dict[str, Metric] = {}
 
-    def still_hard(self) -> list[int]:
-        """Which groups nothing has solved."""
-        found = (accuracies(group, self.accuracy_rewards) for group in self.groups)
-        return [i for i, values in enumerate(found) if is_hard(values, self.section.wrong_at_most)]
+    def solved(self, i: int) -> bool:
+        """Whether a completion of group i is right, as far as guidance is concerned."""
+        return is_solved(accuracies(self.groups[i], self.accuracy_rewards), self.section)
+
+    def unsolved(self) -> list[int]:
+        """Which hard groups nothing has solved yet. One whose hinted samples are wrong or unknown is not solved."""
+        return [i for i in self.hard if not self.solved(i)]
 
     def replace(self, places: Sequence[int], sampled: Sequence[Group], level: int) -> None:
         """Puts the samples of a level into the places of the failed ones."""
@@ -87,23 +95,20 @@ class _Escalation:
         self._counted[f"guidance/groups_level_{level}"] = Total(float(len(places)))
         tokens = sum(len(c.token_ids) for group in sampled for c in group.completions)
         self._counted[f"guidance/tokens_level_{level}"] = Total(float(tokens))
-        self._counted[f"guidance/accuracy_level_{level}"] = self._right(sampled)
+        self._counted[f"guidance/accuracy_level_{level}"] = accuracy_of(sampled, self.section, self.accuracy_rewards)
 
     def metrics(self, before: Sequence[Group], levels: int) -> dict[str, Metric]:
         """Shares and counts of one process's groups. The same names whatever happened, so that curves have no gaps."""
-        hard, unsolved, all_ = len(self.hard), set(self.still_hard()), float(len(self.groups))
+        hard, unsolved, all_ = len(self.hard), set(self.unsolved()), float(len(self.groups))
         hinted = [i for i, level in enumerate(self.levels) if level]
-        unhinted = [group for group, level in zip(self.groups, self.levels, strict=True) if not level]
         found: dict[str, Metric] = {
             "guidance/hard_share": Mean(float(hard), all_),
-            "guidance/hinted_share": Mean(float(len(hinted)), all_),
+            "guidance/unknown_share": Mean(float(self.unknown), all_),
             "guidance/unsolved_share": Mean(float(len(unsolved)), all_),
-            "guidance/no_hint": Total(float(sum(self.levels[i] == 0 for i in self.hard))),
-            "guidance/accuracy_without_hints": self._right(before),
-            "guidance/accuracy_trained": self._right(self.groups),
-            "guidance/accuracy_trained_unhinted": self._right(unhinted),
-            "guidance/accuracy_trained_hinted": self._right([self.groups[i] for i in hinted]),
+            "guidance/no_hint": Total(float(sum(self.levels[i] == 0 for i in self.asked))),
+            "guidance/accuracy_without_hints": accuracy_of(before, self.section, self.accuracy_rewards),
             "guidance/hint_tokens": Mean(float(sum(_hint_tokens(self.groups[i]) for i in hinted)), float(len(hinted))),
+            **trained_metrics(self.groups, self.levels, self.section, self.accuracy_rewards),
         }
         for level in range(1, levels + 1):
             solved = sum(self.levels[i] == level and i not in unsolved for i in hinted)
@@ -111,9 +116,26 @@ class _Escalation:
             found |= {f"guidance/{what}_level_{level}": Total(0.0) for what in ("groups", "tokens")}
         return found | self._counted
 
-    def _right(self, groups: Iterable[Group]) -> Mean:
-        values = [value for group in groups for value in accuracies(group, self.accuracy_rewards) if value is not None]
-        return Mean(float(sum(value > self.section.wrong_at_most for value in values)), float(len(values)))
+
+def trained_metrics(
+    groups: Sequence[Group], levels: Sequence[int], section: HintGuidance, accuracy_rewards: Sequence[bool]
+) -> dict[str, Metric]:
+    """What one process's groups that are trained on are like; `levels` has the level that each was sampled at."""
+    hinted = [group for group, level in zip(groups, levels, strict=True) if level]
+    unhinted = [group for group, level in zip(groups, levels, strict=True) if not level]
+    return {
+        "guidance/hinted_share": Mean(float(len(hinted)), float(len(groups))),
+        "guidance/accuracy_trained": accuracy_of(groups, section, accuracy_rewards),
+        "guidance/accuracy_trained_hinted": accuracy_of(hinted, section, accuracy_rewards),
+        "guidance/accuracy_trained_unhinted": accuracy_of(unhinted, section, accuracy_rewards),
+    }
+
+
+def accuracy_of(groups: Iterable[Group], section: HintGuidance, accuracy_rewards: Sequence[bool]) -> Mean:
+    """As evaluation computes it: the mean over groups of the share of right completions among those that are known."""
+    tallies = [right_of_known(accuracies(group, accuracy_rewards), section.threshold) for group in groups]
+    shares = [right / known for right, known in tallies if known]
+    return Mean(math.fsum(shares), float(len(shares)))
 
 
 def _hint_tokens(group: Group) -> int:
@@ -145,16 +167,15 @@ def _under_bare_prompt(group: Group) -> Group:
     return replace(group, prompt=group.prompt.bare, completions=completions)
 
 
-def _first_levels(run: _Escalation, first: Mapping[int, int], memory: Mapping[str, int], levels: int) -> dict[str, int]:
+def _first_levels(run: _Escalation, first: Mapping[int, int], memory: Mapping[str, int]) -> dict[str, int]:
     """What changes in the memory: 1 stands for a prompt that needs no entry any more."""
-    unsolved = set(run.still_hard())
     changes: dict[str, int] = {}
     for i, group in enumerate(run.groups):
         name = group.prompt.id
         if i in first and run.levels[i]:
-            changes[name] = next_first_level(first[i], None if i in unsolved else run.levels[i], levels)
-        elif i not in first and name in memory:
-            changes[name] = 1
+            changes[name] = next_first_level(first[i], run.levels[i], run.solved(i))
+        elif name in memory and (i in first or run.solved(i)):
+            changes[name] = 1  # solved without a hint; or no hint from the remembered level on can be shown: begin anew
     return changes
 
 

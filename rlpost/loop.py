@@ -15,10 +15,12 @@ from rlpost.errors import TrainingError
 from rlpost.experience import Group, Prompt
 from rlpost.guide import remember
 from rlpost.learner.actor_critic import old_values, weigh_tokens
+from rlpost.learner.curvature_check import mask_share
 from rlpost.learner.learner import token_logprobs
 from rlpost.learner.state import RunState, load_checkpoint, save_checkpoint
 from rlpost.learner.watch import Interrupt
 from rlpost.methods.estimator import needs_reference
+from rlpost.methods.safe import CrashState
 from rlpost.rollout.sampler import sample_groups
 from rlpost.teach import Teacher, Teaching
 from rlpost.tracking.completions import ScoredRollout
@@ -75,7 +77,6 @@ class Loop:
         self.state = RunState()
         self.saved_step: int | None = None
         self.accuracy_after: float | None = None
-        self.nonfinite_in_a_row = 0
 
     def run(self) -> RunResult:
         parts, recipe = self.parts, self.parts.recipe
@@ -83,9 +84,10 @@ class Loop:
             self.state = load_checkpoint(parts.resume_from, parts)
             self.saved_step = self.state.optimizer_step
             if self.finished_before():
+                key = "steps" if recipe.learner.stop_after is None else "stop_after"
                 parts.tracker.note(
-                    f"This run is finished: it took its {recipe.learner.steps} rollouts before. Nothing was done. Raise "
-                    "learner.steps to go on with it, or start another under a new name."
+                    f"This run is finished: it took its {recipe.learner.rollouts} rollouts before. Nothing was done. Raise "
+                    f"learner.{key} to go on with it, or start another under a new name."
                 )
                 return self.end(interrupted=False)
         if self.state.sampler is None:
@@ -94,7 +96,7 @@ class Loop:
         if recipe.evaluation.at_start and self.state.accuracy_before is None and parts.held_out:
             self.state.accuracy_before = self.evaluate()
         interrupted = self.stop_asked()
-        while not interrupted and self.state.rollout < recipe.learner.steps:
+        while not interrupted and self.state.rollout < recipe.learner.rollouts:
             interrupted = self.step()
         if not interrupted and recipe.evaluation.at_end and parts.held_out:
             self.accuracy_after = self.evaluate()
@@ -104,7 +106,7 @@ class Loop:
     def finished_before(self) -> bool:
         """Whether the run taken up has made all its steps, and the evaluation after them."""
         parts, state = self.parts, self.state
-        if state.rollout < parts.recipe.learner.steps:
+        if state.rollout < parts.recipe.learner.rollouts:
             return False
         rows = read_metrics(parts.run.metrics, "eval") if parts.processes.is_main else []
         final = [number(row, "eval/accuracy") for row in rows if row["step"] == state.optimizer_step]
@@ -131,9 +133,14 @@ class Loop:
         """One rollout and its optimizer steps. Returns whether the run is to stop now."""
         parts, learner = self.parts, self.parts.recipe.learner
         if self.state.buffer is None:
+            critic = parts.updater.actor_critic
+            before = None if critic is None else critic.state_dict()
             buffer = self.roll_out()
             if self.stop_asked():  # the sampler's state still stands before this rollout: it is drawn again on resume
+                if critic is not None and before is not None:  # whitening and controller have seen its rewards
+                    critic.load_state_dict(before)
                 return True
+            self.count_crashes(buffer)
             self.state.buffer, self.state.sampler = buffer, parts.sampler.state_dict()
             self.state.hint_levels = remember(self.state.hint_levels, buffer.hint_levels)
         buffer = self.state.buffer
@@ -171,6 +178,14 @@ class Loop:
             buffer.old_logp = parts.phase("old_logprobs", lambda: self.logprobs(buffer, parts.learner.policy))
         return buffer
 
+    def count_crashes(self, buffer: RolloutBuffer) -> None:
+        """Takes the rollout's mean reward into the run's crash counter."""
+        if "reward/mean" not in buffer.metrics:  # nothing was sampled
+            return
+        crashes = CrashState.from_dict(self.state.crashes).step(buffer.metrics["reward/mean"])
+        self.state.crashes = crashes.to_dict()
+        buffer.metrics |= crashes.metrics()
+
     def scored_groups(self) -> Teaching:
         """This process's groups for the rollout: sampled, scored, guided where they are hard, replaced where they are flat."""
         parts, rollout, prompts = self.parts, self.state.rollout, self.own_prompts()
@@ -181,14 +196,15 @@ class Loop:
         logged = {f"scores/{name}": value for name, value in parts.scorer.logged.items()}
         guided = parts.phase("guide", lambda: self.guide(groups)) if self.teacher.hinter else Teaching(groups)
         groups, refill = self.refill(guided.groups)
-        return replace(guided, groups=groups, metrics=guided.metrics | refill | logged)
+        taught = self.teacher.refilled(guided, groups) if refill else guided
+        return replace(taught, metrics=taught.metrics | refill | logged)
 
     def guide(self, groups: list[Group]) -> Teaching:
         """GHPO: hard groups sampled again with hints."""
         return self.teacher.guide(
             groups,
             sample=self.sample_here,
-            score=self.score_here,
+            score=lambda sampled: self.score_here(sampled, more=True),
             rollout=self.state.rollout,
             memory=self.state.hint_levels,
         )
@@ -224,13 +240,14 @@ class Loop:
             level=level,
         )
 
-    def score(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with their scores; on all processes at once."""
-        return self.parts.processes.together(lambda: self.score_here(groups))
+    def score(self, groups: Sequence[Group], *, more: bool = False) -> list[Group]:
+        """The groups with their scores; on all processes at once. `more`: after others of the same rollout."""
+        return self.parts.processes.together(lambda: self.score_here(groups, more=more))
 
-    def score_here(self, groups: Sequence[Group]) -> list[Group]:
+    def score_here(self, groups: Sequence[Group], *, more: bool = False) -> list[Group]:
         """The same on this process alone."""
-        return self.parts.scorer.score(groups, self.state.rollout, self.parts.recipe.learner.steps)
+        steps = self.parts.recipe.learner.steps
+        return self.parts.scorer.score(groups, self.state.rollout, steps, more=more)
 
     def refill(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
         """DAPO's dynamic sampling: prompts whose completions all earned the same are replaced by the next ones."""
@@ -240,7 +257,7 @@ class Loop:
         weights = tuple(r.weight for r in parts.recipe.rewards)
         places, rounds, replaced = self.places(), 0, 0
         while rounds < section.max_rounds:
-            own = list(compress(places, flat_groups(groups, weights, section)))
+            own = list(compress(places, flat_groups(groups, weights, parts.recipe.method)))
             flat = sorted(place for part in parts.processes.gather(own) for place in part)
             if not flat:
                 break
@@ -249,7 +266,7 @@ class Loop:
             with parts.phases("rollout"):
                 sampled = self.sample([parts.prompts[fresh[place]] for place in own], rounds)
             with parts.phases("score"):
-                found = dict(zip(own, self.score(sampled), strict=True))
+                found = dict(zip(own, self.score(sampled, more=True), strict=True))
             groups = [found.get(place, group) for place, group in zip(places, groups, strict=True)]
         return groups, {"dynamic_sampling/rounds": float(rounds), "dynamic_sampling/replaced": float(replaced)}
 
@@ -300,12 +317,14 @@ class Loop:
         first = buffer.updates_done == 0
         metrics = parts.phase("update", lambda: parts.updater.update(buffer, self.state.optimizer_step))
         self.state.optimizer_step += 1
-        self.guard(metrics)
+        self.count_skipped(metrics)
         if buffer.updates_done == parts.recipe.learner.minibatches * parts.recipe.learner.epochs:
             parts.phase("sync", self.sync)
-        row = {"rollout": float(buffer.step), **buffer.metrics, **metrics, **parts.phases.take()}
+        seconds = parts.phases.take()
+        row = {"rollout": float(buffer.step), **buffer.metrics, **metrics, **mask_share(metrics, seconds), **seconds}
         scored = self.scored_rollout(buffer) if first else None
         parts.processes.together(lambda: parts.tracker.step(self.state.optimizer_step, row, scored))
+        self.guard()
 
     def scored_rollout(self, buffer: RolloutBuffer) -> ScoredRollout:
         """The rollout of all processes, for `completions/`."""
@@ -331,16 +350,20 @@ class Loop:
         self.state.buffer = None
         self.state.rollout += 1
         every = self.parts.recipe.evaluation.every
-        if every and self.state.rollout % every == 0 and self.state.rollout < self.parts.recipe.learner.steps:
+        if every and self.state.rollout % every == 0 and self.state.rollout < self.parts.recipe.learner.rollouts:
             self.evaluate()
 
-    def guard(self, metrics: dict[str, float]) -> None:
-        """Stops a run that only takes skipped steps."""
-        self.nonfinite_in_a_row = self.nonfinite_in_a_row + 1 if metrics["optimizer/skipped"] else 0
-        self.state.skipped_steps += int(metrics["optimizer/skipped"])
+    def count_skipped(self, metrics: dict[str, float]) -> None:
+        """Takes note of whether the step was skipped."""
+        skipped = bool(metrics["optimizer/skipped"])
+        self.state.skipped_in_a_row = self.state.skipped_in_a_row + 1 if skipped else 0
+        self.state.skipped_steps += skipped
         metrics["optimizer/skipped_total"] = float(self.state.skipped_steps)
+
+    def guard(self) -> None:
+        """Stops a run that only takes skipped steps. Raises TrainingError."""
         limit = self.parts.recipe.learner.skip_nonfinite
-        if self.nonfinite_in_a_row >= limit:
+        if self.state.skipped_in_a_row >= limit:
             latest = self.parts.store.latest()
             error = TrainingError(
                 f"The loss or its gradient was not finite in {limit} optimizer steps in a row (learner.skip_nonfinite); "
@@ -366,6 +389,7 @@ class Loop:
         """A checkpoint of the current optimizer step, unless there is one."""
         if self.saved_step == self.state.optimizer_step:
             return
+        self.parts.tracker.sync()  # a checkpoint must not outlive the metrics of the steps before it
         self.parts.phase("checkpoint", lambda: save_checkpoint(self.parts, self.state))
         self.saved_step = self.state.optimizer_step
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlpost.assemble import build_policy, load_prompts, load_reference
+from rlpost.assemble import build_policy, layout_for, load_prompts, load_reference
+from rlpost.baseline import with_baselines
 from rlpost.data.pairs import Pair
 from rlpost.errors import CheckpointError
+from rlpost.evaluate import settings, show, write_page
 from rlpost.learner.checkpoint import MANIFEST, verify
 from rlpost.learner.learner import token_logprobs
 from rlpost.learner.pair_rows import pair_batches
 from rlpost.learner.process import Processes
 from rlpost.learner.rng import seed_everything
-from rlpost.policy.attention import choose_layout
+from rlpost.precision import decide_precision
 from rlpost.preference_loop import judge_pairs, open_pairs, pair_group
 from rlpost.reference import ReferenceTable, cache_path, read_cache
 from rlpost.scoring.scorer import Scorer
@@ -31,7 +32,8 @@ def evaluate_pairs(loaded: LoadedRecipe, checkpoint: Path) -> dict[str, float]:
 
     Raises CheckpointError when there is no readable model in `checkpoint`.
     """
-    recipe, checkpoint = loaded.recipe, checkpoint.expanduser()
+    recipe, _ = decide_precision(loaded.recipe)
+    checkpoint = checkpoint.expanduser()
     if not checkpoint.is_dir():
         raise CheckpointError(
             f"There is no folder {checkpoint}. Name a checkpoint such as runs/<name>/checkpoints/step_000010."
@@ -42,14 +44,15 @@ def evaluate_pairs(loaded: LoadedRecipe, checkpoint: Path) -> dict[str, float]:
     seed_everything(recipe.seed)
     with Scorer((), recipe.scoring) as scorer:
         tokenizer, sets = processes.together(lambda: load_prompts(recipe, scorer))
+    model_path, policy = processes.together(lambda: build_policy(recipe, checkpoint, processes))
+    sets, _ = with_baselines(recipe, sets, model_path, tokenizer, processes)  # of all pairs: as the run kept them
     pairs = [pair for pair in sets.held_out if isinstance(pair, Pair)][: recipe.evaluation.prompts]
     own = list(range(processes.rank, len(pairs), processes.world))
-    model_path, policy = processes.together(lambda: build_policy(recipe, checkpoint, processes))
     found = _judge(recipe, policy, model_path, pairs, own, tokenizer.pad_token_id, processes)
     if processes.is_main:
-        target = checkpoint.with_name(checkpoint.name + ".eval.json")
-        target.write_text(json.dumps({"metrics": {f"eval/{k}": v for k, v in found.items()}}, indent=1))
-        show(found, len(pairs), checkpoint, target)
+        show(found, len(pairs), checkpoint, "pairs")
+        page = {"settings": settings(recipe), "metrics": {f"eval/{k}": v for k, v in found.items()}}
+        print(f"The same as JSON: {write_page(checkpoint, page)}")
     processes.close()
     return found
 
@@ -73,7 +76,7 @@ def _judge(
         minibatches=1,
         processes=processes,
     )
-    layout, _ = choose_layout(policy.config, recipe.learner.layout, recipe.model.attention)
+    layout, _ = layout_for(policy, recipe.learner.layout, recipe.longest_sequence)
     rows = pair_batches(
         buffer.row_groups(), layout=layout, micro_batch_tokens=recipe.learner.micro_batch_tokens, pad_id=pad_id
     )
@@ -84,19 +87,3 @@ def _judge(
         reference = load_reference(recipe, model_path, processes.device)
         buffer.ref_logp = token_logprobs(reference, rows, buffer.tokens)
     return judge_pairs(section, policy, buffer, rows, processes)
-
-
-def show(found: dict[str, float], pairs: int, checkpoint: Path, target: Path) -> None:
-    """Prints the figures."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    table.add_column("figure")
-    table.add_column("value", justify="right")
-    for name, value in found.items():
-        table.add_row(name, f"{value:.4g}")
-    console = Console()
-    console.print(f"{checkpoint}: {pairs} held-out pairs", soft_wrap=True)
-    console.print(table)
-    console.print(f"Written to {target}", soft_wrap=True)

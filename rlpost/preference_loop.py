@@ -15,7 +15,6 @@ from rlpost.experience import Group
 from rlpost.gradient.metrics import Metric, merge, values
 from rlpost.gradient.types import Counts
 from rlpost.learner.buffer import DemonstrationRow, RolloutBuffer
-from rlpost.learner.update import spare_rows
 from rlpost.loop import Loop
 from rlpost.methods.dpo import best_and_worst, pair_coefficients
 from rlpost.reference import ReferenceTable, cache_path, read_cache, write_cache
@@ -87,7 +86,7 @@ def judge_pairs(
     """Loss, accuracy, margins and log-probs of all processes' pairs under `policy`, without their prefix; collective."""
     arrays, found = buffer.arrays(processes.device), list[dict[str, Metric]]()
     with torch.no_grad():
-        for batch in rows:
+        for batch in policy.passes(rows):
             output = policy(batch)
             if batch.useful_tokens:
                 view, _ = arrays.view(batch, output)
@@ -184,23 +183,6 @@ class PairLoop(Loop):
         with parts.reference() as reference:
             return self.logprobs(buffer, reference)
 
-    def logprobs(self, buffer: RolloutBuffer, policy: Policy) -> Tensor:
-        """Log-probs [N] of the pairs under `policy`; with as many passes on every process where the learner needs that."""
-        logp = torch.zeros(buffer.tokens)
-        with torch.no_grad():
-            for rows in self.passes(buffer):
-                found = policy(rows).logp
-                if rows.useful_tokens:
-                    logp[rows.token_index.cpu()] = found.float().cpu()
-        return logp
-
-    def passes(self, buffer: RolloutBuffer) -> list[TokenRows]:
-        """The buffer's micro-batches, filled up with empty ones to the largest number of any process."""
-        updater, learner = self.parts.updater, self.parts.learner
-        rows = updater.rows(buffer, None)
-        most = self.parts.processes.maximum(len(rows)) if learner.equal_passes else len(rows)
-        return rows + [spare_rows(updater.pad_id)] * (most - len(rows))
-
     def evaluate(self) -> float:
         """Held-out accuracy, margins and log-probs, recorded."""
         found = self.parts.phase("eval", self.judge)
@@ -218,7 +200,7 @@ class PairLoop(Loop):
         own = list(range(processes.rank, len(pairs), processes.world))
         buffer = self.open([pairs[i] for i in own], 1)
         buffer.ref_logp = self.held_out_table().take(own)
-        return judge_pairs(section, parts.learner.policy, buffer, self.passes(buffer), processes)
+        return judge_pairs(section, parts.learner.policy, buffer, parts.updater.rows(buffer, None), processes)
 
     def scored_rollout(self, buffer: RolloutBuffer) -> ScoredRollout | None:  # type: ignore[override]
         """Nothing was sampled."""

@@ -47,6 +47,8 @@ def cache_path(recipe: Recipe, model_path: str, pairs: Sequence[Pair]) -> Path:
 
     model = recipe.model
     parts = [model_identity(model_path), model.dtype, model.autocast, model.attention, recipe.rollout.temperature]
+    if model.quantized:
+        parts.append("4 bits")
     key = hashlib.blake2b(json.dumps([*parts, fingerprint(pairs)]).encode(), digest_size=12).hexdigest()
     return cache_folder() / "reference" / f"{key}.safetensors"
 
@@ -72,26 +74,41 @@ def model_identity(path: str) -> str:
 
 def read_cache(path: Path, tokens: int) -> Tensor | None:
     """What was kept under `path`; None when there is nothing, or nothing usable."""
+    kept = load_tensors(path, "logp")
+    if kept is None:
+        return None
+    logp = kept["logp"]
+    return logp if logp.shape == (tokens,) and bool(torch.isfinite(logp).all()) else None
+
+
+def write_cache(path: Path, logp: Tensor) -> str | None:
+    """Keeps `logp`. Returns what went wrong, in words."""
+    return save_tensors(path, logp=logp)
+
+
+def load_tensors(path: Path, *names: str) -> dict[str, Tensor] | None:
+    """The named tensors of a safetensors file; None when it is not there, damaged, or lacks one of them."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
         return None
     try:
-        logp = load_file(path)["logp"]
-    except (OSError, SafetensorError, KeyError):
-        return None  # damaged: it is computed again
-    return logp if logp.shape == (tokens,) and bool(torch.isfinite(logp).all()) else None
+        kept = load_file(path)
+    except (OSError, SafetensorError):
+        return None  # damaged: it is made again
+    return kept if kept.keys() >= set(names) else None
 
 
-def write_cache(path: Path, logp: Tensor) -> str | None:
-    """Keeps `logp`, as a whole or not at all. Returns what went wrong, in words: a run does not fail over its cache."""
+def save_tensors(path: Path, **tensors: Tensor) -> str | None:
+    """Writes a safetensors file, as a whole or not at all. Returns what went wrong, in words: a run does not fail over its
+    cache."""
     from safetensors.torch import save_file
 
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"logp": logp.contiguous()}, staging)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging)
         staging.rename(path)
     except OSError as error:
         staging.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlpost.experience import Group
+from rlpost.experience import Group, Score
 from rlpost.gate import Gated
 from rlpost.gradient.kl import kl_estimate
 from rlpost.gradient.metrics import values
@@ -20,10 +20,10 @@ from rlpost.gradient.types import Counts
 from rlpost.learner.buffer import RolloutBuffer
 from rlpost.learner.process import Processes
 from rlpost.methods.estimator import skippable_groups
-from rlpost.methods.ghpo import accuracies
-from rlpost.methods.hpt import Route, gated_advantages, right_of_known
-from rlpost.recipe.method import DynamicSamplingSection, MethodSection
-from rlpost.recipe.reward import RewardSection
+from rlpost.methods.hpt import Route, gated_advantages
+from rlpost.recipe.method import MethodSection
+from rlpost.recipe.reward import Reward
+from rlpost.verdict import accuracies, right_of_known
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Digest:
     demonstrations: list[int]  # by group: tokens of the demonstration that is learned from; 0: none
 
 
-def digest(buffer: RolloutBuffer, sections: Sequence[RewardSection], method: MethodSection) -> Digest:
+def digest(buffer: RolloutBuffer, sections: Sequence[Reward], method: MethodSection) -> Digest:
     """One process's share of what `weigh` needs."""
     outcomes: Counter[tuple[int, str]] = Counter()
     groups, weights = buffer.groups, [r.weight for r in sections]
@@ -52,9 +52,7 @@ def digest(buffer: RolloutBuffer, sections: Sequence[RewardSection], method: Met
             outcomes.update((r, score.outcome.value) for r, score in enumerate(scores))
             numbers = [math.nan if s.value is None else s.value for s in scores]
             group_raw.append(numbers)
-            # One failed score makes the whole reward unknown: half a sum must not enter a baseline.
-            failed = any(score.failed for score in scores)
-            group_rewards.append([math.nan if failed else w * x for w, x in zip(weights, numbers, strict=True)])
+            group_rewards.append(weighted(scores, weights))
         rewards.append(group_rewards)
         raw.append(group_raw)
     lengths = [[len(c.token_ids) for c in group.completions] for group in groups]
@@ -94,7 +92,7 @@ def weigh(
     buffer: RolloutBuffer,
     *,
     method: MethodSection,
-    rewards: Sequence[RewardSection],
+    rewards: Sequence[Reward],
     names: Sequence[str],
     minibatches: int,
     max_completion_tokens: int,
@@ -131,12 +129,19 @@ def weigh(
     buffer.metrics = {**_metrics(digests, matrix, gated.result.zero_variance, names), **values(gated.result.metrics)}
 
 
-def flat_groups(groups: Sequence[Group], weights: tuple[float, ...], section: DynamicSamplingSection) -> list[bool]:
+def flat_groups(groups: Sequence[Group], weights: Sequence[float], method: MethodSection) -> list[bool]:
     """Which groups dynamic sampling replaces."""
-    rewards = [group.reward(i, weights) for group in groups for i in range(len(group.completions))]
+    rewards = [weighted(scores, weights) for group in groups for scores in group.scores]
     prompt = [g for g, group in enumerate(groups) for _ in group.completions]
-    matrix = torch.tensor(rewards, dtype=torch.float64).reshape(-1, 1)
-    return groups_to_refill(section, matrix, torch.tensor(prompt), len(groups)).tolist()
+    matrix = torch.tensor(rewards, dtype=torch.float64).reshape(-1, len(weights))
+    return groups_to_refill(method, matrix, torch.tensor(prompt), len(groups)).tolist()
+
+
+def weighted(scores: Sequence[Score], weights: Sequence[float]) -> list[float]:
+    """A completion's scores times their weights; NaN: not applicable. One failed score makes all of them unknown: half a
+    sum must not enter a baseline."""
+    failed = any(score.failed for score in scores)
+    return [math.nan if failed or s.value is None else w * s.value for w, s in zip(weights, scores, strict=True)]
 
 
 def _all_or_none(parts: Sequence[Tensor | None]) -> Tensor | None:
@@ -155,7 +160,7 @@ def _sequence_kl(buffer: RolloutBuffer, method: MethodSection) -> Tensor | None:
     return total[torch.tensor(buffer.sampled)]
 
 
-def _right(groups: Sequence[Group], rewards: Sequence[RewardSection], method: MethodSection) -> list[float]:
+def _right(groups: Sequence[Group], rewards: Sequence[Reward], method: MethodSection) -> list[float]:
     """[S] whether each sample is right, as the gate judges it; NaN where that is not known."""
     if method.gate is None:
         return []

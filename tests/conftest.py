@@ -69,6 +69,21 @@ def tiny_model(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def classifier(tiny_model, tmp_path_factory) -> str:
+    """The folder of a random reward model with one output, and the tiny model's tokenizer and template."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("reward_model")
+    config = LlamaConfig.from_pretrained(tiny_model, num_labels=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        LlamaForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """On a busy machine two threads that wait for each other cost more than they give; and results are repeatable."""
@@ -126,20 +141,34 @@ class Children:
         self._started: list[subprocess.Popen] = []
 
     def start(
-        self, recipe: Path, *overrides: str, launch: str | None = None, before: str = "", **environment: str
+        self,
+        recipe: Path,
+        *overrides: str,
+        launch: str | None = None,
+        script: bool = False,
+        before: str = "",
+        **environment: str,
     ) -> subprocess.Popen:
-        """Not waited for. `launch`: a file in launch/ for accelerate; `before`: Python code run first in the process."""
+        """Not waited for. `launch`: a file in launch/ for accelerate, which launch/run.sh starts with `script`; `before`:
+        Python code run first in the process."""
         head = [sys.executable, "-m", "rlpost"]
         if launch:
             launcher = Path(sys.executable).with_name("accelerate")
             head = [sys.executable, str(launcher), "launch", "--config_file", f"launch/{launch}", "-m", "rlpost"]
+            head = ["bash", "launch/run.sh", f"launch/{launch}"] if script else head
         elif before:
             head = [sys.executable, "-c", before + "\nfrom rlpost.cli import main\nmain()\n"]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         child = subprocess.Popen(
             [*head, str(recipe), *overrides],
             cwd=REPOSITORY,
-            env={**env, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment},
+            env={
+                **env,
+                "OMP_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "RLPOST_VENV": str(Path(sys.executable).parents[1]),
+                **environment,
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -53,6 +53,20 @@ def test_an_unknown_key_and_its_nearest_name(refused):
     refused("recipe.yaml", "learner.learning_rat", "learning_rate", changes={"learner.learning_rat": 1.0})
 
 
+def test_short_and_swapped_names(refused):
+    refused("did you mean learner.learning_rate?", changes={"learner.lr": 1.0})
+    refused("Did you mean `grpo`?", changes={"method.preset": "gpro"})
+
+
+def test_a_mistyped_argument_of_a_shipped_reward(refused):
+    changes = {"rewards": [{"function": "number", "arguments": {"onyl": True}}]}
+    refused("number.py", "takes no argument onyl", changes=changes)
+
+
+def test_dropout_in_adapters(refused):
+    refused("model.lora.dropout=0.1", "Set it to 0", changes={"model.lora": {"rank": 4, "dropout": 0.1}})
+
+
 def test_several_problems_at_once(refused):
     changes = {"rollout.completions_per_prompt": 1, "learner.minibatches": 4, "learner.warmup_steps": 99}
     refused("3 problems", "completions_per_prompt=1", "learner.minibatches=4", "warmup_steps=99", changes=changes)
@@ -85,10 +99,16 @@ REWARDS = {
     "syntax_error": ("def reward(completions:\n", ("cannot be imported", "SyntaxError", "graded.py"), {}),
     "wrong_length": (
         "def reward(completions, **c):\n    return [0.0] * 3\n",
-        ("returned 3 values", "1 were expected"),
+        ("returned 3 values", "1 were expected", "Let it `return` a list", "rewards try"),
         {},
     ),
-    "no_list": ("def reward(completions, **c):\n    return 1.0\n", ("returned a float", "one number"), {}),
+    "no_list": (
+        "def reward(completions, **c):\n    return 1.0\n",
+        ("returned a float", "one number", "Let it `return` a list"),
+        {},
+    ),
+    "nothing": ("def reward(completions, **c):\n    [1.0]\n", ("returned None", "Let it `return` a list"), {}),
+    "ends_the_program": ("import sys\nsys.exit(2)\n", ("sys.exit(2)", "graded.py", "__main__"), {}),
     "always_raises": (
         "def reward(completions, **c):\n    raise KeyError('gold')\n",
         ("'graded'", "8 of 8", "KeyError: 'gold'", "max_failed_share", "rewards try"),
@@ -128,6 +148,13 @@ def test_a_column_that_is_not_there(refused, tmp_path):
     refused("data.train.prompt", "`question`", "`quesion`", changes=changes)
 
 
+def test_a_broken_line(refused, tmp_path):
+    changes = data(tmp_path, *({"question": f"{i}?"} for i in range(9)))
+    with (tmp_path / "data.jsonl").open("a") as file:
+        file.write('{"question": "3?"\n')
+    refused("data.jsonl, line 10, is no JSON object", 'question": "3?"', changes=changes)
+
+
 def test_no_data(refused, tmp_path):
     refused("data.train has 0 prompts", changes=data(tmp_path))
 
@@ -161,10 +188,17 @@ def test_a_damaged_model(refused, tiny_model, tmp_path):
     refused("model.path", "model", changes={"model.path": str(tmp_path / "model")})
 
 
+def test_weights_that_do_not_fit_their_configuration(refused, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(file.read_text().replace('"intermediate_size": 96', '"intermediate_size": 112'))
+    refused("model.path", "cannot load a causal language model", changes={"model.path": str(tmp_path / "model")})
+
+
 def test_a_run_directory_that_is_used_already(refused, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
-    refused("run already holds a run", "resume=auto", "name=", "overwrite=true")
+    refused("run already holds a run", "resume=auto", "name=", "make quickstart ARGS=overwrite=true")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 

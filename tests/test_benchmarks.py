@@ -169,6 +169,30 @@ def test_steps_with_and_without_the_mask_share_policy_and_rollout(tiny):
     assert min(found["raw"]["with"] + found["raw"]["without"]) > 0
 
 
+@pytest.mark.parametrize("kind", ["trunk", "separate"])
+def test_steps_with_and_without_a_critic_share_policy_and_rollout(tiny, kind):
+    from benchmarks.critic_cost import measure
+
+    rollout = make_rollout(replace(SPEC, dead_share=0.0))
+    found = measure(tiny, rollout, {"model": kind, "heads": 2}, pairs=2, tokens=512)
+    assert found["step_share"]["count"] == 2 and all(len(found["raw"][k]["step_s"]) == 2 for k in ("with", "without"))
+    assert min(found["raw"]["with"]["values_s"]) > 10 * max(found["raw"]["without"]["values_s"])
+    assert (found["state_mib"] > 0.5) is (
+        kind == "separate"
+    )  # a model's weights, gradients and moments, or heads' alone
+
+
+def test_a_critics_cost_is_told_pair_by_pair():
+    from benchmarks.critic_cost import summarise
+
+    with_ = {"step_s": [3.0, 6.0], "values_s": [1.0, 1.0], "peak_mib": [110.0, 130.0]}
+    without = {"step_s": [2.0, 4.0], "values_s": [0.0, 0.0], "peak_mib": [100.0, 100.0]}
+    found = summarise({"with": with_, "without": without}, 2**21)
+    assert (found["step_share"]["low"], found["step_share"]["high"]) == (0.5, 0.5)
+    assert (found["step_and_values_share"]["low"], found["step_and_values_share"]["high"]) == (0.75, 1.0)
+    assert found["extra_peak_mib"]["median"] == 20.0 and found["state_mib"] == 2.0
+
+
 @pytest.mark.parametrize("name", ["grpo", "dapo", "bnpo", "dr_grpo", "gspo", "cispo"])
 def test_rlpost_takes_the_step_that_trl_takes(tiny, name):
     """Loss and gradient of TRL on identical frozen rollouts in float32, clipped tokens and a dead group included."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import rows, weights
 
+from rlpost.cli import main
 from rlpost.errors import CheckpointError
 from rlpost.learner.checkpoint import CheckpointStore, file_writer, verify
 from rlpost.learner.process import Processes
@@ -150,14 +151,20 @@ def test_written_in_the_background_is_the_same_run(unbroken, write_recipe, one_t
     assert_same(tmp_path / "run", unbroken)
 
 
-def killed_again_and_again(recipe, kills, longest):
+def assert_tidy(run):
+    """Nothing that a killed run was in the middle of is left."""
+    left = [path.name for folder in (run, run / "checkpoints", run / "completions") for path in folder.glob(".*")]
+    assert [name for name in left if name != ".lock"] == []
+
+
+def killed_again_and_again(recipe, kills, longest, seed):
     """What kill_worker.py did."""
     run = recipe.parent / "run"
     done = subprocess.run(
-        [sys.executable, str(WORKER), str(recipe), str(run / "checkpoints"), str(kills), str(longest)],
+        [sys.executable, str(WORKER), str(recipe), str(run / "checkpoints"), str(kills), str(longest), str(seed)],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3000,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -169,31 +176,50 @@ def killed_again_and_again(recipe, kills, longest):
 @pytest.mark.engine
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_killed_at_three_random_moments(asynchronous, unbroken, write_recipe, tmp_path):
+    """Of this seed: late in the run, then while that is taken up again, then among the steps."""
     recipe = write_recipe(tmp_path, {**CHANGES, "checkpoint.asynchronous": asynchronous})
-    assert killed_again_and_again(recipe, 3, 0.8)["kills"] == 3
+    found = killed_again_and_again(recipe, 3, 0.8, 103)
+    assert found["kills"] == 3 and found["in_start_up"] == 1, found
     assert_same(tmp_path / "run", unbroken)
+    assert_tidy(tmp_path / "run")
 
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_killed_at_twenty_random_moments(write_recipe, one_thread, tmp_path):
     changes = {**CHANGES, "learner.steps": 12}
     train(load_recipe(write_recipe(tmp_path / "straight", changes)))
     recipe = write_recipe(tmp_path / "killed", changes)
-    found = killed_again_and_again(recipe, 20, 0.6)
-    assert found["kills"] == 20 and found["half_written"] > 0, found
+    found = killed_again_and_again(recipe, 20, 1.0, 3)
+    print(found)
+    assert found["kills"] == 20 and min(found["half_written"], found["from_earlier"]) > 0, found
+    assert 4 < found["in_start_up"] < 16, found
     assert_same(tmp_path / "killed" / "run", tmp_path / "straight" / "run")
+    assert_tidy(tmp_path / "killed" / "run")
+
+
+def assert_refused(recipe, run, said, capsys):
+    """One process, from the checkpoint after the first of two minibatches."""
+    before = rows(run), sorted(path.name for path in (run / "checkpoints").iterdir())
+    with pytest.raises(SystemExit) as caught:
+        main([str(recipe), f"resume={run}/checkpoints/step_000001"])
+    assert caught.value.code == 3 and said in capsys.readouterr().err
+    assert (rows(run), sorted(path.name for path in (run / "checkpoints").iterdir())) == before
 
 
 @pytest.mark.engine
-def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(write_recipe, children, one_thread, tmp_path):
-    """At a rollout's end; in the middle of one it is refused (test_resume.py)."""
+def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
+    write_recipe, children, one_thread, tmp_path, capsys
+):
+    """At a rollout's end; in the middle of one it is refused, and nothing is touched."""
     changes = {
         "rollout.prompts_per_step": 4,
         "learner.steps": 2,
         "learner.minibatches": 2,
         "learner.learning_rate": 1e-4,
-        "checkpoint.every": 2,
+        "checkpoint.every": 1,
+        "checkpoint.keep": 9,
     }
     straight = write_recipe(tmp_path / "straight", changes)
     train(load_recipe(straight))
@@ -202,6 +228,8 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(write_recip
         recipe = write_recipe(tmp_path / name, changes)
         run = tmp_path / name / "run"
         for launch, resume in ((first, "never"), (second, f"{run}/checkpoints/step_000002")):
+            if launch is None and resume != "never":
+                assert_refused(recipe, run, "saved by 2 processes in the middle of a rollout", capsys)
             code, printed = children.run(recipe, f"resume={resume}", launch=launch)
             assert code == 0, printed
         for row, theirs in zip(rows(run), rows(expected), strict=True):

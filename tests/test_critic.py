@@ -59,7 +59,7 @@ def mask(rows):
     return attention_mask(rows, "sdpa")
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("level", ["token", "sequence", "answer"])
 @pytest.mark.parametrize("kind", ["trunk", "separate"])
 def test_values_and_gradients_do_not_depend_on_the_layout(model, level, kind):
     section = critic(heads=2, aggregate="soft_min", level=level, model=kind)
@@ -82,6 +82,15 @@ def test_sequence_values_are_read_at_the_prompts_end(model):
     by_token, _ = values_of(critic(level="token"), model, "tree")
     torch.testing.assert_close(by_token[0], found[0])  # the first token's state is the prompt's end
     torch.testing.assert_close(by_token[6], found[3])
+
+
+def test_values_of_whole_answers_are_read_before_their_last_token(model):
+    """As released: the value of a completion is that of its last token's state, so it depends on the answer."""
+    found, _ = values_of(critic(level="answer"), model, "tree")
+    by_token, _ = values_of(critic(level="token"), model, "tree")
+    for completion, last in {0: 2, 1: 3, 2: 5, 3: 9}.items():
+        torch.testing.assert_close(found[completion], by_token[last])
+    assert not torch.equal(found[0], found[2])
 
 
 def test_how_much_gradient_reaches_the_trunk(model):
@@ -169,6 +178,30 @@ def test_a_separate_critic_must_be_whole(model, tmp_path):
     save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RecipeError, match="made up at random"):
         make_critic(critic(model="separate"), model, str(broken), 64)
+
+
+def test_a_critic_of_another_tokenizer_is_refused_before_anything_is_loaded(tiny_model, write_recipe, tmp_path):
+    from rlpost.assemble import check_critic
+    from rlpost.recipe.load import load_recipe
+
+    method = {"preset": "ppo", "critic": {"model": "separate", "path": tiny_model}}
+    recipe = load_recipe(write_recipe(tmp_path, {"method": method})).recipe
+    check_critic(recipe, 258)
+    with pytest.raises(RecipeError, match=r"method\.critic\.path=.* knows 258 tokens, but the tokenizer .* has 259"):
+        check_critic(recipe, 259)
+
+
+def test_rows_suit_the_critics_model_too(model):
+    from rlpost.assemble import layout_for
+
+    policy = load_policy(model, model.path)
+    assert layout_for(policy, "tree", 256) == ("tree", None)
+    policy.critic = make_critic(critic(model="separate"), model, model.path, 64)
+    assert layout_for(policy, "tree", 256) == ("tree", None)
+    policy.critic.trunk.config.layer_types = ["sliding_attention", "full_attention"]
+    layout, note = layout_for(policy, "tree", 256)
+    assert layout == "sorted" and "sliding_attention" in note and "critic" in note
+    assert layout_for(policy, "sorted", 256) == ("sorted", None)
 
 
 def test_sections_refuse_what_means_nothing():

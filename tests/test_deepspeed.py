@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, rows, weights
 
+from rlpost.cli import main
 from rlpost.errors import RecipeError
 from rlpost.learner.deepspeed import zero_config
 from rlpost.loop import train
@@ -21,8 +22,19 @@ from rlpost.recipe.load import load_recipe
 
 WORKER = Path(__file__).with_name("zero_worker.py")
 NAN_STEP, EMPTY_STEP, RESUMED_AT = 3, 4, 5
-FLOAT32 = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload", "zero2-lora", "zero3-lora")
+FLOAT32 = (
+    "zero1",
+    "zero2",
+    "zero3",
+    "zero2-offload",
+    "zero3-offload",
+    "zero2-lora",
+    "zero3-lora",
+    "zero2-checkpointing",
+    "zero3-checkpointing",
+)
 BFLOAT16 = ("zero1-bf16", "zero2-bf16", "zero3-bf16")
+BFLOAT16_LORA = ("zero2-lora-bf16", "zero3-lora-bf16")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +47,7 @@ def results(tiny_model, tmp_path_factory):
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CXX": "/bin/false", "TORCH_EXTENSIONS_DIR": str(nothing)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(WORKER), tiny_model, str(folder)], env=env, capture_output=True, text=True, timeout=400
+        [*command, str(WORKER), tiny_model, str(folder)], env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert not list(nothing.iterdir()), "something was compiled"
@@ -76,10 +88,43 @@ def test_bfloat16_weights_have_float32_masters(name, results):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("name", FLOAT32 + BFLOAT16)
+@pytest.mark.parametrize("name", BFLOAT16_LORA)
+def test_adapters_on_frozen_bfloat16_weights_stay_in_float32(name, results):
+    """As peft makes them and a plain learner trains them. ZeRO-3 multiplies in its own order, which bfloat16 shows."""
+    result = results[name]
+    assert result["trained"] == ["torch.float32"]
+    bound = {"rel": 1e-5} if name.startswith("zero2") else {"rel": 0.03, "abs": 3e-3}
+    for step, (found, expected) in enumerate(zip(result["found"], result["expected"], strict=True)):
+        assert found["skipped"] == float(step == NAN_STEP)
+        if step != NAN_STEP:
+            assert found["loss"] == pytest.approx(expected["loss"], **bound), step
+            assert found["grad_norm"] == pytest.approx(expected["grad_norm"], **bound), step
+    assert result["moved"] > 0.005
+
+
+@pytest.mark.engine
+def test_stage_3_gathers_the_head_once_a_pass(results):
+    """Once forward and once backward, however many chunks it works in."""
+    found = results["gathers"]
+    assert found["passes"] >= 3 and found["chunks"] > 2 * found["passes"], found
+    assert found["forward"] == found["backward"] == found["passes"], found
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", FLOAT32 + BFLOAT16 + BFLOAT16_LORA)
 def test_resumed_in_the_middle_equals_never_stopped_bit_for_bit(name, results):
     assert results[name]["resumed"] == results[name]["found"][RESUMED_AT:]
     assert results[name]["resumed_gap"] == 0.0
+
+
+@pytest.mark.engine
+def test_a_critic_has_its_own_rate_and_its_warm_up_leaves_the_policy_alone(results):
+    """As in one plain process; the critic's rate is ten times the policy's."""
+    found = results["critic"]
+    policy, critic = found["moved"]
+    assert policy > 3e-3 and critic > 5 * policy
+    assert max(found["gaps"]) < 1e-5
+    assert found["policy_moved_in_warmup"] == [0.0, 0.0] and found["critic_moved_in_warmup"] > 5 * policy
 
 
 @pytest.mark.engine
@@ -100,6 +145,24 @@ def test_the_checkpoint_of_gathered_weights_loads_with_transformers(name, result
     model, info = AutoModelForCausalLM.from_pretrained(results[name]["checkpoint"], output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.dtype == (torch.bfloat16 if "bf16" in name else torch.float32)
+
+
+@pytest.mark.engine
+def test_capos_tracker_is_the_same_on_all_processes_and_that_of_one(results):
+    """Under ZeRO-3, with processes that have nothing in a step, a step without anything, and one whose NaN is rejected."""
+    result = results["capo"]
+    assert result["same_on_all"] and result["ids_equal"]
+    assert result["steps"] == [8.0, 8.0] and result["gap"] < 1e-4
+    rejected = [step.get("mask/curvature/rejected_share", 0.0) for step in result["found"]]
+    assert any(0 < share < 1 for share in rejected)
+    assert any("mask/curvature/rank_correlation_shift" in step for step in result["found"])
+    for found, expected in zip(result["found"], result["expected"], strict=True):
+        assert found.keys() == expected.keys()
+        for name in ("rejected_share", "kl_mean", "max_kl"):
+            at = f"mask/curvature/{name}"
+            assert found.get(at) == (
+                None if at not in expected else pytest.approx(expected[at], rel=1e-4, abs=1e-9, nan_ok=True)
+            )
 
 
 CHANGES = {
@@ -131,15 +194,40 @@ def assert_close(run, reference):
     assert all((got[name] - value).abs().max() < 1e-5 for name, value in expected.items())
 
 
+def assert_others_are_refused(recipe, run, children, capsys):
+    """At a rollout's end: one plain process, ZeRO-2 with one process, ZeRO-3 with two; and nothing is touched."""
+    checkpoint = run / "checkpoints" / "step_000002"
+    before = rows(run), sorted(path.name for path in (run / "checkpoints").iterdir())
+    with pytest.raises(SystemExit) as caught:
+        main([str(recipe), f"resume={checkpoint}"])
+    assert caught.value.code == 3 and f"{checkpoint} was saved by DeepSpeed" in capsys.readouterr().err
+    one = recipe.parent / "one.yaml"
+    one.write_text(
+        (REPOSITORY / "launch" / "cpu-zero2.yaml").read_text().replace("num_processes: 2", "num_processes: 1")
+    )
+    for launch, said in (
+        (os.path.relpath(one, REPOSITORY / "launch"), "the state of 2 processes, which DeepSpeed cannot spread over 1"),
+        ("cpu-zero3.yaml", "was saved by DeepSpeed ZeRO-2; this is ZeRO-3"),
+    ):
+        code, printed = children.run(recipe, f"resume={checkpoint}", launch=launch)
+        assert code != 0 and said in printed and f"model.path={checkpoint}" in printed, printed
+        assert printed.count("CheckpointError: ") == 1
+    assert (rows(run), sorted(path.name for path in (run / "checkpoints").iterdir())) == before
+
+
 @pytest.mark.engine
 @pytest.mark.parametrize(("launch", "asynchronous"), [("cpu-zero2.yaml", False), ("cpu-zero3.yaml", True)])
-def test_a_recipe_runs_sharded_and_resumes_exactly(launch, asynchronous, plain, write_recipe, children, tmp_path):
+def test_a_recipe_runs_sharded_and_resumes_exactly(
+    launch, asynchronous, plain, write_recipe, children, tmp_path, capsys
+):
     recipe = write_recipe(tmp_path, {**CHANGES, "checkpoint.asynchronous": asynchronous})
     code, printed = children.run(recipe, launch=launch)
     assert code == 0, printed
     assert "DeepSpeed" not in printed and "FutureWarning" not in printed, printed
     run = tmp_path / "run"
     assert_close(run, plain)
+    if launch == "cpu-zero2.yaml":
+        assert_others_are_refused(recipe, run, children, capsys)
     before, last = rows(run), weights(run / "checkpoints" / "step_000004")
     code, printed = children.run(recipe, f"resume={run}/checkpoints/step_000001", launch=launch)
     assert code == 0, printed

@@ -30,7 +30,9 @@ LOSSES = (
     {"loss": "sigmoid"},
     {"loss": "sigmoid", "label_smoothing": 0.1},
     {"loss": "sigmoid", "length_normalised": True},
+    {"loss": "sigmoid", "length_normalised": True, "label_smoothing": 0.2},
     {"loss": "hinge"},
+    {"loss": "hinge", "length_normalised": True},
     {"loss": "ipo"},
     {"loss": "ipo", "length_normalised": False},
 )
@@ -137,7 +139,10 @@ def test_a_hinge_that_is_satisfied_pulls_no_more():
         assert bool((coefficient[case.sequence == i] == 0).all()) == idle
 
 
-@pytest.mark.parametrize("sft", [{"type": "sum", "eta": 0}, {"type": "sequence_mean", "weight": 0}, "none"])
+@pytest.mark.parametrize(
+    "sft",
+    [{"type": "sum", "eta": 0}, {"type": "sequence_mean", "weight": 0}, {"type": "token_mean", "weight": 0}, "none"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rpo_without_weight_is_dpo_bit_for_bit(sft, dtype):
     view = Pairs(2).view()
@@ -147,6 +152,19 @@ def test_rpo_without_weight_is_dpo_bit_for_bit(sft, dtype):
     assert torch.equal(dpo.coefficient, rpo.coefficient) and dpo.coefficient.dtype == dtype
     assert torch.equal(dpo.weight, rpo.weight)
     assert dpo.metrics == rpo.metrics
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=str)
+def test_the_margin_is_what_the_loss_acts_on(loss):
+    """beta h; the difference of the implicit rewards, which are sums, only where h is not per token."""
+    case, s = Pairs(4), section(**loss, beta=0.7)
+    found = values(pair_coefficients(s, case.view(), case.counts()).metrics)
+    ratio = case.sums(case.logp().detach() - case.ref_logp)
+    rewards = 0.7 * (ratio[CHOSEN] - ratio[REJECTED]).mean()
+    per_token = ratio / case.lengths
+    assert found["pairs/chosen_reward"] - found["pairs/rejected_reward"] == pytest.approx(float(rewards), rel=1e-9)
+    want = 0.7 * (per_token[CHOSEN] - per_token[REJECTED]).mean() if s.normalised else rewards
+    assert found["pairs/margin"] == pytest.approx(float(want), rel=1e-9)
 
 
 VECTORS = [  # the method page: lw -50, ll -60, rw -52, rl -58

@@ -7,7 +7,7 @@ import pytest
 pytestmark = pytest.mark.engine  # importing TRL's trainer takes long
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "ipo", "sigmoid + sft"])
+@pytest.mark.parametrize("name", ["sigmoid", "ipo", "sigmoid + sft", "smoothed", "chat messages"])
 def test_same_step_as_trl(tmp_path_factory, name):
     from benchmarks.models import make_tiny
     from benchmarks.trl_dpo_parity import TOLERANCE, compare, make_policy, write_pairs

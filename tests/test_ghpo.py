@@ -13,9 +13,10 @@ from rlpost.experience import Completion, Demonstration, Group, Outcome, Prompt,
 from rlpost.gradient.metrics import values
 from rlpost.guide import SEED_LEVEL, guide, remember
 from rlpost.methods import compute_advantages
-from rlpost.methods.ghpo import accuracies, is_hard, level_ratios, next_first_level
+from rlpost.methods.ghpo import is_hard, is_solved, level_ratios, next_first_level
 from rlpost.recipe.guidance import HintGuidance
 from rlpost.recipe.method import describe_order
+from rlpost.verdict import accuracies
 
 G = 4
 RATIOS = (0.25, 0.5, 0.75)
@@ -65,7 +66,7 @@ class World:
         self.calls.clear()
         return groups
 
-    def guide(self, groups, rollout=0, rollouts=10, memory=None, **slots):
+    def guide(self, groups, rollout=0, rollouts=10, known=None, **slots):
         section = HintGuidance(**slots)
         return guide(
             groups,
@@ -76,7 +77,7 @@ class World:
             accuracy_rewards=(True, False),
             rollout=rollout,
             rollouts=rollouts,
-            memory=memory or {},
+            memory=known or {},
         )
 
 
@@ -140,14 +141,15 @@ def test_prompts_without_a_solution_keep_their_samples_and_are_counted() -> None
     [
         ([0.0, 0.0, 0.0], True),
         ([0.0, 1.0, 0.0], False),
-        ([0.0, 0.25, 0.0], False),
+        ([0.0, 0.25, 0.99], True),
+        ([0.0, 0.1 + 0.2 + 0.7, 0.0], False),
         ([0.0, None, 0.0], False),
         ([None, None, None], False),
         ([-1.0, 0.0, -1.0], True),
     ],
 )
 def test_hard_is_every_completion_known_to_be_wrong(rows, hard) -> None:
-    assert is_hard(rows) is hard
+    assert is_hard(rows, HintGuidance()) is hard
 
 
 @pytest.mark.parametrize("outcome", [Outcome.TIMED_OUT, Outcome.CRASHED, Outcome.UNPARSABLE, Outcome.NOT_APPLICABLE])
@@ -155,20 +157,41 @@ def test_unknown_is_not_wrong(outcome) -> None:
     """One gold answer that cannot be parsed, one timeout: the group is not hard (the released code's NaN <= 0)."""
     group = Group(prompt("a"), (), (*[(score(0.0), score(1.0))] * 3, (score(None, outcome), score(1.0))))
     assert accuracies(group, (True, False)) == [0.0, 0.0, 0.0, None]
-    assert not is_hard(accuracies(group, (True, False)))
+    assert not is_hard(accuracies(group, (True, False)), HintGuidance())
+    assert not is_solved(accuracies(group, (True, False)), HintGuidance()), "nor is it right"
 
 
 def test_format_rewards_have_no_say_and_several_accuracy_rewards_all_have() -> None:
     group = Group(prompt("a"), (), tuple((score(0.0), score(float(i < 2)), score(0.0)) for i in range(4)))
-    assert is_hard(accuracies(group, (True, False, True)))
-    assert not is_hard(accuracies(group, (True, True, True)))
+    assert is_hard(accuracies(group, (True, False, True)), HintGuidance())
+    assert not is_hard(accuracies(group, (True, True, True)), HintGuidance())
     assert accuracies(group, (False, False, False)) == [None] * 4, "nothing says what is right"
     mixed = Group(prompt("a"), (), ((score(None, Outcome.NOT_APPLICABLE), score(1.0), score(0.0)),))
     assert accuracies(mixed, (True, False, True)) == [0.0]
 
 
 def test_partial_marks_count_as_wrong_up_to_a_limit() -> None:
-    assert is_hard([0.2, 0.0], 0.2) and not is_hard([0.3, 0.0], 0.2)
+    released = HintGuidance(wrong_at_most=0.2)
+    assert is_hard([0.2, 0.0], released) and not is_hard([0.3, 0.0], released) and is_solved([0.3, 0.0], released)
+    lower = HintGuidance(threshold=0.5)
+    assert is_hard([0.49, 0.0], lower) and not is_hard([0.5, 0.0], lower) and is_solved([0.5, None], lower)
+    assert method(preset="ghpo_released").guidance.wrong_at_most == 0.0
+
+
+def test_prompts_that_earn_only_partial_credit_get_a_hint_and_are_reported_as_evaluation_would() -> None:
+    """reasoning-gym gives wrong answers up to 0.75: with "wrong is 0" no such prompt would ever be hinted."""
+
+    class Partial(World):
+        def _scores(self, group):
+            mark = 1.0 if group.prompt.hint else 0.5
+            return tuple((score(mark if i == 0 else 0.01), score(1.0)) for i in range(G))
+
+    guided = Partial({"a": None}).guide(Partial({"a": None}).start())
+    found = values(guided.metrics)
+    assert guided.levels == [1] and found["guidance/hard_share"] == 1.0
+    assert found["guidance/accuracy_without_hints"] == 0.0 and found["guidance/accuracy_trained"] == 1 / G
+    released = Partial({"a": None}).guide(Partial({"a": None}).start(), wrong_at_most=0.0)
+    assert released.levels == [0] and values(released.metrics)["guidance/accuracy_without_hints"] == 0.0
 
 
 def test_vectors_of_the_method_page() -> None:
@@ -184,7 +207,22 @@ def test_vectors_of_the_method_page() -> None:
     second = advantage([0.0] * 8, [1.0] * 4 + [0.0] * 4)
     torch.testing.assert_close(second.abs(), torch.full((8,), 0.93506, dtype=torch.float64), atol=5e-6, rtol=0)
     assert (advantage([0.0] * 8, [1.0] * 8) == 0).all()
-    assert is_hard([0.0] * 8)
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "form", "level"),
+    [([1] + [0] * 7, [1] * 8, 0), ([0] * 8, [1] * 4 + [0] * 4, 3), ([0] * 8, [1] * 8, 3)],
+)
+def test_hardness_of_the_method_pages_vectors_from_their_scores(accuracy, form, level) -> None:
+    """methods/ghpo.md 3.3, through guide(): format is ignored, so the second and the third are sampled again to the end."""
+
+    class Vector(World):
+        def _scores(self, group):
+            return tuple((score(float(a)), score(float(f))) for a, f in zip(accuracy, form, strict=True))
+
+    groups = Vector({"a": None}).start()
+    assert is_hard(accuracies(groups[0], (True, False)), HintGuidance()) is (level > 0)
+    assert Vector({"a": None}).guide(groups).levels == [level]
 
 
 def test_cold_start_and_schedule() -> None:
@@ -198,7 +236,9 @@ def test_cold_start_and_schedule() -> None:
     world = World(dict(LEVELS))
     guided = world.guide(world.start(), cold_start=1)
     assert guided.levels == [0] * 6 and not world.calls
-    assert values(guided.metrics)["guidance/hard_share"] == pytest.approx(5 / 6), "still watched"
+    found = values(guided.metrics)
+    assert found["guidance/hard_share"] == pytest.approx(5 / 6), "still watched"
+    assert found["guidance/no_hint"] == 0, "no hint was wanted"
 
 
 def test_memory_begins_at_the_level_that_was_needed() -> None:
@@ -232,8 +272,75 @@ def test_memory_begins_at_the_level_that_was_needed() -> None:
 
 
 def test_next_first_level() -> None:
-    assert [next_first_level(1, level, 3) for level in (1, 2, 3, None)] == [1, 2, 3, 3]
-    assert [next_first_level(2, level, 3) for level in (2, 3, None)] == [1, 3, 3]
+    assert [next_first_level(1, level, solved=True) for level in (1, 2, 3)] == [1, 2, 3]
+    assert [next_first_level(2, level, solved=True) for level in (2, 3)] == [1, 3]
+    assert [next_first_level(first, 3, solved=False) for first in (1, 2, 3)] == [3, 3, 3]
+    assert next_first_level(1, 2, solved=False) == 2, "where the third hint does not fit"
+
+
+OUTCOMES = {"t": Outcome.TIMED_OUT, "c": Outcome.CRASHED, "u": Outcome.UNPARSABLE, "n": Outcome.NOT_APPLICABLE}
+
+
+class Scripted(World):
+    """`solved_at` has every prompt's scores instead, a word a level: 0 wrong, 1 right, others of unknown accuracy."""
+
+    def _scores(self, group):
+        word = self.solved_at[group.prompt.id].split()[len(group.prompt.hint) // 2]
+        return tuple((score(None, OUTCOMES[c]) if c in OUTCOMES else score(float(c)), score(1.0)) for c in word)
+
+
+SCRIPT = {
+    "solved": "0001",
+    "timeout": "000t",
+    "unparsable": "uuuu",
+    "not applicable": "0n00",
+    "late": "0000 000t 0001",
+    "lost": "0000 tttt cccc uuuu",
+    "one": "0000 1ttt",
+    "never": "0000 00nn 0000 u000",
+}
+
+
+def test_unknown_outcomes_begin_nothing_and_end_nothing() -> None:
+    """Only a group that is known to be all wrong is hinted; from then on only a right completion ends it."""
+    world = Scripted(dict(SCRIPT))
+    guided = world.guide(world.start())
+    assert dict(zip(SCRIPT, guided.levels, strict=True)) == {
+        "solved": 0, "timeout": 0, "unparsable": 0, "not applicable": 0, "late": 2, "lost": 3, "one": 1, "never": 3,
+    }  # fmt: skip
+    found = values(guided.metrics)
+    assert found["guidance/hard_share"] == 4 / 8 and found["guidance/unknown_share"] == 3 / 8
+    assert found["guidance/unsolved_share"] == 2 / 8
+    assert [found[f"guidance/solved_level_{level}"] for level in (1, 2, 3)] == [1 / 4, 1 / 4, 0]
+    # late 1/4, one 1/1, never 0/3, lost: nothing is known; and of those without a hint 1/4, 0/3, nothing, 0/3
+    assert found["guidance/accuracy_trained_hinted"] == pytest.approx((1 / 4 + 1 + 0) / 3)
+    assert found["guidance/accuracy_trained_unhinted"] == pytest.approx((1 / 4 + 0 + 0) / 3)
+
+
+def test_unknown_outcomes_teach_the_memory_nothing() -> None:
+    world = Scripted(dict(SCRIPT))
+    memory = dict.fromkeys(SCRIPT, 2) | {"one": 1}
+    guided = world.guide(world.start(), known=memory, memory=True)
+    after = remember(memory, guided.first_levels)
+    kept = {"timeout": 2, "unparsable": 2, "not applicable": 2}
+    assert after == {**kept, "lost": 3, "never": 3}, "solved ones are forgotten; late was solved where it began"
+
+
+def test_a_hint_that_does_not_fit_locks_no_prompt_out() -> None:
+    """Levels 1 and 2 fit, level 3 does not: the next visits begin at 2, and a remembered 3 is forgotten."""
+
+    class Narrow(World):
+        def hint(self, prompts, ratio):
+            return [None if ratio > 0.5 else p for p in super().hint(prompts, ratio)]
+
+    world, memory = Narrow({"a": None}), {}
+    for levels, after in (([2], {"a": 2}), ([2], {"a": 2})):
+        guided = world.guide(world.start(), known=memory, memory=True)
+        memory = remember(memory, guided.first_levels)
+        assert guided.levels == levels and memory == after
+    stuck = world.guide(world.start(), known={"a": 3}, memory=True)
+    assert stuck.levels == [0] and values(stuck.metrics)["guidance/no_hint"] == 1
+    assert remember({"a": 3}, stuck.first_levels) == {}, "it begins at the first level again"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -124,56 +126,174 @@ def test_a_dataset_without_solutions_is_refused_by_the_column_to_map(tmp_path, w
         run(write_recipe(tmp_path, {**GHPO, "data.train": empty, "data.held_out": 0, "learner.steps": 1}))
 
 
-def learned_logprobs(tiny_model, condition: str):
-    """(log-probs of the samples as the buffer would be learned from, under the hinted prompt, under the bare one)."""
+RATIOS = (0.25, 0.5, 0.75)
+SOLVED_AT = (0, 1, 2, 3, None)  # of five prompts in one batch
+
+
+def mixed_batch(tokenizer):
+    """Prompts of different lengths, every one with a solution of its own."""
+    from rlpost.experience import Demonstration, Prompt
+
+    prompts = []
+    for i in range(len(SOLVED_AT)):
+        messages = ({"role": "user", "content": f"What is {10**i} + 3?"},)
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        solution = Demonstration(f"Take {10**i} and add three to it. Then it is {10**i + 3}.")
+        prompts.append(Prompt(f"q{i}", messages, text, tuple(tokenizer(text)["input_ids"]), {}, solution))
+    return prompts
+
+
+def guided_batch(tokenizer, condition: str):
+    """The five prompts after guidance, with two completions each, and what makes their hinted prompts."""
+    from rlpost.data.hints import Hinter
+    from rlpost.experience import Completion, Group, Outcome, Score
+    from rlpost.guide import SEED_LEVEL, guide
+    from rlpost.recipe.guidance import HintGuidance
+
+    def sample(prompts, level):
+        made = []
+        for p in prompts:
+            need = SOLVED_AT[int(p.id[1:])]
+            solved = need is not None and max(0, level - SEED_LEVEL) >= need
+            texts = (f"{p.id} it is", "5")  # of the last level only: completions are replaced
+            ids = [tuple(tokenizer(f"{level}{t}")["input_ids"]) for t in texts]
+            completions = tuple(Completion(x, (-1.0,) * len(x), "right" if solved else "wrong", "stop") for x in ids)
+            made.append(Group(p, completions))
+        return made
+
+    def score(groups):
+        return [
+            Group(
+                g.prompt,
+                g.completions,
+                tuple((Score(Outcome.SCORED, float(c.text == "right")),) for c in g.completions),
+            )
+            for g in groups
+        ]
+
+    section = HintGuidance(condition=condition, wording="\nHINT {hint}")
+    hinter = Hinter(section, tokenizer, 200)
+    keywords = {"accuracy_rewards": (True,), "rollout": 0, "rollouts": 1, "memory": {}}
+    groups = score(sample(mixed_batch(tokenizer), 0))
+    return guide(groups, section, sample=sample, score=score, hint=hinter, **keywords), hinter
+
+
+def logprobs_under(model, prompt_ids, token_ids):
+    """The log-probs of a completion behind a prompt, by the model alone."""
+    ids = [*prompt_ids, *token_ids]
+    with torch.no_grad():
+        logp = model(torch.tensor([ids])).logits.float().log_softmax(-1)[0]
+    start = len(prompt_ids)
+    return torch.stack([logp[start - 1 + i, token] for i, token in enumerate(token_ids)])
+
+
+@pytest.mark.parametrize("layout", ["tree", "sorted"])
+@pytest.mark.parametrize(
+    ("condition", "learned_at"),
+    [("hinted", (0, 1, 2, 3, 3)), ("question", (0, 0, 0, 0, 0)), ("released", (0, 0, 0, 3, 3))],
+)
+def test_log_probs_are_those_under_the_conditioning_prompt(tiny_model, condition, learned_at, layout) -> None:
+    """One batch of prompts solved without a hint, at each of three levels, and never: each under its own prompt."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rlpost.data.hints import Hinter
-    from rlpost.experience import Completion, Demonstration, Group, Outcome, Prompt, Score
-    from rlpost.guide import guide
     from rlpost.learner.buffer import micro_batches
     from rlpost.learner.learner import token_logprobs
     from rlpost.policy.model import load_policy
-    from rlpost.recipe.guidance import HintGuidance
     from rlpost.recipe.model import ModelSection
     from rlpost.weigh import open_buffer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    messages = ({"role": "user", "content": "What is 2 + 3?"},)
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-    prompt = Prompt("q", messages, text, tuple(tokenizer(text)["input_ids"]), {}, Demonstration("Two and three. Five."))
-
-    def score(groups):
-        return [Group(g.prompt, g.completions, ((Score(Outcome.SCORED, float(bool(g.prompt.hint))),),)) for g in groups]
-
-    def sample(prompts, level):
-        made = Completion(tuple(tokenizer("5 it is")["input_ids"]), (-1.0,) * 7, "5 it is", "stop")
-        return [Group(p, (made,)) for p in prompts]
-
-    section = HintGuidance(condition=condition)
-    hinter = Hinter(section, tokenizer, 200)
-    keywords = {"accuracy_rewards": (True,), "rollout": 0, "rollouts": 1, "memory": {}}
-    guided = guide(score(sample([prompt], 0)), section, sample=sample, score=score, hint=hinter, **keywords)
+    guided, hinter = guided_batch(tokenizer, condition)
+    assert guided.levels == [0, 1, 2, 3, 3]
     buffer = open_buffer(guided.groups, step=0, minibatches=1)
     policy = load_policy(ModelSection(path=tiny_model, autocast="none"), tiny_model)
-    batches: list[TokenRows] = micro_batches(buffer.row_groups(), layout="tree", micro_batch_tokens=512, pad_id=0)
-    found = token_logprobs(policy, batches, buffer.tokens)
+    batches: list[TokenRows] = micro_batches(buffer.row_groups(), layout=layout, micro_batch_tokens=512, pad_id=0)
+    found = iter(token_logprobs(policy, batches, buffer.tokens).split(buffer.lengths))
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    under = []
-    (hinted,) = hinter([prompt], 0.25)
-    assert hinted is not None and hinted.hint == "Two"
-    for p in (hinted, prompt):
-        ids = list(p.token_ids) + list(guided.groups[0].completions[0].token_ids)
-        with torch.no_grad():
-            logp = model(torch.tensor([ids])).logits.float().log_softmax(-1)[0]
-        start = len(p.token_ids)
-        under.append(torch.stack([logp[start - 1 + i, ids[start + i]] for i in range(len(ids) - start)]))
-    return found, *under
+    for bare, group, level in zip(mixed_batch(tokenizer), guided.groups, learned_at, strict=True):
+        prompts = [bare.token_ids] + [hinter([bare], ratio)[0].token_ids for ratio in RATIOS]
+        assert len(set(map(len, prompts))) == 4, "every level shows more"
+        for completion in group.completions:
+            mine = next(found)
+            under = [logprobs_under(model, ids, completion.token_ids) for ids in prompts]
+            torch.testing.assert_close(mine, under[level], atol=1e-5, rtol=1e-5)
+            others = [x for i, x in enumerate(under) if i != level]
+            assert not any(torch.allclose(mine, other, atol=1e-2) for other in others)
 
 
-def test_log_probs_are_those_under_the_conditioning_prompt(tiny_model) -> None:
-    found, hinted, bare = learned_logprobs(tiny_model, "hinted")
-    torch.testing.assert_close(found, hinted, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(hinted, bare, atol=1e-2)
-    found, hinted, bare = learned_logprobs(tiny_model, "question")
-    torch.testing.assert_close(found, bare, atol=1e-5, rtol=1e-5)
+def test_one_hard_group_with_timeouts_at_a_hint_does_not_end_the_run(tmp_path, write_recipe) -> None:
+    """scoring.max_failed_share is of the whole step: here every hinted sample of one prompt in four crashes."""
+    crashing = """
+def reward(prompts, completions, **columns):
+    found = []
+    for prompt, completion in zip(prompts, completions):
+        question, _, hint = prompt[-1]["content"].partition("HINT")
+        if hint:
+            raise RuntimeError("no verdict on hinted answers")
+        found.append(float(len(question) % 2))
+    return found
+"""
+    changes = {**GHPO, "learner.steps": 2, "scoring.max_failed_share": 0.8}
+    found = rows(run(write_recipe(tmp_path, changes, crashing)).run_dir)
+    hinted = [row for row in found if row["guidance/hinted_share"] > 0]
+    assert hinted and all(row["guidance/solved_level_3"] == 0 for row in hinted), "unknown is not solved"
+    assert all(row["guidance/unsolved_share"] == row["guidance/hard_share"] for row in hinted)
+
+
+def test_with_dynamic_sampling_the_figures_are_of_what_is_trained_on(tmp_path, write_recipe, monkeypatch) -> None:
+    """Guidance acts first; groups that are still flat are then replaced by unhinted ones, and counted as such."""
+    import rlpost.loop
+    from rlpost.verdict import accuracies
+
+    trained = []
+    original = rlpost.loop.open_buffer
+
+    def spy(groups, **keywords):
+        trained.append(list(groups))
+        return original(groups, **keywords)
+
+    monkeypatch.setattr(rlpost.loop, "open_buffer", spy)
+    method = {"preset": "dapo", "guidance": {"type": "hint", "wording": "HINT{hint}"}, "overlong": {"penalty": 0.0}}
+    changes = {**GHPO, "method": method, "learner.steps": 5, "data.train": {"type": "arithmetic", "size": 60}}
+    found = rows(run(write_recipe(tmp_path, changes, REWARD)).run_dir)
+    assert any(row["dynamic_sampling/replaced"] > 0 for row in found)
+    assert any(row["guidance/hinted_share"] > 0 for row in found)
+    for row, groups in zip(found, trained, strict=True):
+        shares = [sum(accuracies(g, (True,))) / len(g.completions) for g in groups]
+        hinted = [share for share, g in zip(shares, groups, strict=True) if g.prompt.hint]
+        assert row["guidance/accuracy_trained"] == pytest.approx(sum(shares) / len(shares))
+        assert row["guidance/hinted_share"] == len(hinted) / len(groups)
+        if hinted:
+            assert row["guidance/accuracy_trained_hinted"] == pytest.approx(sum(hinted) / len(hinted))
+
+
+@pytest.mark.parametrize("preset", ["ppo", "safe"])
+def test_with_a_critic_values_are_of_the_hinted_prompt_and_resume_is_exact(preset, tmp_path, write_recipe) -> None:
+    """A critic reads the rows that the policy is learned from, so its values are of the prompt that was sampled from."""
+    method = {"preset": preset, "guidance": {"type": "hint", "wording": "HINT{hint}"}}
+    changes = {**GHPO, "method": method, "learner.steps": 3, "learner.minibatches": 2, "learner.learning_rate": 1e-4}
+    changes |= {"checkpoint.every": 1, "checkpoint.keep": 20}
+    recipe = write_recipe(tmp_path, changes, REWARD)
+    straight = run(recipe, "name=straight")
+    found = rows(straight.run_dir)
+    assert any(row["guidance/hinted_share"] > 0 for row in found)
+    assert all(math.isfinite(row["critic/loss"]) and row["optimizer/skipped"] == 0 for row in found)
+    first = [row for row in found if row["step"] % 2 == 1]
+    assert all(row["mismatch/max_abs_gap"] < 1e-3 for row in first), "policy rows are under the sampled prompt"
+    again = run(recipe, "name=again", f"resume={straight.run_dir}/checkpoints/step_000003")
+    assert rows(again.run_dir) == found[3:]
+    one, two = weights(straight.checkpoint), weights(again.checkpoint)
+    assert all(one[name].equal(two[name]) for name in one)
+    sorted_ = run(recipe, "name=sorted", "learner.layout=sorted")
+    for a, b in zip(found, rows(sorted_.run_dir), strict=True):
+        for name in ("critic/loss", "critic/value_mean", "optimizer/grad_norm", "guidance/hinted_share"):
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=1e-5)
+
+
+def test_hints_that_do_not_fit_are_counted_at_the_start_or_refused(tmp_path, write_recipe, capsys) -> None:
+    changes = {**GHPO, "learner.steps": 1, "data.max_prompt_tokens": 45, "tracking.console": True}
+    run(write_recipe(tmp_path / "a", changes, REWARD))
+    said = capsys.readouterr().out
+    assert re.search(r"75% of it as a hint does not fit 45 tokens .* for [1-9]\d* of them, 25% not for \d+", said), said
+    with pytest.raises(DataError, match=r"75% of their worked solution.*45 tokens.*data.long_demonstrations: drop"):
+        run(write_recipe(tmp_path / "b", {**changes, "data.long_demonstrations": "refuse"}, REWARD))

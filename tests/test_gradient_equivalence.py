@@ -31,6 +31,12 @@ def tis(case: Case, i: int) -> torch.Tensor:
     return weight.clamp(max=2.0)
 
 
+def lengths_of(case: Case, i: int, keep: torch.Tensor | None, denominator: str) -> tuple[torch.Tensor, int]:
+    """(which tokens of completion i are kept [n_i], the divisor of its token mean)."""
+    kept = torch.ones(LENGTHS[i], dtype=torch.bool) if keep is None else keep[case.sequence == i]
+    return kept, max(1, int(kept.sum())) if denominator == "accepted" else LENGTHS[i]
+
+
 def per_completion(case: Case):
     logp, _ = case.score()
     for i in range(len(LENGTHS)):
@@ -38,12 +44,14 @@ def per_completion(case: Case):
         yield i, logp[at], case.old_logp[at], case.advantage[i], tis(case, i)
 
 
-def grpo(case, low=0.2, high=0.2, reduce="sequence"):
+def grpo(case, low=0.2, high=0.2, reduce="sequence", keep=None, denominator="all"):
+    """`keep` [N] bool: tokens that pass the masks."""
     total = 0.0
-    for _, logp, old, a, w in per_completion(case):
-        terms = w * clipped(torch.exp(logp - old), a, low, high)
+    for i, logp, old, a, w in per_completion(case):
+        kept, size = lengths_of(case, i, keep, denominator)
+        terms = torch.where(kept, w * clipped(torch.exp(logp - old), a, low, high), 0.0)
         if reduce == "sequence":
-            total = total + terms.mean() / len(LENGTHS)
+            total = total + terms.sum() / size / len(LENGTHS)
         elif reduce == "token":
             total = total + terms.sum() / sum(LENGTHS)
         else:
@@ -61,25 +69,32 @@ def gspo(case):
     return -total
 
 
-def cispo(case):
+def cispo(case, low=0.0, high=5.0):
     total = 0.0
     for _, logp, old, a, w in per_completion(case):
-        total = total + (w * torch.clamp(torch.exp(logp - old), max=5.0).detach() * a * logp).sum() / sum(LENGTHS)
+        weight = torch.clamp(torch.exp(logp - old), low, high).detach()
+        total = total + (w * weight * a * logp).sum() / sum(LENGTHS)
     return -total
 
 
-def reinforce(case, reduce):
+def reinforce(case, reduce, keep=None, denominator="all"):
     total = 0.0
-    for _, logp, _, a, w in per_completion(case):
-        terms = w * a * logp
-        total = total + (terms.sum() if reduce == "sum" else terms.mean()) / len(LENGTHS)
+    for i, logp, _, a, w in per_completion(case):
+        kept, size = lengths_of(case, i, keep, denominator)
+        terms = torch.where(kept, w * a * logp, 0.0)
+        total = total + (terms.sum() if reduce == "sum" else terms.sum() / size) / len(LENGTHS)
     return -total
+
+
+def untruncated(case: Case) -> torch.Tensor:
+    """[N] bool: what DAPO's overlong filtering keeps."""
+    return ~case.view().truncated[case.sequence]
 
 
 PUBLISHED = {
     "grpo": grpo,
     "dr_grpo": lambda c: grpo(c, reduce="constant"),
-    "dapo": lambda c: grpo(c, high=0.28, reduce="token"),
+    "dapo": lambda c: grpo(c, high=0.28, reduce="token", keep=untruncated(c)),
     "gspo": gspo,
     "cispo": cispo,
     "rloo": lambda c: reinforce(c, "sum"),
@@ -100,6 +115,77 @@ def test_cases_have_clipped_and_unclipped_tokens(preset: str) -> None:
     metrics = compute_coefficients(section, case.view(), case.counts(), context=CONTEXT).metrics
     assert 0 < metrics["policy/clip_fraction"].value() < 1
     assert metrics["policy/clip_low"].value() > 0 and metrics["policy/clip_high"].value() > 0
+
+
+CAPO_BASES = {
+    "capo": lambda c, keep, denominator: grpo(c, keep=keep, denominator=denominator),
+    "dr_capo": lambda c, keep, _: grpo(c, reduce="constant", keep=keep),
+    "rein_capo": lambda c, keep, denominator: reinforce(c, "mean", keep, denominator),
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("preset", "denominator"),
+    [("capo", "all"), ("capo", "accepted"), ("dr_capo", "all"), ("rein_capo", "all"), ("rein_capo", "accepted")],
+)
+def test_capo_equals_its_base_over_the_accepted_tokens(preset: str, denominator: str, seed: int) -> None:
+    """The mask is -tau_H < m_H < tau_H and m_F < tau_F of the tracker's own predictions, which test_capo.py checks."""
+    case = Case(seed)
+    section = method(
+        preset=preset,
+        masks=[{"type": "curvature", "thresholds": {"type": "fixed", "max_kl": 0.02, "max_objective": 0.1}}],
+        reduction={"denominator": denominator} if denominator == "accepted" else {},
+    )
+    context = context_of(section, case)
+    predicted = context.curvature.predict(case.view(), context)
+    keep = (predicted.kl < 0.02) & (predicted.objective > -0.1) & (predicted.objective < 0.1)
+    assert 0 < keep.sum() < keep.numel()
+    published = CAPO_BASES[preset](case, keep, denominator)
+    torch.testing.assert_close(ours(case, section, context=context), case.gradient(published), **TOLERANCE)
+
+
+@pytest.mark.parametrize("low", [None, 0.3])
+def test_cispo_with_limits_that_bind(low: float | None) -> None:
+    case = Case(16, drift=2.5)
+    ratio = torch.exp(case.score()[0].detach() - case.old_logp)
+    assert (ratio > 5).any() and (ratio < 0.7).any()
+    section = method(preset="cispo", clip={} if low is None else {"low": low})
+    expected = cispo(case, 0.0 if low is None else 1 - low)
+    torch.testing.assert_close(ours(case, section), case.gradient(expected), **TOLERANCE)
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_truncation_of_the_sampler_correction_that_binds(preset: str) -> None:
+    case = Case(17, mismatch=1.5)
+    raw = torch.exp(case.old_logp - case.sampler_logp).nan_to_num(nan=1.0)
+    assert (raw > 2).any() and (raw < 2).any()
+    torch.testing.assert_close(ours(case, method(preset=preset)), case.gradient(PUBLISHED[preset](case)), **TOLERANCE)
+
+
+REDUCED = {"dr_grpo": "constant", "dapo": "token", "cispo": "token", "rloo": "sum", "reinforce_pp": "token"}
+
+
+@pytest.mark.parametrize("preset", [*PUBLISHED, *CAPO_BASES])
+def test_kl_and_entropy_on_every_preset(preset: str) -> None:
+    """Both are reduced as the preset reduces its terms, over the tokens that pass its masks."""
+    case, beta, bonus = Case(18), 0.37, 0.02
+    slots = {"kl": {"coefficient": beta, "estimator": "k3", "where": "loss"}, "entropy": {"coefficient": bonus}}
+    if preset in CAPO_BASES:
+        thresholds = {"type": "fixed", "max_kl": 0.02, "max_objective": 0.1}
+        slots["masks"] = [{"type": "curvature", "thresholds": thresholds}]
+    section = method(preset=preset, **slots)
+    context = context_of(section, case)
+    keep = compute_coefficients(section, case.view(), case.counts(), context=context).keep
+    base = PUBLISHED[preset](case) if preset in PUBLISHED else CAPO_BASES[preset](case, keep, "all")
+    logp, entropy = case.score()
+    d = logp - case.ref_logp
+    terms = torch.where(keep, beta * (torch.exp(-d) + d - 1) - bonus * entropy, 0.0)
+    reduce = "constant" if preset == "dr_capo" else REDUCED.get(preset, "sequence")
+    sizes = {"token": sum(LENGTHS), "constant": LIMIT * len(LENGTHS), "sum": len(LENGTHS)}
+    divisor = torch.tensor([float(sizes.get(reduce, n * len(LENGTHS))) for n in LENGTHS]).double()[case.sequence]
+    extra = (terms / divisor).sum()
+    torch.testing.assert_close(ours(case, section, context=context), case.gradient(base + extra), **TOLERANCE)
 
 
 def test_gspo_is_the_sequence_form_without_correction() -> None:

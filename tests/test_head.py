@@ -10,6 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+import rlpost.policy.fused as fused_module
+import rlpost.policy.head as head_module
+from rlpost.gradient.types import StatisticsRequest
 from rlpost.policy.head import HeadRequest, LogitRule, ScoringLinear, chunked_head, head_statistics
 
 
@@ -206,3 +209,85 @@ def test_memory_is_bounded_by_the_chunk():
     wide = head_memory(n, 2 * v, chunk)
     assert wide.largest == 2 * once.largest
     assert wide.peak < 2 * once.peak  # and nothing with tokens x vocabulary
+
+
+K = 8  # largest scores kept for the curvature mask
+
+
+def step_memory(n, v, *, chunk=32, d=8, autocast):
+    """One pass forward and backward through the layer itself, with CAPO's statistics."""
+    hidden, weight, _, target = make(n=n, d=d, v=v, bias=False)
+    layer = ScoringLinear(d, v, bias=False)
+    layer.weight = nn.Parameter(weight.detach())
+    request = HeadRequest(target, LogitRule(0.9), chunk, StatisticsRequest(k=K))
+    with LiveBytes() as memory, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logp, entropy, *statistics = layer(hidden, request)
+        (logp.sum() + 0.1 * entropy.sum()).backward()
+    assert len(statistics) == 5 and hidden.grad is not None and layer.weight.grad is not None
+    return memory
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+def test_a_whole_step_with_statistics_holds_no_more_than_chunks(autocast):
+    """Peaks over tokens x vocabulary, doubled one by one and together: no term of one times the other."""
+    n, v, chunk, d = 256, 5000, 32, 8
+    once, tokens, words, both = (
+        step_memory(a, b, autocast=autocast).peak for a, b in ((n, v), (2 * n, v), (n, 2 * v), (2 * n, 2 * v))
+    )
+    scores = chunk * v * 4  # a chunk's, in float32
+    # A token's own: its state's gradient and copies, ids and scores of the largest, a few numbers.
+    own = n * (3 * d * 4 + 2 * K * (8 + 4) + 10 * 4)
+    assert tokens - once <= own < scores
+    # The vocabulary's: the chunk's scores, what is made of them, the weight's gradient (two while one is added to the
+    # other) and its copy in the precision of products.
+    assert scores < words - once <= 2 * scores + 3 * v * d * 4
+    assert both - once <= (tokens - once) + (words - once)
+    assert once < n * v * 4 / 2, "all scores at once would be more than twice that"
+
+
+@pytest.fixture
+def fused_kernels(monkeypatch):
+    """The path of a GPU, on whatever device there is: TorchInductor compiles for a CPU, too."""
+    monkeypatch.setattr(head_module, "fuses", lambda _device: True)
+    fused_module.fused.cache_clear()
+    yield
+    fused_module.fused.cache_clear()
+
+
+@pytest.mark.engine
+def test_fused_kernels_give_the_same_numbers(fused_kernels, caplog):
+    """Values, gradients and CAPO's statistics, over chunks of several sizes without another compilation failing."""
+    a, c = torch.randn(13), torch.randn(13)
+    for case in ({}, {"temperature": 0.7, "logit_scale": 0.25}, {"softcap": 3.0}):
+        for chunk in (4, 13):
+            hidden, weight, bias, target = make()
+            grads = []
+            for function, extra in ((chunked_head, {"chunk": chunk}), (naive, {})):
+                logp, entropy = function(hidden, weight, bias, target, **case, **extra)
+                loss = (logp * a + entropy * c).sum()
+                grads.append([logp, entropy, *torch.autograd.grad(loss, (hidden, weight, bias))])
+            for ours, theirs in zip(*grads):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    hidden, weight, bias, target = make()
+    head = ScoringLinear(8, 29)
+    head.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
+    _, _, _, squares, cubes, *_ = head(hidden, HeadRequest(target, LogitRule(), 4, StatisticsRequest(k=3)))
+    p = torch.softmax(nn.functional.linear(hidden, weight, bias), -1)
+    torch.testing.assert_close(squares, p.square().sum(-1))
+    torch.testing.assert_close(cubes, p.pow(3).sum(-1))
+    assert not [r for r in caplog.records if r.name.startswith("rlpost")], "it was compiled, not replaced"
+
+
+def test_without_a_compiler_the_head_works_and_says_so(fused_kernels, monkeypatch, caplog):
+    def broken(_function, **_options):
+        def call(*_args, **_kwargs):
+            raise RuntimeError("no compiler here")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    hidden, weight, bias, target = make()
+    logp, _ = chunked_head(hidden, weight, bias, target, chunk=4)
+    torch.testing.assert_close(logp, naive(hidden, weight, bias, target)[0])
+    (record,) = [r for r in caplog.records if r.name.startswith("rlpost")]
+    assert "no compiler here" in record.getMessage()

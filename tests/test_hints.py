@@ -37,6 +37,23 @@ def test_the_exact_share_of_characters_is_the_released_rule() -> None:
         ("the triangle's side", "triangle's"),
         ("die Größe ist", "Größe"),
         (r"\{ 1 \}", r"\{"),
+        ("is .5 so", ".5"),
+        ("is -.25 so", "-.25"),
+        (r"a \frac12 b", r"\frac12"),
+        (r"a \frac 1 2 b", r"\frac 1 2"),
+        (r"a \frac\pi2 b", r"\frac\pi2"),
+        (r"a \sqrt2 b", r"\sqrt2"),
+        (r"a \sqrt[3] 2 b", r"\sqrt[3] 2"),
+        (r"a \frac{1} {2} b", r"\frac{1} {2}"),
+        (r"a 10^{23} b", r"10^{23}"),
+        (r"a 10^-3 b", r"10^-3"),
+        (r"a x_{i}^2 b", r"x_{i}^2"),
+        (r"a \sum_1^n b", r"\sum_1^n"),
+        (r"a \int_0^\frac12 b", r"\int_0^\frac12"),
+        (r"a \log_{2}{8} b", r"\log_{2}{8}"),
+        (r"(x + 1)^{2} b", r"^{2}"),
+        (r"is 1\!,\!000 so", r"1\!,\!000"),
+        (r"is 1{,}234\,567 so", r"1{,}234\,567"),
     ],
 )
 def test_nothing_is_cut_inside(text: str, inside: str) -> None:
@@ -53,6 +70,21 @@ def test_a_hint_is_always_a_beginning_and_never_longer_than_its_share(text: str,
         hint = cut_hint(text, ratio, unit)
         assert text.startswith(hint) and (len(hint) < len(text) or not text)
     assert len(cut_hint(text, ratio)) <= round(len(text) * ratio)
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (r"\frac{1}{2} and", len(r"\frac{1}{2}")),  # what a command has no argument for may be cut off
+        (r"\frac{1}{2} {x}", len(r"\frac{1}{2}")),
+        (r"\frac123", len(r"\frac12")),  # LaTeX: one half, then 3
+        ("It ends. .5 follows", len("It ends.")),
+        (r"\alpha 2", len(r"\alpha")),
+        (r"\sqrt{2} x", len(r"\sqrt{2}")),
+    ],
+)
+def test_cuts_that_hurt_nothing_are_allowed(text: str, place: int) -> None:
+    assert safe_end(text, place) == place
 
 
 def test_lines_and_steps() -> None:

@@ -14,10 +14,11 @@ from rlpost.gate import gate
 from rlpost.gradient.loss import coefficient_loss
 from rlpost.gradient.metrics import values
 from rlpost.gradient.types import Counts
-from rlpost.learner.buffer import RolloutBuffer
+from rlpost.learner.buffer import RolloutBuffer, micro_batches
 from rlpost.methods import compute_advantages, compute_coefficients
 from rlpost.methods.hpt import Route, gated_advantages, needs_samples, route
 from rlpost.methods.imitation import off_policy_slope
+from rlpost.policy.model import PolicyOutput
 from rlpost.recipe.guidance import LuffyGate, SftFirstGate, SoftGate, SolveRateGate, SrftGate
 from rlpost.weigh import open_buffer, weigh
 
@@ -100,8 +101,10 @@ def test_the_released_code() -> None:
         (torch.exp(logp - case.old_logp) * case.advantage[i])[case.sequence == i].sum() / 8192 / 4 for i in samples
     )
     pooled = torch.cat([nll(case, i) for i in DEMONSTRATIONS]).mean()
-    weight = coefficients(case, section).weight
-    wanted = case.gradient(loss + pooled - 0.001 * (weight * entropy).sum())
+    # The bonus has the denominators of the loss of its row: 8192 and 4 samples, or the 3 tokens of all demonstrations.
+    taught = mixed_view(case).demonstration[case.sequence]
+    bonus = entropy[~taught].sum() / 8192 / 4 + entropy[taught].sum() / 3
+    wanted = case.gradient(loss + pooled - 0.001 * bonus)
     torch.testing.assert_close(gradient(case, section), wanted, **TOLERANCE)
     assert section.gate.rl_weight == 1.0 and method(preset="hpt_released").gate.rl_weight == 64.0
     assert (coefficients(case, section).entropy_coefficient == 0.001).all()
@@ -218,6 +221,9 @@ def test_other_gates() -> None:
     assert [route(first, [], i).demonstration for i in range(4)] == [True, True, False, False]
     assert [needs_samples(first, i) for i in range(4)] == [False, False, True, True]
     assert needs_samples(None, 0) and needs_samples(SoftGate(), 0)
+    assert not method(preset="sft").samples and method(preset="hpt").samples and method(gate=first.model_dump()).samples
+    plain = method(preset="sft").gate
+    assert route(plain, [], 10**6) == Route(False, True, 1.0, 1.0) and not needs_samples(plain, 10**6)
     for joint in (LuffyGate(), SrftGate()):
         assert route(joint, [0.0, 1.0], 0) == Route(True, True, 1.0, joint.sft_weight)
     assert route(SolveRateGate(below="both", sft_weight=0.1), [0.0] * 4, 0) == Route(True, True, 1.0, 0.1)
@@ -350,6 +356,63 @@ def test_the_buffer_of_a_mixed_rollout() -> None:
     assert arrays.sampler_logp.isnan().sum() == 3 and arrays.prompt.tolist() == [0] * 4 + [1] * 4 + [2] * 5 + [3] * 4
 
 
+def advantages(groups, section) -> tuple[list[float], list[float | None]]:
+    """What a buffer says of a rollout: the advantages of all samples, and of every group's demonstration (None: none)."""
+    buffer, _ = fill(groups, section)
+    sampled = torch.tensor(buffer.sampled)
+    taught = iter(buffer.advantage[~sampled].tolist())
+    rows = [None if buffer.demonstration(i) is None else next(taught) for i in range(len(groups))]
+    return buffer.advantage[sampled].tolist(), rows
+
+
+def test_alpha_and_beta_of_soft_switching_reach_the_buffer() -> None:
+    """0, 1, 3 and 4 of 4 right; centred rewards (without std) times alpha, demonstrations with beta."""
+    groups = [group_of(str(right), right) for right in (0, 1, 3, 4)]
+    soft = {"type": "soft", "rl_weight": 2.0, "sft_weight": 3.0}
+    samples, taught = advantages(groups, method(advantage={"scale": "none"}, gate=soft))
+    assert samples[:4] == [0.0] * 4
+    assert samples[4:8] == pytest.approx([2 * 0.125 * a for a in (0.75, -0.25, -0.25, -0.25)])
+    assert samples[8:12] == pytest.approx([2 * 0.5 * a for a in (0.25, 0.25, 0.25, -0.75)])
+    assert taught == [3.0, 1.5, 0.375, None]
+
+
+def test_sft_weight_and_rl_weight_reach_the_buffer() -> None:
+    groups = [group_of("never", 0), group_of("some", 2)]
+    samples, taught = advantages(groups, method(preset="hpt", gate={"sft_weight": 0.3, "rl_weight": 5.0}))
+    assert taught == [pytest.approx(0.3), None] and samples[4:] == [2.5, 2.5, -2.5, -2.5]
+    samples, taught = advantages(groups, method(preset="hpt_released"))
+    assert taught == [1.0, None] and samples[4:] == [32.0, 32.0, -32.0, -32.0], "64 x the centred reward"
+    joined = {"type": "luffy", "rl_weight": 4.0}
+    samples, taught = advantages([group_of("some", 2)], method(advantage={"scale": "none"}, gate=joined))
+    assert samples == pytest.approx([4 * a for a in (0.4, 0.4, -0.6, -0.6)]) and taught == [pytest.approx(0.4)]
+
+
+@pytest.mark.parametrize(
+    ("right", "lengths", "sampled"), [(8, [8], [True] * 8), (3, [8], [True] * 8), (0, [1], [True] * 8 + [False])]
+)
+def test_vectors_of_the_method_page_through_a_buffer(right, lengths, sampled) -> None:
+    """methods/hpt.md 2.1: 8 of 8 and 3 of 8 right give 8 RL rows, 0 of 8 gives 1 SFT row."""
+    buffer, _ = fill([group_of("a", right, 8)], method(preset="hpt_released"))
+    assert [len(row.completions) for row in buffer.row_groups()] == lengths and buffer.sampled == sampled
+    samples = buffer.advantage[:8]
+    if right == 3:
+        assert (samples / 64).tolist() == [0.625] * 3 + [-0.375] * 5
+        return
+    assert (samples == 0).all()
+    arrays, rows = buffer.arrays(torch.device("cpu")), buffer.row_groups()
+    (batch,) = micro_batches(rows, layout="tree", micro_batch_tokens=512, pad_id=0)
+    score = torch.linspace(-3.0, -1.0, batch.useful_tokens)
+    view, _ = arrays.view(batch, PolicyOutput(score, -score))
+    found = compute_coefficients(method(preset="hpt_released"), view, buffer.counts[0], context=CONTEXT)
+    assert (found.entropy_coefficient == 0.001).all()
+    if right == 8:
+        assert (found.coefficient == 0).all(), "only the entropy bonus acts"
+        quiet, _ = fill([group_of("a", right, 8)], method(preset="hpt"))
+        assert quiet.dead == (True,) and quiet.row_groups() == [], "without one the group costs nothing"
+    else:
+        assert found.coefficient.tolist() == [1.0] * 3 and found.weight.tolist() == pytest.approx([1 / 3] * 3)
+
+
 def test_a_demonstration_shares_the_tree_of_its_group() -> None:
     buffer, _ = fill([group_of("a", 1), group_of("b", 1, hint=True)], method(gate={"type": "luffy"}))
     rows = buffer.row_groups()
@@ -382,6 +445,8 @@ def test_long_demonstrations_leave_their_prompt_to_rl() -> None:
         ({"gate": {"type": "sft_first"}}, "rollouts"),
         ({"gate": {"type": "sft_first", "rollouts": 5}, "guidance": {"type": "hint"}}, "cold_start"),
         ({"gate": {"type": "hard"}}, "solve_rate"),
+        ({"preset": "sft", "guidance": {"type": "hint"}}, "guidance"),
+        ({"preset": "ppo", "gate": {"type": "solve_rate"}}, "gate"),
     ],
 )
 def test_impossible_gates_are_refused(slots, said) -> None:

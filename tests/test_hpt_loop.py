@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -88,6 +89,26 @@ def test_gamma_one_is_plain_sft_bit_for_bit(tmp_path, write_recipe) -> None:
         assert one["gate/sft_share"] == two["gate/sft_share"] == 1.0 and "reward/mean" not in two
 
 
+def test_preset_sft_is_the_gate_with_gamma_one_without_sampling_a_token(tmp_path, write_recipe, monkeypatch) -> None:
+    """No engine, no reward: the weights are those of gamma = 1, bit for bit."""
+    from rlpost.rollout import transformers_engine
+
+    gated = run(write_recipe(tmp_path / "a", {**BASE, "method": {"preset": "hpt", "gate": {"gamma": 1}}}, REWARD))
+    monkeypatch.setattr(transformers_engine.TransformersEngine, "__init__", lambda *_, **__: pytest.fail("an engine"))
+    plain = run(write_recipe(tmp_path / "b", {**BASE, "method": {"preset": "sft"}, "rewards": []}))
+    assert same_weights(plain, gated)
+    found = rows(plain.run_dir)
+    assert [row["gate/sft_share"] for row in found] == [1.0] * 3
+    assert found[-1]["gate/demonstration_nll"] < found[0]["gate/demonstration_nll"]
+    assert not any(key.startswith(("reward/", "completions/")) for row in found for key in row)
+
+
+def test_sft_is_evaluated_by_sampling(tmp_path, write_recipe) -> None:
+    changes = {**BASE, "method": {"preset": "sft"}, "evaluation.prompts": 4, "evaluation.every": 1}
+    result = run(write_recipe(tmp_path, changes, REWARD))
+    assert len(rows(result.run_dir, "eval")) == 4 and len(rows(result.run_dir, "train")) == 3
+
+
 def test_the_first_step_is_the_mean_nll_of_the_solutions(tmp_path, write_recipe, tiny_model) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -162,12 +183,55 @@ def test_ghpo_hpt_and_capo_in_one_run_and_resumed(tmp_path, write_recipe) -> Non
     assert rows(again.run_dir) == found[5:] and same_weights(straight, again)
 
 
-def test_long_solutions_are_dropped_or_refused(tmp_path, write_recipe) -> None:
+def test_long_solutions_are_dropped_or_refused(tmp_path, write_recipe, capsys) -> None:
     changes = {**BASE, "method": {"preset": "hpt", "gate": {"gamma": 1}}, "data.max_demonstration_tokens": 28}
+    changes |= {"tracking.console": True}
     found = rows(run(write_recipe(tmp_path / "a", changes, REWARD)).run_dir)
     assert any(row["gate/no_demonstration"] > 0 for row in found)
+    said = capsys.readouterr().out
+    assert "more than 28 tokens" in said and "left to RL although method.gate.gamma=1 asks for SFT alone" in said
     with pytest.raises(DataError, match="data.max_demonstration_tokens"):
         run(write_recipe(tmp_path / "b", {**changes, "data.long_demonstrations": "refuse"}, REWARD))
+
+
+def test_solutions_beyond_the_models_context_are_never_learned_from(tmp_path, write_recipe, capsys) -> None:
+    """The tiny model has 256 positions: a solution of 361 tokens would be trained at places that it does not have."""
+    data = tmp_path / "data.jsonl"
+    solutions = ["It is so. " * 36 if i % 2 else "It is so." for i in range(12)]
+    lines = [json.dumps({"prompt": f"What is {i}?", "solution": text}) for i, text in enumerate(solutions)]
+    data.write_text("\n".join(lines))
+    source = {"type": "dataset", "path": str(data), "demonstration": "solution"}
+    changes = {**BASE, "method": {"preset": "sft"}, "data.train": source, "data.held_out": 0, "tracking.console": True}
+    changes |= {"data.max_demonstration_tokens": 400, "rollout.prompts_per_step": 12, "learner.steps": 1}
+    (found,) = rows(run(write_recipe(tmp_path / "a", changes, REWARD)).run_dir)
+    assert found["gate/no_demonstration"] == 6 and found["gate/sft_share"] == 0.5
+    assert found["gate/demonstration_tokens"] == 6 * 10
+    assert "6 of them have more than 400 tokens, or do not fit the model's context of 256" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"6 of 12 worked solutions.*context of 256"):
+        run(write_recipe(tmp_path / "b", {**changes, "data.long_demonstrations": "refuse"}, REWARD))
+    with pytest.raises(DataError, match=r"solutions alone.*each of the 12.*Raise the limit"):
+        run(write_recipe(tmp_path / "c", {**changes, "data.max_demonstration_tokens": 5}, REWARD))
+
+
+def test_one_threshold_for_guidance_gate_and_evaluation(tmp_path, write_recipe) -> None:
+    """Completions earn 0.3 or 0.6: at the default all are wrong, at scoring.threshold 0.5 some are right, for all alike."""
+    partial = REWARD.replace("float(zlib", "0.3 + 0.3 * bool(zlib")
+    method = {"preset": "hpt", "guidance": {"type": "hint"}}
+    changes = {
+        **BASE,
+        "method": method,
+        "data.max_prompt_tokens": 200,
+        "evaluation.prompts": 4,
+        "evaluation.samples": 4,
+    }
+    for name, threshold, hard in (("a", 1.0, True), ("b", 0.5, False)):
+        result = run(write_recipe(tmp_path / name, {**changes, "scoring.threshold": threshold}, partial))
+        found = rows(result.run_dir, "train")
+        assert all(row["guidance/hard_share"] == 1.0 for row in found) is hard
+        assert all(row["gate/sft_share"] == 1.0 for row in found) is hard
+        assert all(row["guidance/accuracy_trained"] == row["gate/solve_rate"] for row in found)
+        assert all(row["gate/sft_share"] == row["guidance/unsolved_share"] for row in found)
+        assert all(row["eval/accuracy"] == 0 for row in rows(result.run_dir, "eval")) is hard
 
 
 def test_two_processes_are_one_run(tmp_path, write_recipe, children) -> None:

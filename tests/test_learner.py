@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,34 @@ def spoilt(monkeypatch):
     return spoil
 
 
+def test_the_critics_gradient_is_clipped_apart_and_the_brake_scales_both_rates(tiny_model):
+    from rlpost.learner.learner import DataParallelLearner
+    from rlpost.policy.critic import make_critic
+    from rlpost.policy.model import load_policy
+    from rlpost.recipe.critic import CriticSection
+    from rlpost.recipe.learner import LearnerSection
+    from rlpost.recipe.model import ModelSection
+
+    model = ModelSection(path=tiny_model, autocast="none")
+    policy = load_policy(model, tiny_model)
+    critic = CriticSection(max_grad_norm=2e-3, learning_rate=1e-2)
+    policy.critic = make_critic(critic, model, tiny_model, policy.config.hidden_size)
+    learner = DataParallelLearner(policy, LearnerSection(max_grad_norm=1e-2, learning_rate=1e-3), Processes())
+    of_critic, all_ = list(policy.critic.parameters()), list(policy.parameters())
+    of_actor = [p for p in all_ if not any(p is q for q in of_critic)]
+    before = [p.detach().clone() for p in all_]
+    for p in all_:
+        p.grad = torch.ones_like(p)
+    report = learner.step(0, scale=0.5)
+    assert report.grad_norm == pytest.approx(math.sqrt(sum(p.numel() for p in of_actor)), rel=1e-5)
+    for part, limit, rate in ((of_actor, 1e-2, 5e-4), (of_critic, 2e-3, 5e-3)):
+        moments = [learner._optimizer.state[p]["exp_avg"] / 0.1 for p in part]
+        assert math.sqrt(sum(float(m.square().sum()) for m in moments)) == pytest.approx(limit, rel=1e-4)
+        moved = max(float((p - b).abs().max()) for p, b in zip(all_, before, strict=True) if any(p is q for q in part))
+        assert moved == pytest.approx(rate, rel=1e-2)  # Adam's first step is the rate itself
+    assert report.learning_rate == 5e-4
+
+
 CHANGES = {"learner.steps": 6, "learner.skip_nonfinite": 2, "checkpoint.every": 1, "evaluation.prompts": 0}
 
 
@@ -56,6 +85,24 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(spoilt, write_recipe, 
     same = {(a, b): all(torch.equal(at[a][name], at[b][name]) for name in at[a]) for a, b in ((1, 2), (2, 3), (3, 4))}
     assert same == {(1, 2): True, (2, 3): False, (3, 4): True}
     assert all(value.isfinite().all() for value in at[4].values())
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_though_its_gradient_is(monkeypatch, write_recipe, tmp_path):
+    original = update_module.coefficient_loss
+    monkeypatch.setattr(update_module, "coefficient_loss", lambda *arguments: original(*arguments) - math.inf)
+    train(load_recipe(write_recipe(tmp_path, {**CHANGES, "learner.steps": 1})))
+    (row,) = rows(tmp_path / "run", "train")
+    assert row["optimizer/skipped"] == 1 and row.get("optimizer/loss") is None
+
+
+def test_skipped_steps_in_a_row_are_counted_across_a_restart(spoilt, write_recipe, tmp_path):
+    spoilt(2, 3, 4)
+    recipe = write_recipe(tmp_path, {**CHANGES, "learner.skip_nonfinite": 3})
+    train(load_recipe(recipe, ["learner.steps=3"]))
+    spoilt(1)
+    with pytest.raises(TrainingError, match="3 optimizer steps in a row"):
+        train(load_recipe(recipe, ["resume=auto"]))
+    assert [row["optimizer/skipped"] for row in rows(tmp_path / "run", "train")] == [0, 1, 1, 1], "the last is written"
 
 
 def test_too_many_in_a_row_stop_the_run_with_its_checkpoint_intact(spoilt, write_recipe, tmp_path):
@@ -80,35 +127,95 @@ def test_the_curvature_mask_forgets_a_step_that_was_skipped(spoilt, write_recipe
     assert moments["steps"] == 4 and moments["first"].isfinite().all() and moments["second"].isfinite().all()
 
 
-def test_a_full_disk_at_a_checkpoint(monkeypatch, write_recipe, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.ENOSPC, "no space left on the disk"), (errno.EROFS, "the file system is read-only")],
+    ids=["full", "read_only"],
+)
+def test_a_disk_that_fails_at_a_checkpoint(number, said, monkeypatch, write_recipe, tmp_path):
     original = checkpoint_module._write_manifest
 
-    def full(folder: Path) -> None:
+    def failing(folder: Path) -> None:
         if folder.name.endswith("3"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise OSError(number, os.strerror(number))
         original(folder)
 
-    monkeypatch.setattr(checkpoint_module, "_write_manifest", full)
-    with pytest.raises(
-        CheckpointError, match=r"step_000003 could not be written: no space left.*step_000002"
-    ) as caught:
+    monkeypatch.setattr(checkpoint_module, "_write_manifest", failing)
+    with pytest.raises(CheckpointError, match=rf"step_000003 could not be written: {said}.*step_000002") as caught:
         train(load_recipe(write_recipe(tmp_path, CHANGES)))
     assert caught.value.exit_code == 3
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert left == ["step_000001", "step_000002"], "nothing saved before was touched, nothing half written is left"
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 4 MB. Needs root."""
-    place = tmp_path / "disk"
-    place.mkdir()
+def test_metrics_that_cannot_be_written_any_more(monkeypatch, write_recipe, tmp_path):
+    original, metrics = Path.open, tmp_path / "run" / "metrics.jsonl"
+
+    def read_only(self, mode="r", *arguments, **keywords):
+        if self == metrics and mode == "a" and len(rows(tmp_path / "run")) == 2:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return original(self, mode, *arguments, **keywords)
+
+    metrics.parent.mkdir()
+    metrics.touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", read_only)
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl: Read-only file system.*resume=auto") as caught:
+            train(load_recipe(write_recipe(tmp_path, CHANGES)))
+    assert caught.value.exit_code == 4
+    train(load_recipe(tmp_path / "recipe.yaml", ["resume=auto", "learner.steps=3"]))
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3]
+
+
+@contextmanager
+def file_system(place, size):
+    """A real one, at `place`. Needs root."""
+    place.mkdir(parents=True)
     mount = shutil.which("mount")
-    command = [mount or "mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)]
+    command = [mount or "mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)]
     if mount is None or os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("only root can mount a file system")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=False)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    with file_system(tmp_path / "disk", "4m") as place:
+        yield place
+
+
+@pytest.fixture
+def checkpoint_disk(tmp_path):
+    """The run's folder of checkpoints is a file system of its own: the run's lock, open for writing, is not on it."""
+    with file_system(tmp_path / "run" / "checkpoints", "64m") as place:
+        yield place
+
+
+def remount(place, how):
+    subprocess.run(["mount", "-o", f"remount,{how}", str(place)], check=True)
+
+
+def test_a_disk_that_really_becomes_read_only_in_the_middle_of_a_run(
+    checkpoint_disk, monkeypatch, write_recipe, tmp_path
+):
+    original = CheckpointStore._start
+
+    def start(self, staging):
+        if staging.name.endswith("3"):
+            remount(checkpoint_disk, "ro")
+        original(self, staging)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "_start", start)
+        said = r"step_000003 could not be written: the file system is read-only\. The last .* is .*step_000002"
+        with pytest.raises(CheckpointError, match=said):
+            train(load_recipe(write_recipe(tmp_path, CHANGES)))
+    assert sorted(path.name for path in checkpoint_disk.iterdir()) == ["step_000001", "step_000002"]
+    verify(checkpoint_disk / "step_000002")
+    remount(checkpoint_disk, "rw")
+    train(load_recipe(tmp_path / "recipe.yaml", ["resume=auto"]))
+    assert [row["step"] for row in rows(tmp_path / "run", "train")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_disk_that_is_really_full(small_disk, write_recipe, tmp_path):

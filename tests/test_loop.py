@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import rows, weights
 
+from rlpost.errors import CheckpointError
+from rlpost.evaluate import evaluate_checkpoint, write_page
 from rlpost.learner.checkpoint import verify
 from rlpost.loop import train
 from rlpost.recipe.load import load_recipe
@@ -64,6 +66,7 @@ def test_rows_have_the_promised_keys(finished):
         "tokens/useful",
         "tokens/padding_share",
         "time/update",
+        "time/step",
     }
     for line in (finished[0] / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
@@ -71,6 +74,8 @@ def test_rows_have_the_promised_keys(finished):
             assert keys <= row.keys()
             assert row["optimizer/grad_norm"] > 0 and row["reward/std"] > 0
             assert row["mismatch/mean_abs_gap"] < 1e-4, "engine and learner must hold the same weights"
+            phases = sum(s for key, s in row.items() if key.startswith("time/") and key != "time/step")
+            assert 0 < phases <= row["time/step"], "the clock runs through all phases, evaluation apart"
             assert all(value is None or math.isfinite(value) for key, value in row.items() if key != "kind")
 
 
@@ -109,7 +114,8 @@ def test_the_saved_recipe_is_the_recipe(finished):
 
 def test_the_report_is_a_page(finished):
     page = write_report(finished[0])
-    assert page.is_file() and "reward" in page.read_text()
+    text = page.read_text()
+    assert "reward" in text and "s per step" in text, "how long a step took stands among the figures"
 
 
 def test_a_finished_run_taken_up_again_says_so_and_changes_nothing(finished, capsys):
@@ -164,3 +170,24 @@ def test_lora_trains_saves_and_resumes(write_recipe, tmp_path):
     again = weights(tmp_path / "half" / "run" / "checkpoints" / "step_000003")
     assert all(torch.equal(again[name], value) for name, value in final.items())
     assert rows(tmp_path / "half" / "run") == rows(tmp_path / "whole" / "run")
+
+
+def test_one_evaluation_gives_greedy_accuracy_and_pass_at_k_and_replaces_no_other(finished, tmp_path):
+    _, result, recipe = finished
+    first = result.checkpoint.with_name(result.checkpoint.name + ".eval.json")
+    second = first.with_name(first.name.replace(".eval", ".eval-2"))
+    sampling = ["evaluation.samples=4", "evaluation.k=[1,4]"]
+    for overrides in (sampling, [], sampling):
+        evaluate_checkpoint(load_recipe(recipe, overrides), result.checkpoint)
+    sampled, greedy = (json.loads(file.read_text()) for file in (first, second))
+    assert {"eval/pass@1", "eval/pass@4", "eval/greedy_accuracy"} <= sampled["metrics"].keys()
+    assert (len(sampled["completions"]), len(sampled["greedy_completions"])) == (16, 4)
+    assert sampled["metrics"]["eval/greedy_accuracy"] == greedy["metrics"]["eval/accuracy"]
+    assert [one["completion"] for one in sampled["greedy_completions"]] == [
+        one["completion"] for one in greedy["completions"]
+    ]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot be written to .*file.*Its figures are above"):
+        write_page(tmp_path / "file" / "step_000001", sampled)
+    with pytest.raises(CheckpointError, match="holds a whole model and no adapter"):
+        evaluate_checkpoint(load_recipe(recipe, ["model.lora={rank: 4}"]), result.checkpoint)

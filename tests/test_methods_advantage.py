@@ -122,9 +122,22 @@ def test_soft_overlong_punishment() -> None:
 
 def test_groups_to_refill() -> None:
     rewards, prompt = column(1.0, 1.0, 0.0, 1.0, NAN, 1.0, 0.0, 0.0), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])
-    dapo, grpo = method(preset="dapo").dynamic_sampling, method().dynamic_sampling
+    dapo, grpo = method(preset="dapo"), method()
     assert groups_to_refill(dapo, rewards, prompt, 4).tolist() == [True, False, True, True]
     assert not groups_to_refill(grpo, rewards, prompt, 4).any()
+
+
+def test_refill_judges_rewards_as_they_are_normalised() -> None:
+    """Equal sums of unequal rewards teach nothing when summed first, and something when each is normalised by itself."""
+    rewards, prompt = (
+        torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, NAN], [1.0, NAN]]).double(),
+        torch.tensor([0, 0, 1, 1]),
+    )
+    for combine, flat in (("sum_then_normalise", [True, True]), ("normalise_then_sum", [False, True])):
+        section = method(preset="dapo", advantage={"combine": combine}, overlong={"penalty": 0.0})
+        assert groups_to_refill(section, rewards, prompt, 2).tolist() == flat
+        result = compute_advantages(section, rewards, prompt, weights=(2.0, 1.0))
+        assert result.zero_variance.tolist() == flat
 
 
 def test_skippable_groups() -> None:

@@ -16,7 +16,7 @@ from rlpost.recipe.presets import fill_preset, preset_names
 
 NAMES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "capo", "dr_capo", "rein_capo")
 NAMES += ("ppo", "safe", "safe_released")
-NAMES += ("ghpo", "ghpo_released", "hpt", "hpt_paper", "hpt_released", "dpo", "rpo", "rpo_average")
+NAMES += ("ghpo", "ghpo_released", "hpt", "hpt_paper", "hpt_released", "sft", "dpo", "rpo", "rpo_average")
 
 
 def test_all_presets_are_there_and_survive_a_round_trip() -> None:

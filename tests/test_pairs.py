@@ -56,8 +56,9 @@ def test_formats(values, prompt):
 
 def test_an_implicit_prompt_of_texts_is_used_as_it_is():
     values = {"chosen": "Q: 2+2? A: 4", "rejected": "Q: 2+2? A: 5"}
-    assert "plain=true" in row(values).detail
-    found = row(values, plain=True)
+    assert "data.train.plain=true" in row(values, prompt=None).detail
+    assert "data.eval.plain=true" in read_row("x/0", values, source(prompt=None), "data.eval").detail
+    found = row(values, prompt=None, plain=True)
     assert (found.prompt, found.chosen, found.rejected) == ("Q: 2+2? A:", " 4", " 5")
 
 
@@ -65,7 +66,8 @@ def test_an_implicit_prompt_of_texts_is_used_as_it_is():
     ("values", "reason"),
     [
         ({"prompt": "q", "chosen": None, "rejected": "b"}, "missing"),
-        ({"prompt": "q", "chosen": 3, "rejected": "b"}, "missing"),
+        ({"prompt": "q", "chosen": 3, "rejected": "b"}, "malformed"),
+        ({"prompt": "q", "chosen": [{"role": "assistant", "content": None}], "rejected": [BAD]}, "malformed"),
         ({"prompt": "q", "chosen": "", "rejected": "b"}, "empty"),
         ({"prompt": "q", "chosen": "a", "rejected": " \n"}, "empty"),
         ({"prompt": "q", "chosen": [], "rejected": [BAD]}, "empty"),
@@ -77,11 +79,50 @@ def test_an_implicit_prompt_of_texts_is_used_as_it_is():
         ({"prompt": [SYSTEM, USER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "mismatch"),
         ({"prompt": "q", "chosen": "a", "rejected": [BAD]}, "mismatch"),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, "mismatch"),
+        ({"prompt": None, "chosen": "q: a", "rejected": "q: b"}, "mismatch"),
+        ({"prompt": None, "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "mismatch"),
+        ({"prompt": "", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "mismatch"),
+        ({"prompt": 5, "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "mismatch"),
+        ({"prompt": [], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "mismatch"),
+        ({"prompt": [{"role": "user", "content": " "}], "chosen": [GOOD], "rejected": [BAD]}, "mismatch"),
+        ({"prompt": [USER, GOOD], "chosen": [GOOD], "rejected": [BAD]}, "mismatch"),
+        ({"prompt": [USER, GOOD], "chosen": "a", "rejected": "b"}, "mismatch"),
+        ({"chosen": [USER, GOOD, GOOD], "rejected": [USER, GOOD, BAD]}, "mismatch"),
         ({"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [BAD]}, "mismatch"),
     ],
 )
 def test_problems_have_a_name(values, reason):
     assert row(values).reason == reason
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_null_prompt_is_no_implicit_one(plain):
+    """Under `plain` it once became the part that the responses have in common."""
+    found = row({"prompt": None, "chosen": "Yes, 4.", "rejected": "Yes, 5."}, plain=plain)
+    assert (found.reason, found.detail) == ("mismatch", "`prompt` is null")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (
+            [{"role": "assistant", "content": [{"type": "text", "text": "4"}]}],
+            "`content` is of type list.*content parts",
+        ),
+        ([{"role": "assistant", "content": None}], "message 0 whose `content` is null"),
+        ([{"from": "gpt", "value": "4"}], "`from` and `value`"),
+        ([{"content": "4"}], "`role` is null"),
+        (["4"], "a list of str"),
+        ({"text": "4"}, "of type dict"),
+        ([GOOD | {"tool_calls": [{"name": "f"}]}], "tool calls in message 0"),
+    ],
+)
+def test_what_was_found_in_place_of_a_response_is_named(tmp_path, value, words):
+    path = write(tmp_path / "p.jsonl", [{"prompt": "q", "chosen": value, "rejected": [BAD]}])
+    with pytest.raises(
+        DataError, match=rf"1 of 1 rows have a response that is neither.*`chosen` .*{words}.*missing=drop"
+    ):
+        load_preferences(source(path))
 
 
 def write(path: Path, lines: list[dict]) -> str:
@@ -116,6 +157,28 @@ def test_a_missing_column_is_named(tmp_path):
     path = write(tmp_path / "p.jsonl", [{"prompt": "a", "chose": "x", "rejected": "y"}])
     with pytest.raises(DataError, match=r"no column `chosen`.*`chose`"):
         load_preferences(source(path))
+
+
+@pytest.mark.parametrize("where", ["data.train", "data.eval"])
+@pytest.mark.parametrize("slots", [{}, {"plain": True}, {"prompt": "instructions"}])
+def test_a_missing_prompt_column_is_no_implicit_prompt(tmp_path, where, slots):
+    path = write(tmp_path / "p.jsonl", [{"instruction": "2+2?", "chosen": "It is 4", "rejected": "It is 5"}])
+    column = slots.get("prompt", "prompt")
+    listed = "It has `instruction`, `chosen`, `rejected`"
+    with pytest.raises(
+        DataError, match=rf"{where}.prompt: .*no column `{column}`. {listed}.*{where}.prompt to null"
+    ) as found:
+        load_preferences(source(path, **slots), where)
+    assert "plain" not in str(found.value)
+    if slots.get("prompt"):
+        assert "nearest name is `instruction`" in str(found.value)
+
+
+def test_chats_may_do_without_a_prompt_column_unless_it_is_named(tmp_path):
+    path = write(tmp_path / "p.jsonl", [{"chosen": [USER, GOOD], "rejected": [USER, BAD]}])
+    assert load_preferences(source(path))[0][0].prompt == (USER,)
+    with pytest.raises(DataError, match="no column `question`"):
+        load_preferences(source(path, prompt="question"))
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +236,69 @@ def test_over_long_responses(tmp_path, tokenizer):
         build(tmp_path, tokenizer, LONG[-1:])
 
 
+ALIKE = [*LINES, {"prompt": "q", "chosen": "4", "rejected": "4 "}]
+
+
+def test_responses_that_are_the_same_tokens_are_identical(tmp_path, tokenizer, tiny_model):
+    stripping = load_tokenizer(ModelSection(path=tiny_model))
+    stripping.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content.strip() }}{{ '<eos>' if m.role == 'assistant' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    sets = build(tmp_path, stripping, ALIKE)
+    assert len(sets.train) == 6 and sets.dropped["identical"] == 1
+    with pytest.raises(
+        DataError, match=r"1 of 7 rows have two identical.*/6: both are the same 2 tokens.*identical=drop"
+    ):
+        build(tmp_path, stripping, ALIKE, identical="refuse")
+    assert len(build(tmp_path, tokenizer, ALIKE, plain=True).train) == 7  # as texts they differ
+
+
+def test_responses_that_differ_behind_the_cut_are_identical(tmp_path, tokenizer):
+    lines = [*LINES, {"prompt": "q", "chosen": "x" * 70, "rejected": "x" * 80}]
+    sets = build(tmp_path, tokenizer, lines, too_long="cut")
+    assert len(sets.train) == 6 and sets.dropped["identical"] == 1 and sets.cut == 2
+    with pytest.raises(DataError, match="both are the same 64 tokens"):
+        build(tmp_path, tokenizer, lines, too_long="cut", identical="refuse")
+
+
+def test_when_nothing_is_left_the_reasons_are_given(tmp_path, tokenizer):
+    same = [{"prompt": f"p{i}", "chosen": "x", "rejected": "x"} for i in range(3)]
+    for held_out in (0, 2):
+        with pytest.raises(DataError, match=r"3 have two identical responses.*data.train.identical=refuse") as found:
+            build(tmp_path, tokenizer, same, data={"held_out": held_out})
+        assert "max_prompt_tokens" not in str(found.value) and "held_out" not in str(found.value)
+    null = [{"prompt": None, "chosen": "x", "rejected": "y"}, {"prompt": "p", "chosen": "x", "rejected": "y" * 99}]
+    with pytest.raises(DataError, match=r"1 have responses that do not.*too_long=cut; look at .*mismatch=refuse"):
+        build(tmp_path, tokenizer, null, mismatch="drop")
+
+
+TOOLS = [{"type": "function", "function": {"name": "add"}}]
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_and_template_keywords_of_a_row_reach_the_template(tmp_path, tiny_model, as_text):
+    """As TRL's DPOTrainer does with the columns `tools` and `chat_template_kwargs`."""
+    own = load_tokenizer(ModelSection(path=tiny_model))
+    own.chat_template = (
+        "{% if tools %}[{{ tools[0].function.name }}]{% endif %}{{ mood | default('none') }}|"
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    )
+    keywords = {"mood": "calm"}
+    if as_text:
+        row = {"tools": json.dumps(TOOLS), "chat_template_kwargs": json.dumps(keywords)}
+    else:
+        row = {"tools": TOOLS, "chat_template_kwargs": keywords}
+    lines = [LINES[0] | row, LINES[1] | dict.fromkeys(row)]
+    first, second = build(tmp_path, own, lines, data={"template_options": {"mood": "grim"}}).train
+    assert own.decode(first.token_ids) == "[add]calm|u:p0\na:"
+    assert own.decode(second.token_ids) == "grim|u:p1\na:"
+    assert own.decode(first.chosen.token_ids) == "good<eos>"
+    for broken, words in (({"tools": "no json"}, "tools"), ({"chat_template_kwargs": "[1]"}, "needs keywords")):
+        with pytest.raises(DataError, match=words):
+            build(tmp_path, own, [LINES[0] | broken])
+
+
 def test_over_long_prompts(tmp_path, tokenizer):
     lines = [*LINES, {"prompt": "p" * 40, "chosen": "x", "rejected": "y"}]
     assert build(tmp_path, tokenizer, lines).dropped["prompt"] == 1
@@ -203,8 +329,12 @@ def test_responses_of_the_initial_model(tmp_path, tokenizer):
     lines = [{**line, "first": f"own {i}"} for i, line in enumerate(LINES)]
     pair = build(tmp_path, tokenizer, lines, baseline="first").train[1]
     assert tokenizer.decode(pair.baseline) == "own 1<eos>"
-    with pytest.raises(DataError, match="first"):
+    with pytest.raises(
+        DataError, match=r"1 of 1 rows have no response of the initial model.*`first` is empty.*missing=drop"
+    ):
         build(tmp_path, tokenizer, [{**LINES[0], "first": ""}], baseline="first")
+    dropped = build(tmp_path, tokenizer, [*lines, {**LINES[0], "first": None}], baseline="first", missing="drop")
+    assert "1 have no response of the initial model" in dropped.note()
 
 
 groups = st.lists(

@@ -127,6 +127,29 @@ def test_other_families_agree(kind):
     assert (got[2] - want[2]).norm() <= 2e-6 * want[2].norm()
 
 
+SLIDING = {
+    "mistral": {},
+    "gemma2": {"layer_types": ["sliding_attention", "full_attention"]},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+}
+
+
+@pytest.mark.parametrize("kind", SLIDING)
+def test_a_window_that_holds_every_sequence_takes_trees(kind):
+    """The window counts within a branch, so it may be narrower than the row: here 15 of 21 positions."""
+    policy = make_policy(kind, attention="eager", sliding_window=15, **SLIDING[kind])
+    groups, total = make_groups(6, [(6, [5, 9, 1]), (2, [11])])
+    weights = torch.randn(2, total)
+    want = run(policy, groups, total, weights, layout="padded", budget=10_000)
+    got = run(policy, groups, total, weights, layout="tree", budget=10_000)
+    assert (got[2] - want[2]).norm() <= 2e-6 * want[2].norm()
+    assert choose_layout(policy.config, "tree", longest=15) == ("tree", None)
+    layout, note = choose_layout(policy.config, "tree", longest=16)
+    assert layout == "sorted" and "sliding_window=15" in note
+    assert choose_layout(policy.config, "tree")[0] == "sorted"
+
+
 def test_eager_attention_takes_trees():
     groups, total = make_groups(4, [(6, [5, 9, 1])])
     weights = torch.randn(2, total)

@@ -12,6 +12,7 @@ from rlpost.recipe.load import load_recipe
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
 RELEASED = {"preset": "safe_released"}
+SAME = ("critic/", "controller/", "policy/", "optimizer/", "reward/")
 SMALL = {"evaluation.prompts": 0, "learner.steps": 3, "learner.minibatches": 2, "rollout.prompts_per_step": 4}
 
 
@@ -22,7 +23,7 @@ def run(recipe, *overrides):
 @pytest.mark.parametrize(
     "method",
     [
-        {"preset": "ppo"},
+        {"preset": "ppo", "entropy": {"coefficient": 0.01}},  # two passes over a rollout instead of two minibatches
         {"preset": "safe"},
         RELEASED,
         {
@@ -40,8 +41,11 @@ def test_methods_resume_exactly(write_recipe, tmp_path, method):
     """Stopped in the middle of a rollout and taken up again: the same weights, critic and metrics."""
     import torch
 
-    whole = run(write_recipe(tmp_path / "whole", {**SMALL, "method": method, "checkpoint.every": 3}))
-    cut = write_recipe(tmp_path / "cut", {**SMALL, "method": method, "checkpoint.every": 3})
+    changes = {**SMALL, "method": method, "checkpoint.every": 3}
+    if "entropy" in method:
+        changes |= {"learner.epochs": 2, "learner.minibatches": 1}
+    whole = run(write_recipe(tmp_path / "whole", changes))
+    cut = write_recipe(tmp_path / "cut", changes)
     run(cut)
     last = tmp_path / "cut" / "run" / "checkpoints" / "step_000006"
     first = tmp_path / "cut" / "run" / "checkpoints" / "step_000003"
@@ -56,15 +60,70 @@ def test_methods_resume_exactly(write_recipe, tmp_path, method):
     wanted, found = rows(whole.run_dir, "train"), rows(again.run_dir, "train")
     assert len(wanted) == 6 and [r["step"] for r in found] == [r["step"] for r in wanted]
     for x, y in zip(wanted, found, strict=True):
-        assert {k: v for k, v in x.items() if k.startswith(("critic/", "controller/", "policy/", "optimizer/"))} == {
-            k: v for k, v in y.items() if k.startswith(("critic/", "controller/", "policy/", "optimizer/"))
-        }
+        ours, theirs = ({k: v for k, v in row.items() if k.startswith(SAME)} for row in (x, y))
+        assert ours == theirs
     keys = set(wanted[-1])
     if method["preset"] != "grpo":
         assert {"critic/loss", "critic/explained_variance", "critic/rmse"} <= keys
     if "controller" not in method or method["controller"]:
-        assert {"controller/coefficient", "controller/kl", "controller/crashes", "policy/kl_penalised_p95"} <= keys
+        assert {"controller/coefficient", "controller/kl", "policy/kl_penalised"} <= keys
+    assert {"reward/crashes", "policy/kl_reference", "policy/kl_reference_p95", "policy/kl_reference_max"} <= keys
     assert all(math.isfinite(v) for row in wanted for v in row.values() if isinstance(v, float))
+
+
+def test_a_stop_during_a_rollout_counts_its_rewards_once(write_recipe, tmp_path, monkeypatch):
+    """The rollout is drawn again on resume: whitening, crash counter and a controller that acts on rewards must not have
+    seen it before."""
+    from rlpost.loop import Loop
+
+    changes = {**SMALL, "method": {"preset": "safe", "controller": {"term": "reward"}}}
+    whole = run(write_recipe(tmp_path / "whole", changes))
+    original, calls = Loop.weigh, []
+
+    def weigh(self, buffer):
+        original(self, buffer)
+        calls.append(1)
+        self.interrupt.requested = len(calls) == 2
+
+    monkeypatch.setattr(Loop, "weigh", weigh)
+    cut = write_recipe(tmp_path / "cut", changes)
+    stopped = run(cut)
+    assert stopped.interrupted and stopped.optimizer_steps == 2
+    again = run(cut, "resume=auto")
+    wanted, found = rows(whole.run_dir, "train"), rows(again.run_dir, "train")
+    assert len(calls) == 4 and len(wanted) == len(found) == 6
+    for x, y in zip(wanted, found, strict=True):
+        ours, theirs = ({k: v for k, v in row.items() if k.startswith(SAME)} for row in (x, y))
+        assert ours == theirs
+
+
+@pytest.mark.parametrize(("term", "calls"), [("coefficient", 12), ("reward", 3)])
+def test_one_controller_call_per_optimizer_step(write_recipe, tmp_path, monkeypatch, term, calls):
+    """And each rollout's reward in the first of them only. With the reward as its lever it is asked once a rollout."""
+    from rlpost.methods.controllers import KlController
+
+    seen, original = [], KlController.step
+    monkeypatch.setattr(KlController, "step", lambda self, o: (seen.append(o), original(self, o))[1])
+    changes = {**SMALL, "learner.epochs": 2, "method": {"preset": "safe", "controller": {"term": term}}}
+    result = run(write_recipe(tmp_path, changes))
+    assert result.optimizer_steps == 12 and len(seen) == calls
+    known = [not math.isnan(observation.reward) for observation in seen]
+    assert known == [i % (calls // 3) == 0 for i in range(calls)]
+    assert [not math.isnan(observation.reward_std) for observation in seen] == known
+    # Whatever the reward, KL is the newest: the rollout's, then that of the step before.
+    metrics = rows(result.run_dir, "train")
+    if term == "coefficient":
+        assert all(a.kl == b["policy/kl_penalised"] for a, b in zip(seen[1:4], metrics[:3], strict=True))
+
+
+def test_a_fixed_penalty_has_the_same_watch(write_recipe, tmp_path):
+    """KL's tail and the crash counter do not need a controller, so that baselines can be compared."""
+    kl = {"coefficient": 0.05, "estimator": "k1", "where": "loss"}
+    result = run(write_recipe(tmp_path, {**SMALL, "method": {"preset": "grpo", "kl": kl}}))
+    for row in rows(result.run_dir, "train"):
+        assert {"reward/crashes", "reward/crashes_per_1000"} <= set(row) and "policy/kl_penalised" not in row
+        assert row["policy/kl_reference_max"] >= row["policy/kl_reference"] >= 0
+        assert 0 <= row["policy/kl_reference_p95"] <= 1.08 * row["policy/kl_reference_max"]  # a bin's upper edge
 
 
 @pytest.mark.parametrize("preset", ["ppo", "safe"])
@@ -87,7 +146,8 @@ def test_the_critic_learns_and_its_rates_are_its_own(write_recipe, tmp_path):
         "controller": None,
         "critic": {"warmup_rollouts": 100, "learning_rate": 1e-2, "lam": 1.0},
     }
-    recipe = write_recipe(tmp_path, {**SMALL, "method": method, "learner.steps": 12, "learner.epochs": 2})
+    changes = {**SMALL, "method": method, "learner.steps": 12, "learner.epochs": 2, "learner.weight_decay": 0.1}
+    recipe = write_recipe(tmp_path, changes)
     result = run(recipe)
     errors = [row["critic/rmse"] for row in rows(result.run_dir, "train")[::4]]
     assert sum(errors[-3:]) < 0.5 * sum(errors[:3])
@@ -120,6 +180,14 @@ def test_controllers_act(write_recipe, tmp_path):
     name = next(iter(found["released"]))
     assert not torch.equal(found["released"][name], found["coefficient"][name])
     assert not torch.equal(found["coefficient"][name], found["literal"][name])
+
+
+def test_the_brake_reaches_the_optimizer(write_recipe, tmp_path):
+    method = {"preset": "safe", "controller": {"brake": 1e-9}}
+    found = rows(run(write_recipe(tmp_path, {**SMALL, "method": method})).run_dir, "train")
+    scales = [row["controller/step_scale"] for row in found]
+    assert min(scales) < 0.01 and max(scales) == 1.0
+    assert [row["optimizer/learning_rate"] for row in found] == pytest.approx([1e-3 * s for s in scales])
 
 
 def test_lora_trains_adapter_and_critic(write_recipe, tmp_path):

@@ -40,19 +40,30 @@ def single(tmp_path_factory, write_recipe, one_thread):
     return folder / "run"
 
 
-@pytest.mark.parametrize("micro_batch_tokens", [4096, 64])
-def test_two_processes_are_one_run(micro_batch_tokens, single, write_recipe, children, tmp_path):
-    recipe = write_recipe(
-        tmp_path, {**CHANGES, "data.max_prompt_tokens": 24, "learner.micro_batch_tokens": micro_batch_tokens}
-    )
-    code, printed = children.run(recipe, launch="cpu2.yaml")
+# Own rows in few and in many micro-batches; rows that both share (Ulysses), in micro-batches of unequal number.
+LAYOUTS = {
+    "own rows": {"learner.micro_batch_tokens": 4096},
+    "many micro-batches": {"learner.micro_batch_tokens": 64},
+    "shared rows": {"learner.micro_batch_tokens": 64, "learner.sequence_parallel": 2},
+    "shared trees": {"learner.micro_batch_tokens": 64, "learner.sequence_parallel": 2, "learner.layout": "tree"},
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "launch"), [*((layout, "cpu2.yaml") for layout in LAYOUTS), ("shared trees", "cpu-zero3.yaml")]
+)
+def test_two_processes_are_one_run(layout, launch, single, write_recipe, children, tmp_path):
+    recipe = write_recipe(tmp_path, {**CHANGES, "data.max_prompt_tokens": 24, **LAYOUTS[layout]})
+    code, printed = children.run(recipe, launch=launch)
     assert code == 0, printed
     mine, theirs = rows(tmp_path / "run"), rows(single)
     assert [(row["step"], row["kind"]) for row in mine] == [(row["step"], row["kind"]) for row in theirs]
     for row, expected in zip(mine, theirs, strict=True):
         for key in expected:
             if key not in ("kind", "policy/kl_old") and not key.startswith(("tokens/", "mismatch/")):
-                assert row[key] == pytest.approx(expected[key], rel=1e-5, abs=1e-6), (row["step"], key)
+                # The loss is a sum of terms of order 1 that cancel: float32 leaves more of it than of the gradient.
+                bound = 2e-6 if key == "optimizer/loss" else 1e-6
+                assert row[key] == pytest.approx(expected[key], rel=1e-5, abs=bound), (row["step"], key)
         assert row.get("tokens/useful") == expected.get("tokens/useful")
     assert completions(tmp_path / "run") == completions(single)
     got, expected = (weights(path / "checkpoints" / "step_000004") for path in (tmp_path / "run", single))

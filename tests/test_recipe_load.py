@@ -129,7 +129,7 @@ def test_files_that_are_no_recipe(tmp_path, text, expected):
         ("rollout.temprature=1", ["rollout.temprature", "did you mean rollout.temperature?"]),
         ("rollot.temperature=1", ["did you mean rollout?"]),
         ("learning_rate=1", ["did you mean learner.learning_rate?"]),
-        ("learner.zzz=1", ["learner has: steps, minibatches"]),
+        ("learner.zzz=1", ["learner has: steps, stop_after, minibatches"]),
         ("data.train.lmit=1", ["data.train.lmit", "type arithmetic has: type, size"]),
         ("rollout.engine.kv_cache_gb=1", ["did you mean rollout.engine.kv_cache_gib?"]),
         ("rollout.engine.type=sglang", ["rollout.engine.type", "'sglang'", "vllm, transformers"]),

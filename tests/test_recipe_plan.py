@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
+from rlpost import rehearse
 from rlpost.recipe.load import load_recipe
 from rlpost.recipe.memory import GIB, ModelSize, estimate, find_model_size, guess_from_name
 from rlpost.recipe.plan import make_plan, print_plan
@@ -38,12 +39,75 @@ def test_batch_arithmetic(loaded):
     assert make_plan(loaded("learner.layout=sorted"), processes=2).batch.tokens_per_process_and_update == 1200
 
 
+def test_tokens_of_hints_rounds_and_solutions(loaded):
+    def batch(*overrides):
+        return make_plan(loaded(*overrides), processes=2).batch
+
+    hint = "method.guidance={type: hint, ratios: [0.25, 0.5]}"
+    assert (batch(hint).samplings, batch(hint).tokens_sampled_per_step) == (3, 3 * 1600)
+    assert batch("method.preset=dapo").tokens_sampled_per_step == (1 + 3) * 1600
+    long = "data.max_demonstration_tokens=300"
+    # Two prompts per process and update: samples 100 + 4 x 50, solution 100 + 300; one of them, or both.
+    assert batch("method.preset=hpt").tokens_per_process_and_update == 2 * 300
+    assert batch("method.preset=hpt", long).tokens_per_process_and_update == 2 * 400
+    assert batch("method.gate={type: luffy}", long).tokens_per_process_and_update == 2 * (300 + 400)
+    plain = batch("method.preset=sft", long)
+    assert (plain.tokens_per_process_and_update, plain.tokens_sampled_per_step) == (2 * 400, 0)
+
+
+def test_plain_sft_samples_nothing_and_needs_no_reward(loaded, capsys):
+    plan = make_plan(loaded("method.preset=sft", "rewards=[]", "evaluation.prompts=0"))
+    assert plan.problems == () and not any("engine" in line.what for line in plan.memory)
+    print_plan(plan)
+    said = capsys.readouterr().out
+    assert "8 worked solutions a step, not sampled" in said and "SFT on every prompt's demonstration" in said
+    assert any("engine" in line.what for line in make_plan(loaded("method.preset=sft")).memory)
+
+
+def test_one_threshold_for_all(loaded):
+    shared = loaded("method.preset=hpt", "method.guidance={type: hint}", "scoring.threshold=0.5").recipe
+    method = shared.method
+    assert method.gate.threshold == method.guidance.threshold == shared.evaluation.threshold == 0.5
+    own = loaded("method.preset=hpt", "method.gate.threshold=0.9", "scoring.threshold=0.5").recipe
+    assert own.method.gate.threshold == 0.9 and own.evaluation.threshold == 0.5
+    assert type(own).model_validate(own.model_dump()) == own
+    low = "method.guidance={type: hint, wrong_at_most: 0.6}"
+    (problem,) = make_plan(loaded(low, "scoring.threshold=0.5")).problems
+    assert "wrong_at_most=0.6" in problem and "scoring.threshold" in problem
+
+
 def test_memory_adds_up(loaded):
     lines = {line.what: line.bytes for line in estimate(loaded().recipe, SIZE)}
     assert (lines["weights"], lines["gradients"], lines["AdamW state"]) == (4_000_000, 4_000_000, 8_000_000)
     assert lines["activations"] == 500 * 2 * 2 * (8 * 64 + 2 * 32 + 4 * 128)
     assert lines["rollout engine KV cache"] == GIB
     assert "reference model" not in lines
+
+
+def test_critics_and_reward_models_are_counted(loaded, classifier):
+    def lines(*overrides: str, **options) -> dict[str, int]:
+        found = estimate(loaded(*overrides).recipe, SIZE, **options)
+        return {line.what: line.bytes for line in found}
+
+    before = lines()
+    on_trunk = lines("method.preset=ppo")
+    assert set(on_trunk) - set(before) == {"critic with gradients and AdamW state", "reference model"}
+    head = 64 * 16 + 16
+    assert on_trunk["critic with gradients and AdamW state"] == 16 * head
+    own = lines("method={preset: ppo, critic: {model: separate}}")
+    assert own["critic with gradients and AdamW state"] == 16 * 1_000_000 + 16 * head
+    assert own["critic's activations"] == own["activations"]
+    shared = lines("method={preset: ppo, critic: {model: separate}}", processes=4, zero_stage=3)
+    assert shared["critic with gradients and AdamW state"] == (16 * 1_000_000 + 16 * head) // 4
+    other = lines("method={preset: ppo, critic: {model: separate, path: nobody/critic-2B}}")
+    assert other["critic with gradients and AdamW state"] > 16 * 2e9
+    judged = lines("rewards=[{path: nobody/judge-8B}, {path: nobody/judge, name: unknown}]")
+    assert judged["reward model reward_model"] == 2 * 8_000_000_000 and judged["reward model unknown"] == 0
+    from transformers import AutoModelForSequenceClassification
+
+    exact = AutoModelForSequenceClassification.from_pretrained(classifier).num_parameters()
+    found = lines(f"rewards=[{{path: {classifier}, dtype: float32}}]").items() - before.items()
+    assert found == {("reward model reward_model", 4 * exact)}
 
 
 def test_zero_stages_share_what_deepspeed_shares(loaded):
@@ -127,3 +191,40 @@ def test_printing(loaded, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["batch"] == asdict(plan.batch) and len(found["problems"]) == 1
     assert {"key": "learner.steps", "value": 3, "origin": "command line"} in found["values"]
+
+
+PAIRS = (
+    "name: r\nmodel: {path: ./m}\ndata: {train: {type: preference, path: pairs.jsonl}, held_out: 1, max_prompt_tokens: 32}\n"
+    "rollout: {prompts_per_step: 2, max_completion_tokens: 16}\nmethod: {preset: rpo}\n"
+    "learner: {steps: 2, micro_batch_tokens: 80}\n"
+)
+
+
+@pytest.mark.parametrize(("window", "layout"), [(None, "tree"), (48, "tree"), (47, "sorted")])
+def test_a_model_that_cannot_take_trees_is_planned_for(tmp_path, monkeypatch, window, layout):
+    """Mistral's window: trees where it holds the longest sequence (32 + 16 tokens), else rows, in which a pair is longer."""
+    from transformers import MistralConfig
+
+    monkeypatch.chdir(tmp_path)
+    MistralConfig(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=window,
+    ).save_pretrained(tmp_path / "m")
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 8)
+    (tmp_path / "p.yaml").write_text(PAIRS)
+    monkeypatch.setattr(rehearse, "rehearse", lambda _: rehearse.Rehearsal())  # the folder has a configuration alone
+    plan = make_plan(load_recipe(tmp_path / "p.yaml"))
+    assert plan.layout.startswith(layout)
+    per_pair = plan.batch.tokens_per_process_and_update // 2
+    problems = [problem for problem in plan.problems if "micro_batch_tokens" in problem]
+    if layout == "tree":
+        assert problems == [] and plan.layout == "tree" and per_pair == 32 + 2 * 16
+    else:
+        assert per_pair == 2 * (32 + 16) and "sliding_window=47, where a sequence may have 48 tokens" in plan.layout
+        (problem,) = problems
+        assert "the longest pair has 96 positions" in problem and "sliding_window=47" in problem

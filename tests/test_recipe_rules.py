@@ -8,7 +8,8 @@ import pytest
 
 from rlpost.errors import RecipeError
 from rlpost.recipe.load import load_recipe
-from rlpost.recipe.rules import Setting, advise, check, known_size, looks_local, refuse_unsound, training_prompts
+from rlpost.recipe.path_rules import looks_local
+from rlpost.recipe.rules import Setting, advise, check, known_size, refuse_unsound, training_prompts
 
 REWARD = "def reward(completions, **columns):\n    return [0.0 for _ in completions]\n"
 
@@ -46,6 +47,7 @@ CASES = [
     (["data.held_out=0"], ["evaluation.prompts=64", "data.held_out=0"]),
     (["rewards.0.accuracy=false"], ["evaluation.prompts=64", "accuracy=true"]),
     (["learner.warmup_steps=100"], ["learner.warmup_steps=100", "100 optimizer steps"]),
+    (["learner.stop_after=101"], ["learner.stop_after=101", "learner.steps=100"]),
     (["rollout.engine.tensor_parallel=2"], ["rollout.engine.tensor_parallel=2", "rollout.engine.type=vllm"]),
     (["rewards=[{function: ./mine.py},{function: ./mine.py}]"], ["2 of them are named mine", "rewards.N.name"]),
     (["rewards=[]", "evaluation.prompts=0"], ["rewards is empty", "method.preset=grpo"]),
@@ -60,6 +62,16 @@ CASES = [
     (["model.path=./nowhere"], ["model.path=./nowhere", "no such folder"]),
     (["model.path=package:smol"], ["model.path=package:smol", "package:smollm2-135m"]),
     (["model.path=."], ["no config.json"]),
+    (["rewards=[{path: ./nowhere}]", "evaluation.prompts=0"], ["rewards.0.path=./nowhere", "no such folder"]),
+    (["rewards=[{path: .}]", "evaluation.prompts=0"], ["rewards.0.path=.", "no config.json"]),
+    (
+        ["rewards=[{function: ./mine.py},{path: ./model, name: mine}]"],
+        ["2 of them are named mine", "rewards.N.name"],
+    ),
+    (
+        ["method={preset: ppo, critic: {model: separate, path: ./nowhere}}"],
+        ["method.critic.path=./nowhere", "no such folder"],
+    ),
 ]
 
 
@@ -120,6 +132,34 @@ def test_advice_is_no_problem(base):
     notes = advise(loaded.recipe, Setting())
     assert len(notes) == 2 and "model.dtype" in notes[0] and "deleted" in notes[1]
     refuse_unsound(loaded)
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("{preset: grpo, kl: {coefficient: 0.1, estimator: k1}}", "k1 with the penalty in the loss"),
+        ("{preset: grpo, kl: {coefficient: 0.1, estimator: k3, where: reward}}", "k3 with the penalty in the reward"),
+        ("{preset: safe, kl: {estimator: k1}}", "k1 with the penalty in the loss"),
+        ("{preset: safe, controller: {term: reward}}", "k3 with the penalty in the reward"),
+        ("{preset: safe_released}", None),  # k1, but without any gradient
+        ("{preset: safe}", None),
+        ("{preset: ppo}", None),
+        ("{preset: reinforce_pp}", None),
+        ("{preset: grpo}", None),
+    ],
+)
+def test_estimators_that_do_not_fit_their_place_get_advice(base, method, said):
+    notes = advise(load_recipe(base / "r.yaml", [f"method={method}"]).recipe, Setting())
+    assert [said in note for note in notes] == [True] if said else notes == []
+
+
+def test_deepspeed_has_one_clip_for_policy_and_critic(base):
+    recipe = load_recipe(base / "r.yaml", ["method.preset=ppo"]).recipe
+    (note,) = advise(recipe, Setting(zero_stage=2))
+    assert "method.critic.max_grad_norm=0.5" in note and "learner.max_grad_norm=1." in note
+    assert advise(recipe, Setting()) == []
+    same = load_recipe(base / "r.yaml", ["method={preset: ppo, critic: {max_grad_norm: 1.0}}"]).recipe
+    assert advise(same, Setting(zero_stage=2)) == []
 
 
 def test_sizes_of_sources(base):

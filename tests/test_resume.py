@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
@@ -73,6 +72,44 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(place, unbroken, write_reci
     assert not leftovers, "what a killed run left half written is cleared away"
 
 
+@pytest.mark.parametrize(
+    ("change", "key", "values"),
+    [
+        ("learner.minibatches=1", "learner.minibatches", "=2, in the middle of a rollout"),
+        ("learner.epochs=1", "learner.epochs", "=2, in the middle of a rollout"),
+        ("method.kl.coefficient=0.1", "method.kl", "=null, in the middle of a rollout"),
+        ("method.preset=ppo", "method.critic", "=null, and the recipe now has"),
+        ("method.preset=capo", "method.masks", '"step": "adam"'),
+        ("model.lora={rank: 4}", "model.lora", '"rank": 4'),
+    ],
+)
+def test_a_resumed_run_refuses_what_was_saved_otherwise(change, key, values, half_way, capsys):
+    recipe, run = half_way
+    before = (run / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as caught:
+        main([str(recipe), f"resume={run}/checkpoints/step_000003", change])
+    said = capsys.readouterr().err
+    assert caught.value.code == 3, said
+    assert f"{key}=" in said and values in said and f"Set {key} back to" in said, said
+    assert (run / "metrics.jsonl").read_bytes() == before, "refused before anything was cut off"
+
+
+def test_between_rollouts_the_cut_of_a_rollout_may_change(half_way):
+    recipe, run = half_way
+    changes = ["learner.minibatches=1", "learner.epochs=1", "method.kl.coefficient=0.1", "learner.steps=2"]
+    train(load_recipe(recipe, [f"resume={run}/checkpoints/step_000004", *changes]))
+    assert [row["step"] for row in rows(run, "train")] == [1, 2, 3, 4, 5]
+
+
+@pytest.fixture(scope="module")
+def half_way(tmp_path_factory, write_recipe, one_thread):
+    """A run with checkpoints 3 (in the middle of the first rollout) and 4 (at its end): (recipe, run)."""
+    folder = tmp_path_factory.mktemp("half_way")
+    recipe = write_recipe(folder, {**CHANGES, "learner.steps": 1, "checkpoint.keep": 9, "evaluation.prompts": 0})
+    train(load_recipe(recipe))
+    return recipe, folder / "run"
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_anew(unbroken, write_recipe, children, tmp_path):
     recipe = write_recipe(tmp_path, CHANGES)
     code, _ = children.run(recipe, before=KILL + PLACES["step_6_recorded_but_not_saved"].replace("6)", "1)"))
@@ -123,6 +160,39 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_run_goes_on(number, write_recipe
     assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(True, id="launch/run.sh"), pytest.param(False, id="accelerate launch", marks=pytest.mark.slow)],
+)
+def test_ctrl_c_in_a_terminal_reaches_launcher_and_run_alike(script, write_recipe, children, tmp_path):
+    recipe = write_recipe(tmp_path, {"learner.steps": 500, "evaluation.prompts": 0}, SLOW)
+    run = tmp_path / "run"
+    child = children.start(recipe, "learner.learning_rate=1e-4", launch="cpu.yaml", script=script)
+    deadline = time.monotonic() + 300
+    while not (run / "metrics.jsonl").exists() or len(rows(run)) < 2:
+        assert child.poll() is None and time.monotonic() < deadline, child.communicate()[0]
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGINT)
+    code = child.wait(timeout=240)
+    saved_at_the_end = list(run.glob("checkpoints/*/manifest.json"))
+    printed, _ = child.communicate(timeout=240)  # of the run too, which plain accelerate does not wait for
+    command = f"launch --config_file launch/cpu.yaml -m rlpost {recipe} learner.learning_rate=1e-4 resume=auto"
+    if script:
+        assert code != 0 and saved_at_the_end and "Traceback" not in printed, printed
+        command = command.replace("launch ", "launch --quiet ", 1)
+    said = printed.partition(f"Stopped after optimizer step {len(rows(run))} and saved. To go on:")[2]
+    assert f"accelerate {command}" in said, printed
+    assert list(run.glob("checkpoints/*/manifest.json"))
+
+
+def test_ctrl_c_before_the_first_step_says_that_nothing_is_saved(write_recipe, children, tmp_path):
+    recipe = write_recipe(tmp_path, {"evaluation.prompts": 0})
+    before = "import os, signal, rlpost.assemble as place\nplace.load_prompts = lambda *_: os.kill(os.getpid(), signal.SIGINT)"
+    code, printed = children.run(recipe, before=before)
+    assert code == 130 and "Traceback" not in printed, printed
+    assert "nothing has been saved yet. Run the same command to start again." in printed
+
+
 def test_a_damaged_checkpoint_is_named(unbroken, write_recipe, tmp_path, capsys):
     recipe = write_recipe(tmp_path, CHANGES)
     train(load_recipe(recipe, ["learner.steps=1"]))
@@ -134,20 +204,3 @@ def test_a_damaged_checkpoint_is_named(unbroken, write_recipe, tmp_path, capsys)
         main([str(recipe), "resume=auto"])
     assert caught.value.code == 3
     assert str(file) in capsys.readouterr().err
-
-
-def test_another_number_of_processes_cannot_take_up_half_a_rollout(write_recipe, tmp_path, capsys):
-    recipe = write_recipe(tmp_path, CHANGES)
-    train(load_recipe(recipe, ["learner.steps=1", "checkpoint.keep=4"]))
-    checkpoint = tmp_path / "run" / "checkpoints" / "step_000003"
-    state = checkpoint / "trainer" / "state.json"
-    state.write_text(state.read_text().replace('"world": 1', '"world": 2'))
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    from rlpost.learner.checkpoint import _sha256
-
-    manifest["files"]["trainer/state.json"] = {"bytes": state.stat().st_size, "sha256": _sha256(state)}
-    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(SystemExit) as caught:
-        main([str(recipe), f"resume={checkpoint}"])
-    assert caught.value.code == 3
-    assert "saved by 2 processes in the middle of a rollout" in capsys.readouterr().err

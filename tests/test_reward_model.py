@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -9,27 +10,13 @@ import torch
 
 from rlpost.errors import RewardError
 from rlpost.experience import Completion, Group, Outcome, Prompt
-from rlpost.recipe.critic import RewardModelSection
-from rlpost.recipe.reward import RewardSection, ScoringSection
-from rlpost.scoring.reward_model import JoinedScorers, RewardModel
+from rlpost.recipe.reward import RewardModelSection, RewardSection, ScoringSection
+from rlpost.scoring.factory import JoinedScorers, make_scorer
+from rlpost.scoring.reward_model import RewardModel
 from rlpost.scoring.scorer import Scorer
 
 TEXTS = [["four", "it is 4, I think", ""], ["Paris"]]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def classifier(tiny_model, tmp_path_factory) -> str:
-    """A random reward model with one output, and the tiny model's tokenizer and template."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("reward_model")
-    config = LlamaConfig.from_pretrained(tiny_model, num_labels=1)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        LlamaForSequenceClassification(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return str(folder)
 
 
 def section(path: str, **changes) -> RewardModelSection:
@@ -79,6 +66,20 @@ def test_scores_are_the_models_own_on_the_templated_conversation(classifier):
         reward.score(groups())
 
 
+def test_scores_without_a_label_dimension_are_taken_too(classifier):
+    """Public copies of ArmoRM, among others, return logits of shape [R]."""
+    reward = RewardModel(section(classifier))
+    expected, forward = flat(reward.score(groups())), reward.model.forward
+
+    def bare(**inputs):
+        output = forward(**inputs)
+        output.logits = output.logits[:, 0]
+        return output
+
+    reward.model.forward = bare
+    assert flat(reward.score(groups())) == expected
+
+
 def test_plain_text_is_another_reading(classifier, tmp_path):
     plain = RewardModel(section(classifier, text="plain"))
     assert flat(plain.score(groups())) != flat(RewardModel(section(classifier)).score(groups()))
@@ -92,8 +93,6 @@ def test_plain_text_is_another_reading(classifier, tmp_path):
 
 
 def test_a_model_without_padding_token_scores_one_text_at_a_time(classifier, tmp_path):
-    import json
-
     folder = tmp_path / "no_pad"
     shutil.copytree(classifier, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -169,3 +168,69 @@ def test_beside_reward_functions(classifier, tmp_path):
         both.close()
     with pytest.raises(RewardError, match="Two rewards"):
         JoinedScorers([RewardModel(section(classifier)), RewardModel(section(classifier))])
+
+
+LENGTH = "def reward(completions, **c):\n    return [float(len(x[-1]['content'])) for x in completions]\n"
+
+
+def test_scores_stand_in_the_recipes_order(classifier, tmp_path):
+    """Weights go by place: a model between two functions must stay between them."""
+    (tmp_path / "length.py").write_text(LENGTH)
+    first, last = (RewardSection(function="length.py", name=n, deadline_s=60.0) for n in ("first", "last"))
+    scorer = make_scorer([first, section(classifier), last], ScoringSection(workers=1), tmp_path)
+    alone = flat(RewardModel(section(classifier)).score(groups()))
+    try:
+        assert scorer.names == ("first", "reward_model", "last")
+        rows = [row for group in scorer.score(groups()) for row in group.scores]
+    finally:
+        scorer.close()
+    lengths = [float(len(text)) for texts in TEXTS for text in texts]
+    assert [[score.value for score in row] for row in rows] == [[n, x, n] for n, x in zip(lengths, alone, strict=True)]
+
+
+def test_what_was_started_is_closed_when_a_model_cannot_be_loaded(classifier, tmp_path, monkeypatch):
+    (tmp_path / "length.py").write_text(LENGTH)
+    closed, close = [], Scorer.close
+    monkeypatch.setattr(Scorer, "close", lambda self: closed.append(close(self)))
+    function = RewardSection(function="length.py")
+    with pytest.raises(RewardError, match="no fallback"):
+        make_scorer([function, section(str(tmp_path / "missing"))], ScoringSection(workers=1), tmp_path)
+    assert len(closed) == 1
+
+
+def test_functions_alone_need_no_torch(tmp_path):
+    (tmp_path / "length.py").write_text(LENGTH)
+    scorer = make_scorer([RewardSection(function="length.py")], ScoringSection(workers=1), tmp_path)
+    scorer.close()
+    assert isinstance(scorer, Scorer) and scorer.names == ("length",)
+
+
+@pytest.mark.engine
+def test_a_recipe_trains_on_a_reward_model(classifier, write_recipe, tmp_path):
+    """From a recipe to the weights: the model's scores are the rewards, in training and in evaluation."""
+    from conftest import rows
+
+    from rlpost.evaluate import evaluate_checkpoint
+    from rlpost.loop import train
+    from rlpost.recipe.load import load_recipe
+    from rlpost.recipe.rules import refuse_unsound
+
+    model = {"path": classifier, "dtype": "float32", "device": "cpu", "weight": 2.0, "accuracy": True}
+    changes = {"rewards": [model], "learner.steps": 2, "evaluation.at_start": False}
+    loaded = load_recipe(write_recipe(tmp_path, changes))
+    refuse_unsound(loaded)
+    result = train(loaded)
+    for row in rows(result.run_dir, "train"):
+        assert row["reward/mean"] == pytest.approx(2 * row["rewards/reward_model/mean"])
+        assert row["scores/reward_model/scored"] == 8 and row["optimizer/grad_norm"] > 0
+    sampled = next((result.run_dir / "completions").glob("step_*.jsonl")).read_text().splitlines()
+    record = json.loads(sampled[0])
+    prompt = Prompt("p", (), record["prompt"], (1,))
+    group = Group(prompt, (Completion((7,), (-1.0,), record["completion"], "stop"),))
+    plain = RewardModel(section(classifier, text="plain"))
+    # The tiny template ends a turn with a new line, which a completion alone does not have.
+    ended = Group(prompt, (Completion((7,), (-1.0,), record["completion"] + "\n", "stop"),))
+    values = [flat(plain.score([g]))[0] for g in (group, ended)]
+    assert record["reward"] == pytest.approx(2 * values[1], rel=1e-4) and values[0] != values[1]
+    judged = evaluate_checkpoint(loaded, result.checkpoint)
+    assert judged.reward == pytest.approx(rows(result.run_dir, "eval")[-1]["eval/reward"])

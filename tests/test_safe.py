@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlpost.gradient.kl import kl_estimate
 from rlpost.gradient.loss import coefficient_loss
+from rlpost.learner.actor_critic import ActorCritic
 from rlpost.methods import compute_coefficients
 from rlpost.methods.controllers import (
     AdaptiveKlState,
@@ -25,11 +26,11 @@ from rlpost.methods.controllers import (
     control,
     from_dict,
     initial_state,
-    kl_term,
     loss_coefficient,
     reward_coefficient,
     to_dict,
 )
+from rlpost.methods.ppo import estimate
 from rlpost.methods.safe import (
     CrashState,
     PidState,
@@ -37,6 +38,7 @@ from rlpost.methods.safe import (
     conditional_pid,
     entropy_gate,
     momentum_penalty,
+    pid_terms,
     predicted_kl,
     preview_brake,
     published_phase,
@@ -48,6 +50,7 @@ from rlpost.recipe.critic import (
     AdaptiveKlController,
     AsymmetricPenalty,
     Controller,
+    CriticSection,
     PublishedSafeController,
     SafeController,
     describe_controller,
@@ -79,7 +82,16 @@ def rewards(values, *, kl=0.1, entropy=0.5, std=0.3):
 
 
 def test_published_gate_values():
-    for entropy, gate in ((0.05, 13.3333), (0.2, 6.6667), (0.5, 3.3333), (1.0, 1.8182), (2.0, 0.9524), (5.0, 0.5)):
+    for entropy, gate in (
+        (0.05, 13.3333),
+        (0.2, 6.6667),
+        (0.5, 3.3333),
+        (1.0, 1.8182),
+        (1.9, 1.0),
+        (2.0, 0.9524),
+        (3.0, 0.6452),
+        (5.0, 0.5),
+    ):
         assert entropy_gate(entropy) == pytest.approx(gate, abs=1e-4)
 
 
@@ -177,19 +189,70 @@ def test_preview_brake():
 
 
 def test_crashes_are_counted_once_each():
+    """Three standard deviations below the moving average; and, apart from that, 0.1 in the reward's unit."""
     state = CrashState()
-    steady = [0.7 + 0.01 * e for e in noise(100)]
+    steady = [0.7 + 0.01 * max(-2.0, min(2.0, e)) for e in noise(100)]
     for reward in steady:
         state = state.step(reward)
-    assert state.crashes == 0
+    assert state.crashes == state.falls == 0 and not state.down
+    deviation = math.sqrt(state.variance)
+    assert not state.step(state.average - 2.9 * deviation).down
+    small = state.step(state.average - 3.1 * deviation)
+    assert small.down and small.crashes == 1 and not small.fallen  # far less than 0.1
     for reward in (0.3, 0.29, NAN, 0.31):
         state = state.step(reward)
-    assert state.crashes == 1 and state.down
+    assert state.crashes == state.falls == 1 and state.down and state.fallen
     for reward in [*steady, 0.3]:
         state = state.step(reward)
-    assert state.crashes == 2
+    assert state.crashes == state.falls == 2
+    found = state.metrics()
+    assert found["reward/crashes_per_1000"] == pytest.approx(1000 * 2 / (state.seen - 20))
+    assert found["reward/crashed"] == 1.0 and found["reward/falls"] == 2.0
     assert CrashState().step(0.5).step(-100.0).crashes == 0  # too few rollouts to know the spread
+    wide = CrashState()
+    for e in noise(200):
+        wide = wide.step(10 + 0.5 * e)
+    assert wide.falls > 10 >= 5 * wide.crashes  # why falls are counted apart: the unit of a reward model is its own
     assert CrashState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
+
+
+# --- one reward a rollout ---------------------------------------------------------------------------------------------
+
+
+def several_updates(values, updates=8, **known):
+    """What a controller sees of rollouts with so many optimizer steps each: the reward with the first of them."""
+    return [o for r in values for o in rewards([r, *[NAN] * (updates - 1)], **known)]
+
+
+@pytest.mark.parametrize("section", [SCALE_FREE, PUBLISHED], ids=lambda s: s.type)
+def test_more_updates_of_a_rollout_do_not_change_what_rewards_say(section):
+    """Velocity, PID and phase are those of one update a rollout, and stand until the next reward."""
+    curve = [0.5 + 0.01 * i + 0.02 * e for i, e in enumerate(noise(70))]
+    once = [d.metrics for d in drive(section, rewards(curve))]
+    often = [d.metrics for d in drive(section, several_updates(curve))]
+    for name in ("phase", "velocity", "pid", "pid_p", "pid_i", "pid_d", "pid_integral", "pid_error"):
+        key = f"controller/{name}"
+        for u in range(8):
+            assert [m[key] for m in often[u::8]] == [m[key] for m in once], (name, u)
+    assert any(m["controller/pid"] != 0 for m in once)
+
+
+def test_a_steady_climb_is_seen_as_one_whatever_the_number_of_updates():
+    """Fed once an update, each reward eight times over, the same climb looks like CONVERGED for most of the run."""
+    values = [0.02 * i for i in range(100)]
+    found = [d.metrics["controller/phase"] for d in drive(SCALE_FREE, several_updates(values, std=1.0))]
+    assert found[8 * 30 :].count(1.0) == len(found[8 * 30 :])
+    repeated = drive(SCALE_FREE, rewards([v for v in values for _ in range(8)], std=1.0))
+    assert [d.metrics["controller/phase"] for d in repeated[8 * 30 :]].count(1.0) < 0.5 * len(found[8 * 30 :])
+
+
+def test_pid_terms_add_up_to_the_output():
+    for section in (SCALE_FREE, PUBLISHED):
+        for decision in drive(section, rewards([0.5, 0.501, 0.5, 0.502], std=1.0))[1:]:
+            m = decision.metrics
+            parts = m["controller/pid_p"] + m["controller/pid_i"] + m["controller/pid_d"]
+            assert m["controller/pid"] == pytest.approx(parts) and parts != 0
+    assert pid_terms(PidState(2.0, 3.0, 5.0), kp=1.0, ki=10.0, kd=100.0) == {"p": 3.0, "i": 20.0, "d": 500.0}
 
 
 # --- the redesign -----------------------------------------------------------------------------------------------------
@@ -327,9 +390,8 @@ def test_controllers_resume_exactly(section):
         first, second = KlController(section), KlController(section)
         for o in seen[:cut]:
             first.step(o)
-            first.watch(o.reward)
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-        assert second.state == first.state and second.crashes == first.crashes
+        assert second.state == first.state
         assert [second.step(o) for o in seen[cut:]] == wanted[cut:]
     with pytest.raises(ValueError, match="another|not the state"):
         other = ADAPTIVE if section is not ADAPTIVE else SCALE_FREE
@@ -339,15 +401,16 @@ def test_controllers_resume_exactly(section):
 # --- the gradient of the KL term --------------------------------------------------------------------------------------
 
 
-def kl_gradient(case: Case, coefficient: float, estimator: str) -> torch.Tensor:
-    """What the KL term adds to the gradient of the step's loss, through the one loss."""
-    view = case.view()
-    method_ = method(preset="grpo", reduction={"type": "token"})
-    coefficients = compute_coefficients(method_, view, case.counts(), context=CONTEXT)
-    term = kl_term(coefficient, estimator, view.logp, view.ref_logp)
+def kl_gradient(case: Case, section, decision: Decision, estimator: str) -> torch.Tensor:
+    """What the controller's decision adds to the gradient of the step's loss, by the way that training takes."""
+    view, counts = case.view(), case.counts()
+    controlled = method(preset="ppo", kl={"estimator": estimator}, controller=section.model_dump(mode="json"))
+    beta = ActorCritic.of(controlled).kl_coefficient(decision)
+    context = replace(CONTEXT, kl_coefficient=beta)
+    with_term = compute_coefficients(controlled, view, counts, context=context)
+    without = compute_coefficients(method(preset="ppo", controller=None), view, counts, context=CONTEXT)
     logp, entropy = case.score()
-    both = coefficient_loss(replace(coefficients, coefficient=coefficients.coefficient + term), logp, entropy)
-    return case.gradient(both - coefficient_loss(coefficients, logp, entropy))
+    return case.gradient(coefficient_loss(with_term, logp, entropy) - coefficient_loss(without, logp, entropy))
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
@@ -373,7 +436,8 @@ def test_kl_term_equals_autograd_in_every_mode(estimator, kind, previous):
     literal = case.gradient(gate * weight * excess.clamp(min=0) ** 2)
     straight = case.gradient(2 * gate * weight * float(excess.detach().clamp(min=0)) * kl)
     found = {
-        term: kl_gradient(case, loss_coefficient(term, decision), estimator) for term in ("literal", "coefficient")
+        term: kl_gradient(case, replace_section(section, term=term), decision, estimator)
+        for term in ("literal", "coefficient")
     }
     torch.testing.assert_close(found["literal"], literal, rtol=1e-9, atol=1e-13)
     torch.testing.assert_close(found["coefficient"], straight, rtol=1e-9, atol=1e-13)
@@ -388,7 +452,35 @@ def test_released_term_has_no_gradient_and_a_penalty():
     (decision,) = drive(section, [Observation(0.9, 0.4, 0.5)])
     assert decision.penalty > 0 and decision.coefficient > 0
     assert loss_coefficient("released", decision) == 0.0 == reward_coefficient("released", decision)
-    assert not kl_gradient(Case(2), loss_coefficient("released", decision), "k3").any()
+    for estimator in ("k1", "k2", "k3"):
+        assert not kl_gradient(Case(2), section, decision, estimator).any()
+    acting = replace_section(section, term="coefficient")
+    assert kl_gradient(Case(2), acting, decision, "k3").any()  # the same decision
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_adaptive_kl_in_the_loss_equals_autograd(estimator):
+    case, section = Case(2), replace_section(ADAPTIVE, term="coefficient")
+    (decision,) = drive(section, [Observation(0.5, 0.4, 0.5, 0.2)])
+    logp, _ = case.score()
+    expected = case.gradient(decision.coefficient * kl_estimate(estimator, logp, case.ref_logp).mean())
+    assert expected.abs().sum() > 0
+    torch.testing.assert_close(kl_gradient(case, section, decision, estimator), expected, rtol=1e-9, atol=1e-13)
+    # In the reward it is no business of the loss.
+    assert not kl_gradient(case, ADAPTIVE, decision, estimator).any()
+
+
+@pytest.mark.parametrize(("newest", "acts"), [(0.8, True), (0.2, False)])
+def test_slopes_of_the_asymmetric_and_momentum_penalties_equal_autograd(newest, acts):
+    extra = AsymmetricPenalty(threshold=0.3, weight=0.1, momentum=5.0, window=10)
+    section = PublishedSafeController(asymmetric=extra, weight=0.0)
+    before = [0.25 + 0.001 * i for i in range(9)]
+    last = drive(section, [Observation(k, 0.5, 0.5) for k in (*before, newest)])[-1]
+    kl = torch.tensor(newest, dtype=torch.float64, requires_grad=True)
+    penalty = 0.1 * (kl - 0.3).clamp(min=0) ** 2 + 5.0 * ((kl - before[0]) / 10).clamp(min=0) ** 2
+    penalty.backward()
+    assert last.penalty == pytest.approx(float(penalty.detach()), rel=1e-12, abs=1e-15)
+    assert last.coefficient == pytest.approx(float(kl.grad), rel=1e-12, abs=1e-15) and (last.coefficient > 0) is acts
 
 
 def test_reward_shaping_has_the_gradient_of_the_kl():
@@ -402,7 +494,10 @@ def test_reward_shaping_has_the_gradient_of_the_kl():
     ref = torch.log_softmax(torch.randn(6, generator=g, dtype=torch.float64), -1)
     logp = torch.log_softmax(logits, -1)
     (expected,) = torch.autograd.grad(-c * (logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)
-    shaped = -c * kl_estimate("k1", logp.detach(), ref)  # what is added to each outcome's reward
+    # Six completions of one token, one for each outcome: what is added to their rewards, by the way that training takes.
+    kl = kl_estimate("k1", logp.detach(), ref)
+    nothing, each = torch.zeros(6, dtype=torch.float64), torch.arange(6)
+    shaped = estimate(CriticSection(), nothing, nothing, each, kl=kl, kl_coefficient=c).advantage
     (found,) = torch.autograd.grad((logp.detach().exp() * shaped * logp).sum(), logits)
     torch.testing.assert_close(found, expected)
     assert expected.abs().sum() > 1e-3
@@ -420,9 +515,26 @@ def test_sections_are_chosen_by_type_and_refuse_nonsense():
     for changes in ({"threshold_limits": (2.0, 0.3)}, {"gate_limits": (5.0, 0.5)}, {"authority": 1.0}, {"window": 1}):
         with pytest.raises(ValidationError):
             SafeController(**changes)
+    for section in (SCALE_FREE, PUBLISHED):
+        with pytest.raises(ValidationError, match=r"controller\.brake .*controller\.term `reward`"):
+            replace_section(section, term="reward", brake=0.5)
+        assert replace_section(section, term="coefficient", brake=0.5).brake == 0.5
     for section in (SCALE_FREE, PUBLISHED, ADAPTIVE):
         assert describe_controller(section).startswith("controller: ")
         assert all(field.description for name, field in type(section).model_fields.items() if name != "type")
+
+
+def test_controllers_refuse_slots_that_leave_them_without_samples():
+    """Pairs tie the policy to its reference themselves; a gate replaces the samples whose KL and reward are followed."""
+    demonstrations = {"type": "solve_rate"}
+    for slots, word in (
+        ({"preset": "dpo", "controller": {"type": "safe"}}, "pairs and controller"),
+        ({"preset": "hpt", "controller": {"type": "adaptive_kl", "term": "coefficient"}}, "gate and controller"),
+        ({"preset": "grpo", "gate": demonstrations, "controller": {"type": "safe"}}, "gate and controller"),
+    ):
+        with pytest.raises(ValidationError, match=word):
+            method(**slots)
+    assert method(preset="grpo", controller={"type": "safe"}).controller is not None
 
 
 def test_states_are_frozen():

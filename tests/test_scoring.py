@@ -311,6 +311,18 @@ def test_too_many_failures_stop_the_run(moods):
             s.score([group("raise a", "value 1", "raise b")])
 
 
+def test_failures_are_judged_over_all_calls_of_a_step(moods):
+    """A hinted group with 5 of 8 failures does not end a run whose other completions were scored; a broken reward does."""
+    right, failing = ["value 1"] * 8, ["raise a"] * 5 + ["value 1"] * 3
+    with scorer(f"{moods}:mood", max_failed_share=0.5) as s:
+        s.score([group(*right)])
+        assert s.score([group(*failing)], more=True)
+        with pytest.raises(RewardError, match=r"15 of 29 completions \(15 crashed\)"):
+            s.score([group(*["raise b"] * 10, "value 1", "value 2", "value 3")], more=True)
+        with pytest.raises(RewardError, match="5 of 8 completions"):
+            s.score([group(*failing)])
+
+
 def test_several_rewards_and_empty_groups(moods):
     rewards = [
         RewardSection(function=f"{moods}:mood", name="first"),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
+from rlpost.recipe.reward import RewardModelSection, RewardSection, reward_ceiling
 from rlpost.tracking.advice import Doctor, advise
 
 HEALTHY = {
@@ -86,6 +89,17 @@ def test_the_ceiling_depends_on_the_weights():
     assert ids(made) == ["reward-ceiling"] and ids(made, reward_ceiling=2.0) == []
 
 
+def test_a_critic_learns_from_groups_of_equal_rewards():
+    assert ids(rows(8, 5, reward__zero_variance_share=1.0, critic__value_mean=0.4)) == []
+
+
+def test_a_reward_without_a_limit_has_no_ceiling():
+    made = rows(8, 5, reward__mean=12.0, reward__zero_variance_share=0.7)
+    assert ids(made) == ["reward-ceiling"] and ids(made, reward_ceiling=math.inf) == []
+    assert reward_ceiling([RewardSection(function="a", weight=2), RewardSection(function="b", weight=-1)]) == 2
+    assert reward_ceiling([RewardSection(function="a"), RewardModelSection(path="b")]) == math.inf
+
+
 def test_failed_scores_are_counted_by_kind():
     made = rows(3, 1, scores__failed_share=0.25, scores__math__timed_out=12, scores__math__scored=36)
     assert "math/timed_out: 12" in advise(made)[0].text
@@ -105,6 +119,15 @@ def test_evaluation_rows_are_ignored():
     made = rows(8, 8, completions__truncated_share=1.0)
     mixed = [item for row in made for item in (row, {"step": row["step"], "kind": "eval", "eval/accuracy": 1.0})]
     assert ids(mixed) == ["all-truncated"]
+
+
+def test_a_share_of_failures_that_grows_is_told_again():
+    doctor = Doctor()
+    shares = [0.06, 0.1, 0.06, 0.3, 0.25, 0.9, 0.1]
+    told = [
+        s for s in shares for one in doctor.observe(rows(1, 0, scores__failed_share=s)[0]) if one.id == "scores-failed"
+    ]
+    assert told == [0.06, 0.3, 0.9]
 
 
 def test_the_doctor_says_everything_once_and_remembers_the_runs_start():

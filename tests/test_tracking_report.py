@@ -10,7 +10,7 @@ import pytest
 from rlpost.errors import RlpostError
 from rlpost.experience import Completion, Group, Outcome, Prompt, Score
 from rlpost.tracking.completions import ScoredRollout, records, write_completions
-from rlpost.tracking.figures import extra_groups, smooth
+from rlpost.tracking.figures import draw_all, extra_groups, smooth
 from rlpost.tracking.metrics import MetricsWriter, read_metrics
 from rlpost.tracking.report import summarize, write_report
 from rlpost.tracking.rundir import RunDirectory
@@ -109,6 +109,54 @@ def test_metrics_with_a_picture_of_their_own_are_not_drawn_twice():
     assert extra_groups(rows) == {"mask": ["mask/a"]}
 
 
+def controlled(steps: int) -> list[dict]:
+    """Rows of a SAFE controller's decisions on a reward that climbs and levels out, two updates a rollout."""
+    from rlpost.methods.controllers import KlController, Observation
+    from rlpost.recipe.critic import SafeController
+
+    controller, rows = KlController(SafeController(window=10)), []
+    for step in range(1, steps + 1):
+        reward = 1 - math.exp(-step / 40) + 0.02 * math.sin(step)
+        seen = Observation(0.004 * step, 0.9 * math.exp(-step / 90), math.nan if step % 2 == 0 else reward, 0.3)
+        rows.append({"step": step, "kind": "train", **controller.step(seen).metrics})
+    return rows
+
+
+def test_the_controller_has_one_picture(tmp_path, monkeypatch):
+    """All its parts are on it: KL against the threshold over bands of phases, gate, coefficient, penalty, PID terms."""
+    from matplotlib.figure import Figure
+
+    drawn: dict[str, Figure] = {}
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **o: (drawn.update({path.name: self}), save(self, path, **o))
+    )
+    rows = controlled(240)
+    pictures = {one.path.name: one.title for one in draw_all(rows, tmp_path)}
+    assert pictures["controller.png"] == "KL controller" and (tmp_path / "controller.png").stat().st_size > 20_000
+    panels = {axes.get_title(loc="left"): axes for axes in drawn["controller.png"].axes}
+    assert len(panels) == 5
+    top = panels["KL to the reference and its threshold"]
+    lines = {line.get_label(): list(line.get_ydata()) for line in top.lines}
+    assert lines["threshold"] == [row["controller/threshold"] for row in rows]
+    assert lines["KL"][-1] == pytest.approx(0.96)
+    phases = [row["controller/phase"] for row in rows]
+    changes = sum(a != b for a, b in zip(phases, phases[1:], strict=False))
+    assert changes >= 2 and all(len(axes.patches) == changes + 1 for axes in panels.values())
+    assert {"warmup", "climbing", "converged"} <= {patch.get_label() for patch in top.patches}
+    pid = {line.get_label(): list(line.get_ydata()) for line in panels["PID on the reward's velocity"].lines}
+    assert set(pid) == {"P", "I", "D", "output"} and pid["output"] == [row["controller/pid"] for row in rows]
+    # What is on it is not drawn a second time as small multiples; the rest of the group is.
+    left = extra_groups(rows)["controller"]
+    assert "controller/step_scale" in left and not {"controller/kl", "controller/pid_i", "controller/gate"} & set(left)
+
+
+def test_an_adaptive_controllers_picture_has_its_target(tmp_path):
+    row = {"kind": "train", "controller/kl": 0.1, "controller/target": 0.05, "controller/coefficient": 0.05}
+    pictures = draw_all([{"step": step, **row} for step in (1, 2, 3)], tmp_path)
+    assert [one.path.name for one in pictures] == ["controller.png"]
+
+
 def test_smoothing_keeps_constants_and_length():
     assert smooth([2.0] * 50) == [2.0] * 50
     assert smooth([1.0]) == [1.0] and smooth([]) == []
@@ -130,5 +178,78 @@ def test_the_pages_advice_knows_the_recipes_weights(tmp_path):
             writer = MetricsWriter(run.metrics)
             for step in range(1, 7):
                 writer.append(step, {"reward/mean": 1.0, "reward/zero_variance_share": 0.7})
+    with RunDirectory.open(tmp_path / "model", fresh=True) as run:
+        run.write_recipe({"rewards": [{"type": "model", "path": "judge", "weight": 1.0}]})
+        writer = MetricsWriter(run.metrics)
+        for step in range(1, 7):
+            writer.append(step, {"reward/mean": 1.0, "reward/zero_variance_share": 0.7})
+    assert "reward-ceiling" not in write_report(tmp_path / "model").read_text()
     assert "reward-ceiling" in write_report(tmp_path / "low").read_text()
     assert "reward-ceiling" not in write_report(tmp_path / "high").read_text()
+
+
+def solution_rows(**changes):
+    """Metrics of a run with guidance and a gate; None leaves a key out."""
+    found = []
+    for step in range(1, 13):
+        row = {
+            "kind": "train",
+            "step": step,
+            "guidance/hard_share": 0.5,
+            "guidance/unsolved_share": 0.1,
+            "guidance/solved_level_1": math.nan if step == 3 else 0.5,
+            "guidance/solved_level_2": 0.3,
+            "guidance/accuracy_without_hints": step / 20,
+            "guidance/accuracy_trained": step / 20 + 0.2,
+            "gate/sft_share": 0.1,
+            "time/guide": 3.0,
+            "time/rollout": 1.0,
+            "time/step": 5.0,
+        } | changes
+        found.append({key: value for key, value in row.items() if value is not None})
+    return found
+
+
+def drawn(rows, monkeypatch, tmp_path):
+    """The axes of the solutions' picture, by title."""
+    from matplotlib import pyplot
+
+    seen = {}
+    original = pyplot.close
+
+    def look(figure):
+        seen.update({axes.get_title(loc="left"): axes for axes in figure.axes})
+        return original(figure)
+
+    monkeypatch.setattr(pyplot, "close", look)
+    pictures = draw_all(rows, tmp_path)
+    return seen, [picture.path.name for picture in pictures]
+
+
+def test_accuracy_with_and_without_hints_in_one_picture(tmp_path, monkeypatch):
+    seen, files = drawn(solution_rows(), monkeypatch, tmp_path)
+    assert "solutions.png" in files and (tmp_path / "solutions.png").stat().st_size > 10_000
+    names = [text.get_text() for text in seen["Right answers"].get_legend().get_texts()]
+    assert names == ["first samples, without hints", "samples trained on, hints included"]
+    below = seen["Prompts that no first sample solved"]
+    names = {text.get_text() for text in below.get_legend().get_texts()}
+    assert names == {"solved at hint 1", "solved at hint 2", "unsolved", "learned by SFT"}
+    tops = [collection.get_paths()[0].vertices[:, 1].max() for collection in below.collections]
+    assert tops == pytest.approx([0.25, 0.4, 0.5]), "shares of all prompts, one above the other"
+
+
+def test_a_gate_alone_and_neither(tmp_path, monkeypatch):
+    rows = [{k: v for k, v in row.items() if not k.startswith("guidance/")} for row in solution_rows()]
+    seen, files = drawn(rows, monkeypatch, tmp_path)
+    assert "solutions.png" in files and "Prompts learned from their solution" in seen
+    assert "solutions.png" not in [p.path.name for p in draw_all(rows[:0], tmp_path)]
+
+
+def test_the_time_of_guidance_is_named(tmp_path, monkeypatch):
+    from rlpost.tracking.console import time_split
+
+    rows = solution_rows()
+    assert "guide 60%" in time_split(rows[0])
+    seen, _ = drawn(rows, monkeypatch, tmp_path)
+    legend = [text.get_text() for text in seen["Where the time goes"].get_legend().get_texts()]
+    assert "guide (60%)" in legend and "other (20%)" in legend

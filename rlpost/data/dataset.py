@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from glob import glob
@@ -75,8 +76,25 @@ def _load(path: str, name: str | None, files: list[str] | None, source: DatasetS
         cause = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         cause = cause.rstrip(".!")
         raise DataError(
-            f"{where}.path: `{source.path}` cannot be loaded: {cause}. {_advice(error, files, where)}"
+            f"{where}.path: `{source.path}` cannot be loaded: {cause}.{_bad_line(files)} {_advice(error, files, where)}"
         ) from error
+
+
+def _bad_line(files: list[str] | None) -> str:
+    """Where the first line stands that is no JSON object, which the reader's own message does not say."""
+    for file in files or ():
+        if Path(file).suffix.lower() != ".jsonl":
+            continue
+        with Path(file).open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    right = not line.strip() or isinstance(json.loads(line), dict)
+                except json.JSONDecodeError:
+                    right = False
+                if not right:
+                    shown = line.strip() if len(line) <= 60 else line.strip()[:57] + "..."
+                    return f" {file}, line {number}, is no JSON object: {shown}"
+    return ""
 
 
 def _advice(error: Exception, files: list[str] | None, where: str) -> str:
@@ -95,14 +113,19 @@ def _advice(error: Exception, files: list[str] | None, where: str) -> str:
 
 @contextmanager
 def _quiet_progress() -> Iterator[None]:
-    """Reading a local file is quick: no progress bar a rank."""
+    """Reading a local file is quick: no progress bar a rank, and no error logged that is raised too."""
+    import logging
+
     import datasets
 
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)
     silent = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if not silent:
             datasets.enable_progress_bars()
 

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlpost.data.hints import Hinter
 from rlpost.data.solutions import SOLVERS
 from rlpost.errors import DataError
 from rlpost.experience import Prompt
 from rlpost.recipe.data import DataSection, DatasetSource
+from rlpost.recipe.guidance import Gate, SftFirstGate, SolveRateGate
 from rlpost.recipe.method import MethodSection
 
 if TYPE_CHECKING:
@@ -24,35 +26,93 @@ class DemonstrationReader:
 
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
+    context: int | None = None  # the model's, in tokens; None: not known
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None]:
-        """Token ids with the end-of-sequence token; None without a demonstration, or with more than `max_tokens`."""
+        """Token ids with the end-of-sequence token; None without a demonstration, or with more than `limit` of them."""
         texts = [prompt.demonstration.text for prompt in prompts if prompt.demonstration is not None]
         made = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
         end = int(self.tokenizer.eos_token_id)
         found = [None if prompt.demonstration is None else (*next(made), end) for prompt in prompts]
-        return [ids if ids is not None and 1 < len(ids) <= self.max_tokens else None for ids in found]
+        return [
+            ids if ids is not None and 1 < len(ids) <= self.limit(prompt) else None
+            for prompt, ids in zip(prompts, found, strict=True)
+        ]
+
+    def limit(self, prompt: Prompt) -> int:
+        """The most tokens that a prompt's demonstration may have: behind the bare question it must fit the context too."""
+        room = self.max_tokens if self.context is None else self.context - len(prompt.bare.token_ids)
+        return min(self.max_tokens, room)
 
 
 def check_demonstrations(
-    prompts: Sequence[Prompt], method: MethodSection, data: DataSection, reader: DemonstrationReader
+    prompts: Sequence[Prompt],
+    method: MethodSection,
+    data: DataSection,
+    reader: DemonstrationReader,
+    hinter: Hinter | None = None,
 ) -> str:
     """A line about the training prompts' demonstrations. Raises DataError where there are none, or refuses long ones."""
     having = [prompt for prompt in prompts if prompt.demonstration is not None]
     slots = " and ".join(f"method.{name}" for name in ("guidance", "gate") if getattr(method, name) is not None)
     if not having:
         raise DataError(f"{slots} (preset {method.preset}) learns from worked solutions, but {_no_solutions(data)}.")
-    note = f"{len(having)} of {len(prompts)} training prompts have a worked solution"
-    if method.gate is None:
-        return note
-    long = sum(ids is None for i in range(0, len(having), BATCH) for ids in reader(having[i : i + BATCH]))
+    notes = [f"{len(having)} of {len(prompts)} training prompts have a worked solution"]
+    if hinter is not None:
+        notes += _note_hints(having, data, hinter)
+    if method.gate is not None:
+        notes.append(_note_long(having, method.gate, data, reader))
+    return "; ".join(notes)
+
+
+def _note_long(having: Sequence[Prompt], gate: Gate, data: DataSection, reader: DemonstrationReader) -> str:
+    """How many solutions the gate cannot use, and what becomes of their prompts."""
+    long = sum(ids is None for batch in _batches(having) for ids in reader(batch))
+    if long == len(having) and isinstance(gate, SftFirstGate) and gate.rollouts is None:
+        raise DataError(
+            f"method.gate learns from worked solutions alone, but each of the {long} has more than {reader.max_tokens} tokens "
+            f"(data.max_demonstration_tokens; by default rollout.max_completion_tokens), or none. Raise the limit."
+        )
+    context = (
+        "" if reader.context is None else f", or do not fit the model's context of {reader.context} behind the question"
+    )
     if long and data.long_demonstrations == "refuse":
         raise DataError(
             f"{long} of {len(having)} worked solutions have more than {reader.max_tokens} tokens "
-            "(data.max_demonstration_tokens; by default rollout.max_completion_tokens). Raise the limit, or set "
+            f"(data.max_demonstration_tokens; by default rollout.max_completion_tokens){context}. Raise the limit, or set "
             "data.long_demonstrations: drop, which leaves these prompts to RL."
         )
-    return f"{note}; {long} of them are longer than {reader.max_tokens} tokens and not learned from"
+    if not long:
+        return f"all of them have at most {reader.max_tokens} tokens and fit behind their question"
+    what = "their prompts are left to RL"
+    if isinstance(gate, SftFirstGate):
+        what = "their prompts are left out of SFT"
+    elif isinstance(gate, SolveRateGate) and gate.gamma >= 1:
+        what += " although method.gate.gamma=1 asks for SFT alone (data.long_demonstrations: refuse would stop here)"
+    return f"{long} of them have more than {reader.max_tokens} tokens{context} and are not learned from: {what}"
+
+
+def _note_hints(having: Sequence[Prompt], data: DataSection, hinter: Hinter) -> list[str]:
+    """For how many solutions the longest hint leaves no room, and for how many even the shortest does."""
+    first, last = hinter.section.ratios[0], hinter.section.ratios[-1]
+    long = [prompt for batch in _batches(having) for prompt in hinter.too_long(batch, last)]
+    if not long:
+        return []
+    never = sum(len(hinter.too_long(batch, first)) for batch in _batches(long))
+    where = (
+        f"{hinter.max_prompt_tokens} tokens (data.max_prompt_tokens, and the model's context without the completion)"
+    )
+    if data.long_demonstrations == "refuse":
+        raise DataError(
+            f"{len(long)} of {len(having)} prompts with {last:.0%} of their worked solution (method.guidance.ratios) have more "
+            f"than {where}. Raise data.max_prompt_tokens, lower the ratios, or set data.long_demonstrations: drop, which does "
+            "without the hints that do not fit."
+        )
+    return [f"{last:.0%} of it as a hint does not fit {where} for {len(long)} of them, {first:.0%} not for {never}"]
+
+
+def _batches(prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
+    return [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
 
 
 def demonstration_limit(data: DataSection, max_completion_tokens: int) -> int:

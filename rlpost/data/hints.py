@@ -14,13 +14,25 @@ from rlpost.recipe.guidance import HintGuidance
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A LaTeX command, a number (sign, thousands, decimals, fraction, exponent, percent), or a word.
+# A LaTeX command, a number (sign, thousands, decimals, fraction, exponent, percent), a word, or a sub- or superscript that
+# belongs to a bracket.
 _ATOM = re.compile(
     r"\\(?:[A-Za-z]+\*?|.)"
-    r"|[-+]?\d+(?:(?:[.,/]|\{,\}|\\,)\d+)*(?:[eE][-+]?\d+)?(?:\\?%)?"
-    r"|[^\W\d_]+(?:['’-][^\W\d_]+)*",
+    r"|[-+]?(?:\d+|\.\d+)(?:(?:[./]|(?:\\!)*,(?:\\!)*|\{,\}|\\,)\d+)*(?:[eE][-+]?\d+)?(?:\\?%)?"
+    r"|[^\W\d_]+(?:['’-][^\W\d_]+)*"
+    r"|[\^_](?=[{\\\w])",
     re.DOTALL,
 )
+# How many arguments a command takes even where they have no braces, or a space before them. Others: what is attached.
+_ARGUMENTS = dict.fromkeys(
+    ("frac", "dfrac", "tfrac", "cfrac", "binom", "dbinom", "tbinom", "overset", "underset", "stackrel"), 2
+) | dict.fromkeys(
+    ("sqrt", "boxed", "text", "mathrm", "mathbf", "mathbb", "overline", "underline", "vec", "hat", "bar"), 1
+)
+_COMMAND = re.compile(r"\\([A-Za-z]+)")
+_BARE_ARGUMENT = re.compile(r"\\[A-Za-z]+|\w")
+_BARE_SCRIPT = re.compile(r"[-+]?\w+")
+_SPACES = re.compile(r" *")
 # A step ends with its line, or with a sentence.
 _STEP = re.compile(r"\n+|(?<=[.!?])[ \t]+(?=[^\s])")
 _BRACES = {"{": "}", "[": "]"}
@@ -87,22 +99,49 @@ def _atoms(text: str) -> list[tuple[int, int]]:
     place = 0
     while match := _ATOM.search(text, place):
         start, stop = match.span()
-        if match[0].startswith("\\") and match[0][1:2].isalpha():
-            stop = _arguments_end(text, stop)
+        if match[0][0] in "^_":
+            stop = start
+        elif match[0][0] == "\\" and match[0][1:2].isalpha():
+            stop = _scripts_end(text, _arguments_end(text, stop, _ARGUMENTS.get(match[0][1:].rstrip("*"), 0)))
+            stop = _arguments_end(text, stop, 0)
+        stop = max(_scripts_end(text, stop), match.end())
         found.append((start, stop))
         place = stop
     return found
 
 
-def _arguments_end(text: str, place: int) -> int:
-    """Where the bracketed arguments, sub- and superscripts that begin at `place` end."""
+def _arguments_end(text: str, place: int, arguments: int) -> int:
+    """Where the arguments of a command that begin at `place` end, `arguments` of which may lie behind a space or be one
+    character or command without braces."""
+    taken = 0
     while place < len(text):
-        if text[place] in "^_" and text[place + 1 : place + 2] == "{":
-            after = _bracket_end(text, place + 1)
-        elif text[place] in _BRACES:
-            after = _bracket_end(text, place)
+        begin = _SPACES.match(text, place).end() if taken < arguments else place  # type: ignore[union-attr]
+        after: int | None
+        if text[begin : begin + 1] in _BRACES:
+            after = _bracket_end(text, begin)
+            taken += text[begin] == "{"
+        elif taken < arguments:
+            bare, taken = _BARE_ARGUMENT.match(text, begin), taken + 1
+            after = None if bare is None else bare.end()
         else:
             break
+        if after is None:
+            break
+        place = after
+    return place
+
+
+def _scripts_end(text: str, place: int) -> int:
+    """Where the sub- and superscripts that begin at `place` end: braces, a command with its arguments, or a word or number."""
+    while text[place : place + 1] in ("^", "_"):
+        after: int | None
+        if text[place + 1 : place + 2] == "{":
+            after = _bracket_end(text, place + 1)
+        elif match := _COMMAND.match(text, place + 1):
+            after = _arguments_end(text, match.end(), _ARGUMENTS.get(match[1], 0))
+        else:
+            bare = _BARE_SCRIPT.match(text, place + 1)
+            after = None if bare is None else bare.end()
         if after is None:
             break
         place = after
@@ -146,11 +185,21 @@ class Hinter:
 
         The hinted prompt has the same id and columns, and knows the bare one as its `origin`.
         """
+        return [p if p is not None and self._fits(p) else None for p in self._all(prompts, ratio)]
+
+    def too_long(self, prompts: Sequence[Prompt], ratio: float) -> list[Prompt]:
+        """The prompts whose hinted form does not fit `max_prompt_tokens`."""
+        found = zip(prompts, self._all(prompts, ratio), strict=True)
+        return [prompt for prompt, hinted in found if hinted is not None and not self._fits(hinted)]
+
+    def _fits(self, hinted: Prompt) -> bool:
+        return len(hinted.token_ids) <= self.max_prompt_tokens
+
+    def _all(self, prompts: Sequence[Prompt], ratio: float) -> list[Prompt | None]:
+        """Every prompt with a hint, however long; None where there is no hint."""
         hints = [self.hint(prompt, ratio) for prompt in prompts]
-        wanted = [(prompt, hint) for prompt, hint in zip(prompts, hints, strict=True) if hint]
-        made = iter(self._hinted(wanted))
-        found = [next(made) if hint else None for hint in hints]
-        return [p if p is not None and len(p.token_ids) <= self.max_prompt_tokens else None for p in found]
+        made = iter(self._hinted([(prompt, hint) for prompt, hint in zip(prompts, hints, strict=True) if hint]))
+        return [next(made) if hint else None for hint in hints]
 
     def _hinted(self, wanted: Sequence[tuple[Prompt, str]]) -> list[Prompt]:
         if not wanted:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from rlpost.data.preferences import SAYS, Preference, load_preferences, refusal
+from rlpost.data.preferences import SAYS, SETTING, Preference, load_preferences, refusal
 from rlpost.errors import DataError
 from rlpost.experience import Completion, Message, Prompt
 from rlpost.recipe.data import DataSection
@@ -19,6 +19,11 @@ from rlpost.recipe.preference import PreferenceSource
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_SAYS = {
+    **SAYS,
+    "prompt": "have a prompt that is too long",
+    "held_out": "share their prompt with a held-out pair",
+}
 BATCH = 1000  # rows at once: fast tokenizers work through a batch in parallel, memory stays small
 
 
@@ -52,15 +57,25 @@ class PairSets:
 
     def note(self) -> str:
         """The counts in one line."""
-        said = {
-            **SAYS,
-            "prompt": "have a prompt that is too long",
-            "held_out": "share their prompt with a held-out pair",
-        }
-        reasons = "; ".join(f"{n} {said[reason]}" for reason, n in sorted(self.dropped.items()) if n)
+        reasons = "; ".join(f"{n} {_SAYS[reason]}" for reason, n in sorted(self.dropped.items()) if n)
         return f"{len(self.train)} training and {len(self.held_out)} held-out pairs; dropped: {reasons or 'none'}" + (
             f"; {self.cut} responses cut at the token limit" if self.cut else ""
         )
+
+    def way_out(self) -> str:
+        """What to do about the pairs that were dropped, for each reason that there was."""
+        lost = {reason for reason, count in self.dropped.items() if count}
+        advice = {
+            "prompt": "raise data.max_prompt_tokens",
+            "too_long": "raise rollout.max_completion_tokens or set data.train.too_long=cut",
+            "held_out": "lower data.held_out, or give a data.eval with other prompts",
+        }
+        found = [text for reason, text in advice.items() if reason in lost]
+        if rows := sorted(lost - advice.keys()):
+            found.append(
+                f"look at the rows of data.train: data.train.{SETTING.get(rows[0], rows[0])}=refuse names the first"
+            )
+        return "; ".join([*found, "or give more data in data.train"])
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:
@@ -93,6 +108,8 @@ def build_pairs(
         )
     reader = _Reader(section, tokenizer, limit, max_completion_tokens)
     train = reader.read(section.train, "data.train")
+    if not train:
+        raise _nothing_left(PairSets((), (), reader.dropped, reader.cut))
     held_out = (
         _split_off(train, section.held_out, seed) if section.eval is None else reader.read(section.eval, "data.eval")
     )
@@ -102,11 +119,14 @@ def build_pairs(
     reader.dropped["held_out"] += shared
     sets = PairSets(tuple(kept), tuple(held_out), reader.dropped, reader.cut)
     if not kept:
-        raise DataError(
-            f"No training pair is left ({sets.note()}). Raise data.max_prompt_tokens or rollout.max_completion_tokens, lower "
-            "data.held_out, or give more data in data.train."
-        )
+        raise _nothing_left(sets)
     return sets
+
+
+def _nothing_left(sets: PairSets) -> DataError:
+    """The error that says why every pair was dropped, and what to do about these reasons."""
+    way_out = sets.way_out()
+    return DataError(f"No training pair is left ({sets.note()}). {way_out[0].upper()}{way_out[1:]}.")
 
 
 class _Reader:
@@ -136,9 +156,21 @@ class _Reader:
         self.dropped["prompt"] += len(pairs) - len(fitting)
         if source.too_long == "cut":
             self.cut += sum(len(ids) > self.limit for pair in long for ids in pair.responses)
-            return [self._shortened(pair) for pair in fitting]
-        self.dropped["too_long"] += len(long)
-        return [pair for pair in fitting if max(map(len, pair.responses)) <= self.limit]
+            fitting = [self._shortened(pair) for pair in fitting]
+        else:
+            self.dropped["too_long"] += len(long)
+            fitting = [pair for pair in fitting if max(map(len, pair.responses)) <= self.limit]
+        return self._distinct(fitting, source, where, len(rows))
+
+    def _distinct(self, pairs: list[Pair], source: PreferenceSource, where: str, total: int) -> list[Pair]:
+        """The pairs whose responses differ as the model sees them: texts that differ may be the same tokens, where the
+        template strips them or they differ behind the limit only."""
+        same = [pair for pair in pairs if pair.chosen.token_ids == pair.rejected.token_ids]
+        if same and source.identical == "refuse":
+            detail = f"both are the same {len(same[0].chosen.token_ids)} tokens, after the template and the limit"
+            raise refusal("identical", len(same), total, (same[0].id, detail), where)
+        self.dropped["identical"] += len(same)
+        return [pair for pair in pairs if pair.chosen.token_ids != pair.rejected.token_ids]
 
     def _refuse(self, source: PreferenceSource, where: str, long: list[Pair], prompts: list[Pair], total: int) -> None:
         if long and source.too_long == "refuse":
@@ -207,14 +239,16 @@ class _Reader:
     def _template(self, messages: Sequence[Message], row: Preference, *, answer: bool) -> str:
         from jinja2 import TemplateError
 
+        options = {**self.section.template_options, **row.options}
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=answer, **self.section.template_options
+                list(messages), tokenize=False, add_generation_prompt=answer, **options
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise DataError(
-                f"The chat template fails on row {row.id}: {error}. Check the roles of its messages, data.system_prompt and "
-                "model.chat_template; for texts that need no template set data.train.plain=true."
+                f"The chat template fails on row {row.id}: {error}. Check the roles of its messages, its `tools` and "
+                "`chat_template_kwargs`, data.system_prompt and model.chat_template; for texts that need no template set "
+                "data.train.plain=true."
             ) from error
 
     def _ended(self, row: Preference, prompt: str, response: str, plain: bool) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlpost.data.dataset import load_table
@@ -14,26 +15,30 @@ from rlpost.experience import Message
 from rlpost.recipe.data import DatasetSource
 from rlpost.recipe.preference import PreferenceSource
 
-Reason = Literal["missing", "empty", "identical", "mismatch"]
+Reason = Literal["missing", "malformed", "no_baseline", "empty", "identical", "mismatch"]
 Question = str | tuple[Message, ...]
 SAYS: dict[str, str] = {
     "missing": "have no chosen or no rejected response",
+    "malformed": "have a response that is neither a text nor chat messages of texts",
+    "no_baseline": "have no response of the initial model",
     "empty": "have an empty response",
     "identical": "have two identical responses",
     "mismatch": "have responses that do not answer one and the same prompt",
     "too_long": "have a response that is too long",
 }
+SETTING = {"malformed": "missing", "no_baseline": "missing"}  # the recipe key that decides, where it has another name
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A row: one prompt and two answers to it, as texts."""
+    """A row: one prompt and two answers to it, as texts. `options` are the row's own keywords of the chat template."""
 
     id: str
     prompt: Question
     chosen: str
     rejected: str
     baseline: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +57,17 @@ def load_preferences(source: PreferenceSource, where: str = "data.train") -> tup
     table, name = load_table(
         DatasetSource(path=source.path, name=source.name, split=source.split, limit=source.limit), where
     )
-    _check_columns(source, table.column_names, where)
+    _check_columns(source, table, where)
     found: list[Preference] = []
     problems: dict[str, list[tuple[str, str]]] = {}
     for i, values in enumerate(table):
-        row = read_row(f"{name}/{i}", values, source)
+        row = read_row(f"{name}/{i}", values, source, where)
         if isinstance(row, Preference):
             found.append(row)
         else:
             problems.setdefault(row.reason, []).append((f"{name}/{i}", row.detail))
     for reason, rows in problems.items():
-        if getattr(source, reason) == "refuse":
+        if getattr(source, SETTING.get(reason, reason)) == "refuse":
             raise refusal(reason, len(rows), len(table), rows[0], where)
     return found, Counter({reason: len(rows) for reason, rows in problems.items()})
 
@@ -71,27 +76,27 @@ def refusal(reason: str, count: int, total: int, first: tuple[str, str], where: 
     """The error for rows that `<where>.<reason>: refuse` refuses; `first` is (row, detail)."""
     return DataError(
         f"{where}: {count} of {total} rows {SAYS[reason]}; the first is {first[0]}: {first[1]}. Correct the data, or drop "
-        f"such rows (counted and reported) with {where}.{reason}=drop."
+        f"such rows (counted and reported) with {where}.{SETTING.get(reason, reason)}=drop."
     )
 
 
-def read_row(row_id: str, values: Mapping[str, Any], source: PreferenceSource) -> Preference | Problem:
-    """One row in any of TRL's preference formats: texts or chat messages, prompt given or implicit."""
+def read_row(
+    row_id: str, values: Mapping[str, Any], source: PreferenceSource, where: str = "data.train"
+) -> Preference | Problem:
+    """One row in any of TRL's preference formats: texts or chat messages, prompt given or implicit.
+
+    `where` is the source's place in the recipe, for what the problem's `detail` advises.
+    """
     chosen, rejected = values[source.chosen], values[source.rejected]
-    for side, value in (("chosen", chosen), ("rejected", rejected)):
-        if value is None:
-            return Problem("missing", f"`{getattr(source, side)}` is null")
-        if not isinstance(value, str) and not _is_chat(value) and value != []:
-            return Problem("missing", f"`{getattr(source, side)}` is neither a text nor a list of chat messages")
-        if not value:
-            return Problem("empty", f"`{getattr(source, side)}` is empty")
-    if chosen == rejected:
-        return Problem("identical", "the two responses are the same")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        return Problem("mismatch", "one response is a text, the other a list of messages")
-    prompt = values.get(source.prompt) if source.prompt is not None else None
+    if (problem := _sides(source, chosen, rejected)) is not None:
+        return problem
+    prompt = None
+    if source.prompt is not None and source.prompt in values:
+        prompt = values[source.prompt]
+        if fault := _prompt_fault(prompt):
+            return Problem("mismatch", f"`{source.prompt}` {fault}")
     if isinstance(chosen, str):
-        parts = _texts(prompt, chosen, rejected, source)
+        parts = _texts(prompt, chosen, rejected, source, where)
     else:
         parts = _chats(prompt, list(chosen), list(rejected))
     if isinstance(parts, Problem):
@@ -103,34 +108,46 @@ def read_row(row_id: str, values: Mapping[str, Any], source: PreferenceSource) -
         return Problem("identical", "the two responses are the same")
     baseline = None if source.baseline is None else _last_text(values[source.baseline])
     if source.baseline is not None and not (baseline or "").strip():
-        return Problem("missing", f"`{source.baseline}` is empty")
-    return Preference(row_id, question, good, bad, baseline)
+        return Problem("no_baseline", f"`{source.baseline}` {_fault(values[source.baseline]) or 'is empty'}")
+    return Preference(row_id, question, good, bad, baseline, _options(values, row_id, where))
+
+
+def _sides(source: PreferenceSource, chosen: Any, rejected: Any) -> Problem | None:
+    """What is wrong with the two responses as they stand in the row."""
+    for column, value in ((source.chosen, chosen), (source.rejected, rejected)):
+        if value is None:
+            return Problem("missing", f"`{column}` is null")
+        if fault := _fault(value):
+            return Problem("malformed", f"`{column}` {fault}")
+        if not value:
+            return Problem("empty", f"`{column}` is empty")
+    if chosen == rejected:
+        return Problem("identical", "the two responses are the same")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        return Problem("mismatch", "one response is a text, the other a list of messages")
+    return None
 
 
 Parts = tuple[Question, str, str]
 
 
-def _texts(prompt: Any, chosen: str, rejected: str, source: PreferenceSource) -> Parts | Problem:
-    if isinstance(prompt, str) and prompt.strip():
-        return prompt, chosen, rejected
-    if _is_chat(prompt):
-        return _as_messages(prompt), chosen, rejected
+def _texts(prompt: Any, chosen: str, rejected: str, source: PreferenceSource, where: str) -> Parts | Problem:
     if prompt is not None:
-        return Problem("mismatch", "the prompt is empty, or neither a text nor a list of chat messages")
+        return (prompt if isinstance(prompt, str) else _as_messages(prompt)), chosen, rejected
     parts = _extract(chosen, rejected)
     if not str(parts["prompt"]).strip():
         return Problem("mismatch", "there is no prompt, and the responses have no beginning in common")
     if not source.plain:
         return Problem(
             "mismatch",
-            "there is no prompt column and the responses are texts, so what they have in common is no user message: set "
-            "data.train.plain=true to use it as it is",
+            "there is no prompt and the responses are texts, so what they have in common is no user message: name the "
+            f"prompt's column with {where}.prompt, or use their beginning as it is, without a template ({where}.plain=true)",
         )
     return parts["prompt"], parts["chosen"], parts["rejected"]
 
 
 def _chats(prompt: Any, chosen: list[Any], rejected: list[Any]) -> Parts | Problem:
-    given: list[Any] | None = list(prompt) if _is_chat(prompt) else None
+    given: list[Any] | None = None if prompt is None or isinstance(prompt, str) else list(prompt)
     if given is not None:
         # Some data sets repeat the prompt's messages in front of the responses.
         chosen, rejected = (side[len(given) :] if side[: len(given)] == given else side for side in (chosen, rejected))
@@ -143,11 +160,77 @@ def _chats(prompt: Any, chosen: list[Any], rejected: list[Any]) -> Parts | Probl
             return Problem(
                 "mismatch", "the prompt given is not among the messages that the two responses have in common"
             )
+        if given and (fault := _prompt_fault(given)):
+            return Problem("mismatch", f"what the two responses have in common {fault}")
     if not given:
-        return Problem("mismatch", "the two responses begin with different messages")
+        return Problem("mismatch", "there is no prompt, and the two responses begin with different messages")
     if any(len(side) != 1 or side[0]["role"] != "assistant" for side in (chosen, rejected)):
         return Problem("mismatch", "after the common prompt each side must have one message, the assistant's")
     return _as_messages(given), chosen[0]["content"], rejected[0]["content"]
+
+
+def _prompt_fault(value: Any) -> str | None:
+    """What keeps a value from being a prompt, as the end of a sentence; None for a text, or chat messages that end with a
+    question, as the source `dataset` takes them."""
+    if value is None:
+        return "is null"
+    if fault := _fault(value):
+        return fault
+    last = value if isinstance(value, str) else value[-1]["content"] if value else ""
+    if not last.strip():
+        return "is empty, or ends with an empty message"
+    if not isinstance(value, str) and value[-1]["role"] == "assistant":
+        return "ends with the assistant's answer, and a prompt ends with the question"
+    return None
+
+
+def _fault(value: Any) -> str | None:
+    """Why a value is neither a text nor a list of chat messages with text content (empty ones are both), as the end of a
+    sentence; None where it is one of them."""
+    if isinstance(value, str):
+        return None
+    if not isinstance(value, list):
+        return f"holds a value of type {type(value).__name__}, not a text or a list of chat messages"
+    for i, message in enumerate(value):
+        if not isinstance(message, Mapping):
+            return f"holds a list of {type(message).__name__}, not of chat messages"
+        if isinstance(message.get("role"), str) and isinstance(message.get("content"), str):
+            if message.get("tool_calls"):
+                return f"has tool calls in message {i}, which cannot be learned from yet"
+            continue
+        if "from" in message and "value" in message:
+            return "has messages with `from` and `value` (ShareGPT's form): rename them to `role` and `content`"
+        key = "content" if isinstance(message.get("role"), str) else "role"
+        found = "null" if message.get(key) is None else f"of type {type(message[key]).__name__}"
+        parts = " (content parts): join them to one text" if key == "content" and found == "of type list" else ""
+        return f"has a message {i} whose `{key}` is {found}, not a text{parts}"
+    return None
+
+
+def _options(values: Mapping[str, Any], row_id: str, where: str) -> dict[str, Any]:
+    """TRL's columns `tools` and `chat_template_kwargs`, each given as it is or as JSON: the row's own keywords of the chat
+    template. Nulls are left out: tables fill a row up with them where another row has a key more.
+    """
+    found: dict[str, Any] = {}
+    for column in ("tools", "chat_template_kwargs"):
+        value = values.get(column)
+        try:
+            value = json.loads(value) if isinstance(value, str) and value.strip() else value
+        except ValueError as error:
+            raise DataError(
+                f"{where}: column `{column}` of row {row_id} is a text that is no JSON ({error}). It is handed to the chat "
+                "template, as by TRL: correct it, or remove or rename the column."
+            ) from error
+        if column == "tools":
+            found["tools"] = value or None
+        elif value and not isinstance(value, Mapping):
+            raise DataError(
+                f"{where}: column `{column}` of row {row_id} holds a {type(value).__name__}, where the chat template needs "
+                "keywords and their values. Correct it, or remove or rename the column."
+            )
+        else:
+            found |= value or {}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _extract(chosen: Any, rejected: Any) -> dict[str, Any]:
@@ -161,27 +244,24 @@ def _as_messages(chat: Iterable[Mapping[str, Any]]) -> tuple[Message, ...]:
 
 
 def _last_text(value: Any) -> str | None:
-    if _is_chat(value):
-        return value[-1]["content"]
-    return value if isinstance(value, str) else None
+    if _fault(value) is not None or not value:
+        return None
+    return value if isinstance(value, str) else value[-1]["content"]
 
 
-def _is_chat(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-        )
-    )
-
-
-def _check_columns(source: PreferenceSource, available: list[str], where: str) -> None:
-    for key in ("chosen", "rejected", "baseline"):
+def _check_columns(source: PreferenceSource, table: Any, where: str) -> None:
+    """Every column that is named is there. A prompt may only be implicit where that is sure to be meant: in chat messages,
+    whose roles say where it ends, or where the recipe says `prompt: null`."""
+    available = table.column_names
+    texts = source.chosen in available and "string" in str(getattr(table.features[source.chosen], "dtype", ""))
+    for key in ("chosen", "rejected", "baseline", "prompt"):
         column = getattr(source, key)
-        if column is not None and column not in available:
-            listed = ", ".join(f"`{name}`" for name in available)
-            raise DataError(
-                f"{where}.{key}: `{source.path}` has no column `{column}`. It has {listed}.{nearest(column, available)} Set "
-                f"{where}.{key} to the column you mean."
-            )
+        if column is None or column in available:
+            continue
+        if key == "prompt" and not texts and "prompt" not in source.model_fields_set:
+            continue
+        implicit = f", or {where}.prompt to null if it is what both responses begin with" if key == "prompt" else ""
+        raise DataError(
+            f"{where}.{key}: `{source.path}` has no column `{column}`. It has {', '.join(f'`{c}`' for c in available)}."
+            f"{nearest(column, available)} Set {where}.{key} to the column you mean{implicit}."
+        )

@@ -67,7 +67,7 @@ def build_prompts(
     `max_context` is the model's context window in tokens, of which `max_completion_tokens` are kept free. The split
     is determined by `seed` and the data alone. Raises DataError; see docs/data.md for the rules.
     """
-    _require_template(tokenizer)
+    require_template(tokenizer)
     limit = _prompt_limit(section, max_context, max_completion_tokens)
     train = list(_tokenised(load_rows(section.train, "data.train"), section, tokenizer))
     train, too_long = _fitting(train, limit, section, "data.train")
@@ -91,7 +91,8 @@ def build_prompts(
     return sets
 
 
-def _require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises DataError for a tokenizer without a chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             f"The tokenizer of `{tokenizer.name_or_path or 'the model'}` has no chat template, so prompts cannot be "

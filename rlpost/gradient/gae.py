@@ -58,6 +58,12 @@ def first_tokens(sequence: Tensor) -> Tensor:
     return new.nonzero().squeeze(1)
 
 
+def last_tokens(sequence: Tensor) -> Tensor:
+    """[S] int64: where each completion present in `sequence` [N] (non-decreasing) ends."""
+    first = first_tokens(sequence)
+    return torch.cat([first[1:] - 1, torch.full_like(first[:1], sequence.numel() - 1)])
+
+
 def soft_min(values: Tensor, alpha: float) -> Tensor:
     """-alpha log mean_i exp(-V_i / alpha) over the last dimension (SAFE, arXiv 2602.04651): between the smallest and the
     mean, the smallest for alpha -> 0, the mean for alpha -> infinity, and at most alpha log H above the smallest."""

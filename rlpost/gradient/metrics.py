@@ -82,12 +82,21 @@ def max_of(values: Tensor) -> Maximum:
     return Maximum(float(values.max()) if values.numel() else -torch.inf)
 
 
-def log_histogram(values: Tensor) -> Tensor:
-    """[1 + bins] float64 on the CPU: how many of the non-negative `values` are about 0, and in each logarithmic bin."""
+def log_bins(values: Tensor) -> Tensor:
+    """The bin of every one of the non-negative `values`, int64 of the same shape: 0 for about 0, else a logarithmic one."""
     bins = BINS_PER_DECADE * DECADES
     place = torch.floor((values.double().log10() - LOWEST_DECADE) * BINS_PER_DECADE)
-    place = place.nan_to_num(nan=-1.0, posinf=bins - 1.0, neginf=-1.0).clamp(-1, bins - 1).long() + 1
-    return torch.bincount(place.flatten(), minlength=bins + 1).double().cpu()
+    return place.nan_to_num(nan=-1.0, posinf=bins - 1.0, neginf=-1.0).clamp(-1, bins - 1).long() + 1
+
+
+def upper_edge(place: float) -> float:
+    """The value at the upper end of bin `place`, and in between for a place between two bins; 0 for bin 0."""
+    return 0.0 if place <= 0 else 10.0 ** (LOWEST_DECADE + place / BINS_PER_DECADE)
+
+
+def log_histogram(values: Tensor) -> Tensor:
+    """[1 + bins] float64 on the CPU: how many of the non-negative `values` are about 0, and in each logarithmic bin."""
+    return torch.bincount(log_bins(values).flatten(), minlength=BINS_PER_DECADE * DECADES + 1).double().cpu()
 
 
 def histogram_quantile(counts: Tensor, q: float) -> float | None:
@@ -96,8 +105,7 @@ def histogram_quantile(counts: Tensor, q: float) -> float | None:
     if not total:
         return None
     reached = counts.cumsum(0) >= q * total * (1 - 1e-12)
-    place = int(reached.to(torch.int8).argmax())
-    return 0.0 if place == 0 else 10.0 ** (LOWEST_DECADE + place / BINS_PER_DECADE)
+    return upper_edge(int(reached.to(torch.int8).argmax()))
 
 
 def quantiles_of(name: str, values: Tensor, shares: Iterable[float] = (0.5, 0.9, 0.99)) -> dict[str, Metric]:

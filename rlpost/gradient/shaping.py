@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlpost.gradient.segments import spread_by
-from rlpost.recipe.method import DynamicSamplingSection, OverlongSection
+from rlpost.recipe.method import MethodSection, OverlongSection
 
 
 def overlong_penalty(section: OverlongSection, lengths: Tensor, max_completion_tokens: int) -> Tensor:
@@ -33,11 +33,15 @@ def equal_rewards(rewards: Tensor, prompt: Tensor, groups: int) -> Tensor:
     return spread_by(rewards[known], prompt[known], groups) == 0
 
 
-def groups_to_refill(section: DynamicSamplingSection, rewards: Tensor, prompt: Tensor, groups: int) -> Tensor:
+def groups_to_refill(method: MethodSection, rewards: Tensor, prompt: Tensor, groups: int) -> Tensor:
     """DAPO's dynamic sampling (arXiv 2503.14476 eq. 11): [P] bool, the groups to be replaced by other prompts.
 
-    `rewards` [S, R] are the scores before any shaping (NaN: unknown or not applicable).
+    `rewards` [S, R] are the weighted scores before any shaping (NaN: unknown or not applicable). Where rewards are
+    normalised one by one, (1, 0) and (0, 1) in a group teach something although their sums are equal: there a group is
+    flat only if every reward is.
     """
-    if not section.enabled:
-        return torch.zeros(groups, dtype=torch.bool, device=rewards.device)
-    return equal_rewards(sum_rewards(rewards), prompt, groups)
+    flat = torch.full((groups,), method.dynamic_sampling.enabled, device=rewards.device)
+    each = method.advantage.combine == "normalise_then_sum"
+    for column in rewards.unbind(1) if each else (sum_rewards(rewards),):
+        flat &= equal_rewards(column, prompt, groups)
+    return flat

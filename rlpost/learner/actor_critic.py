@@ -42,8 +42,7 @@ class ActorCritic:
     method: MethodSection
     whitening: RewardWhitening | None = None
     controller: KlController | None = None
-    seen: dict[str, float] = field(default_factory=dict)  # the newest measurements: kl, entropy, reward, reward_std
-    reward_decision: Decision | None = None  # with `term: reward`: of the rollout in progress
+    seen: dict[str, float] = field(default_factory=dict)  # measurements that no call has used: kl, entropy, reward...
 
     @classmethod
     def of(cls, method: MethodSection) -> ActorCritic:
@@ -64,7 +63,6 @@ class ActorCritic:
         total = total_moments(processes.gather(own))
         self.seen["kl"] = total.mean if total.count else math.nan
         self.seen |= {"reward": buffer.metrics["reward/mean"], "reward_std": buffer.metrics["reward/std"]}
-        buffer.metrics |= self.controller.watch(self.seen["reward"])
         if self.controller.section.term != "reward":
             return 0.0
         decision = self._decide()
@@ -91,7 +89,11 @@ class ActorCritic:
     def _decide(self) -> Decision:
         assert self.controller is not None
         names = ("kl", "entropy", "reward", "reward_std")
-        return self.controller.step(Observation(*(self.seen.get(name, math.nan) for name in names)))
+        observation = Observation(*(self.seen.get(name, math.nan) for name in names))
+        # A rollout's reward counts once: as often as it has updates it would look like one that stands still.
+        for name in ("reward", "reward_std"):
+            self.seen.pop(name, None)
+        return self.controller.step(observation)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -113,14 +115,16 @@ def old_values(
     policy: Policy, section: CriticSection, micro_batches: Sequence[TokenRows], tokens: int
 ) -> tuple[Tensor, Tensor]:
     """(log-probs [N], every head's value [N, H]) on the CPU, of all completion tokens as policy and critic are now. With
-    `level: sequence` a completion's value stands at each of its tokens."""
+    `level: sequence` a completion's value stands at each of its tokens. Collective like `Policy.passes`."""
     logp, values = torch.zeros(tokens), torch.zeros(tokens, section.heads)
-    for rows in micro_batches:
+    for rows in policy.passes(micro_batches):
         output = policy(rows)
+        if not rows.useful_tokens:
+            continue
         index = rows.token_index.cpu()
         logp[index] = output.logp.float().cpu()
         found = output.values.float().cpu()
-        if section.level == "sequence":
+        if not section.per_token:
             _, local = torch.unique_consecutive(rows.sequence.cpu(), return_inverse=True)
             found = found[local]
         values[index] = found

@@ -97,8 +97,11 @@ class CheckpointStore:
         return target
 
     def set_aside_after(self, step: int) -> None:
-        """Renames later checkpoints: of a run resumed from an earlier one they are another future, not the newest."""
-        for path in self._all():
+        """Renames later checkpoints: of a run resumed from an earlier one they are another future, not the newest.
+
+        The newest first: a run killed in here goes on from one that all the rest of the run's files still know.
+        """
+        for path in reversed(self._all()):
             if int(path.name.removeprefix("step_")) > step:
                 aside = path.with_name(f"abandoned_{path.name}")
                 shutil.rmtree(aside, ignore_errors=True)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rlpost.experience import TokenRows
 from rlpost.gradient.curvature import rank_correlation
-from rlpost.gradient.metrics import Mean, Metric, Total
-from rlpost.gradient.types import TokenView
+from rlpost.gradient.metrics import Mean, Metric
+from rlpost.gradient.types import Coefficients, TokenView
 from rlpost.methods.capo import CurvatureTracker, moved_tokens
 from rlpost.methods.context import StepContext
+from rlpost.methods.moments import AllReduce
 from rlpost.policy.model import Policy
 
 
@@ -30,7 +31,6 @@ class CurvatureCheck:
 
     tracker: CurvatureTracker
     context: StepContext
-    started: float = field(default_factory=time.perf_counter)
     mask_seconds: float = 0.0
     rows: TokenRows | None = None
     before: Tensor | None = None  # [N] log-probs before the step
@@ -43,13 +43,24 @@ class CurvatureCheck:
         every = self.tracker.mask.verify_every
         return every > 0 and self.context.optimizer_step % every == 0 and self.context.learning_rate > 0
 
-    def remember(self, rows: TokenRows, view: TokenView) -> None:
-        """Keeps the step's first micro-batch for the comparison."""
+    def predict(self, rows: TokenRows, view: TokenView) -> None:
+        """Asks the tracker, which then has its answer ready for the coefficients; keeps the step's first micro-batch."""
+        with self._clock():
+            predicted = self.tracker.predict(view, self.context)
         if not self.due or self.rows is not None:
             return
-        predicted = self.tracker.predict(view, self.context)
         self.rows, self.before, self.counted = rows, view.logp, moved_tokens(view)
         self.shift, self.kl = predicted.shift, predicted.kl
+
+    def accumulate(self, view: TokenView, coefficients: Coefficients) -> None:
+        """Hands the tracker a micro-batch's coefficients."""
+        with self._clock():
+            self.tracker.accumulate(view, coefficients, self.context)
+
+    def finish(self, all_reduce: AllReduce) -> None:
+        """Moves the tracker on; collective."""
+        with self._clock():
+            self.tracker.finish_step(self.context, all_reduce)
 
     @torch.no_grad()
     def compare(self, policy: Policy, spare: TokenRows) -> dict[str, Metric]:
@@ -67,15 +78,29 @@ class CurvatureCheck:
         return metrics
 
     def cost(self) -> dict[str, Metric]:
-        """Milliseconds of the mask (without the head's statistics) and its share of the update so far."""
-        whole = time.perf_counter() - self.started
-        return {"time/mask_ms": Total(1000 * self.mask_seconds), "time/mask_share": Mean(self.mask_seconds, whole)}
+        """Milliseconds of prediction, row gradients and moments, as a mean over processes. The head's statistics ride on the
+        forward pass, and the comparison is a pass of its own: neither is in."""
+        return {"time/mask_ms": Mean(1000 * self.mask_seconds, 1.0)}
 
     @contextmanager
-    def clock(self) -> Iterator[None]:
+    def _clock(self) -> Iterator[None]:
         """Adds what happens inside the `with` block to the mask's cost."""
+        self._wait()  # for what was begun before, which is not ours
         start = time.perf_counter()
         try:
             yield
         finally:
+            self._wait()
             self.mask_seconds += time.perf_counter() - start
+
+    def _wait(self) -> None:
+        """A GPU is only told what to do, and works on behind the caller's back."""
+        device = self.tracker.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
+def mask_share(metrics: Mapping[str, float], phases: Mapping[str, float]) -> dict[str, float]:
+    """`time/mask_share`: the mask's share of a training step whose `phases` took so many seconds; {} without a mask."""
+    whole = sum(seconds for name, seconds in phases.items() if name != "time/step")
+    return {"time/mask_share": metrics["time/mask_ms"] / 1000 / whole} if whole and "time/mask_ms" in metrics else {}

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, redirect_stdout
 from io import StringIO
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlpost.deepspeed_import import import_deepspeed
 from rlpost.errors import CheckpointError, RecipeError
 from rlpost.learner.learner import CRITIC, StepReport, collect_weights
 from rlpost.learner.optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -28,16 +26,22 @@ class DeepSpeedLearner:
     """`deepspeed.initialize` called directly: under a DeepSpeed configuration accelerate's own wrapper does not see the
     processes of a CPU run. Gradient accumulation is ours (the loop knows which micro-batch is the last)."""
 
-    # ZeRO gathers weights and reduces gradients in the passes themselves, so no process may make fewer of them.
-    equal_passes = True
-
     def __init__(self, policy: Policy, section: LearnerSection, processes: Processes) -> None:
         self._deepspeed = import_deepspeed()
         self.policy = policy
+        policy.maximum = processes.maximum  # ZeRO gathers and reduces in the passes: no process may make fewer of them
         self.processes = processes
         self._section = section
-        config = zero_config(section, next(policy.parameters()).dtype, launcher_settings())
-        optimizer = make_optimizer(section, policy.parameters())  # before the weights lose their shapes
+        # Of what is trained: float32 adapters on frozen bfloat16 weights are not to be rounded to bfloat16.
+        trained = next(p for p in policy.parameters() if p.requires_grad)
+        config = zero_config(section, trained.dtype, launcher_settings())
+        critic = policy.critic
+        optimizer = make_optimizer(  # before the weights lose their shapes
+            section,
+            policy.parameters(),
+            () if critic is None else critic.parameters(),
+            None if critic is None else critic.section.learning_rate,
+        )
         self.stage: int = config["zero_optimization"]["stage"]
         with redirect_stdout(StringIO()):  # parts of DeepSpeed print
             if self.stage == 3:
@@ -56,9 +60,9 @@ class DeepSpeedLearner:
         # DeepSpeed averages over processes; our losses have global denominators and are to be summed.
         self._engine.backward(loss * self.processes.world, scale_wrt_gas=False)
 
-    def step(self, index: int, *, scale: float = 1.0) -> StepReport:
+    def step(self, index: int, *, scale: float = 1.0, critic_only: bool = False) -> StepReport:
         rate = scale * learning_rate(self._section, index)
-        set_learning_rate(self._engine.optimizer.param_groups, rate)
+        set_learning_rate(self._engine.optimizer.param_groups, rate, critic_only=critic_only)
         before = self._engine.skipped_steps
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
@@ -107,50 +111,41 @@ class DeepSpeedLearner:
 
     def _read(self, folder: Path, world: int) -> Any:
         """This process's shard. Raises CheckpointError when it is not one for this launch configuration."""
-        begin_new = f"or begin a new run from its weights with model.path={folder}."
-        if world != self.processes.world:
-            raise CheckpointError(
-                f"{folder} holds the state of {world} processes, which DeepSpeed cannot spread over "
-                f"{self.processes.world}. Start as many processes, with the launch configuration that the run had, "
-                f"{begin_new}"
-            )
+        check_shards(folder, world, self.processes.world, self.stage)
         file = folder / "trainer" / self._file
-        if not file.is_file():
-            raise CheckpointError(
-                f"{folder} was not saved by DeepSpeed. Start with the launch configuration that the run had, {begin_new}"
-            )
-        saved = torch.load(file, weights_only=False, map_location="cpu")  # the manifest has vouched for it
-        if saved["stage"] != self.stage:
-            raise CheckpointError(
-                f"{folder} was saved by DeepSpeed ZeRO-{saved['stage']}; this is ZeRO-{self.stage}, which cuts the state "
-                f"into other pieces. Start with the launch configuration that the run had, {begin_new}"
-            )
-        return saved["optimizer"]
+        return torch.load(file, weights_only=False, map_location="cpu")["optimizer"]  # the manifest has vouched for it
 
     @property
     def _file(self) -> str:
-        return f"zero_rank_{self.processes.rank}.pt"
+        return _shard_name(self.processes.rank)
 
     def _gather(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[object]:
         return self._deepspeed.zero.GatheredParameters(list(parameters), enabled=self.stage == 3)
 
 
-def import_deepspeed() -> ModuleType:
-    """DeepSpeed, told which device to use and not to compile a kernel that training never calls.
+def check_shards(folder: Path, world: int, now: int, stage: int) -> None:
+    """Raises CheckpointError for what `now` processes under this ZeRO stage cannot take up of `world` processes."""
+    begin_new = f"or begin a new run from its weights with model.path={folder}."
+    if world != now:
+        raise CheckpointError(
+            f"{folder} holds the state of {world} processes, which DeepSpeed cannot spread over {now}. Start as many "
+            f"processes, with the launch configuration that the run had, {begin_new}"
+        )
+    file = folder / "trainer" / _shard_name(0)
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} was not saved by DeepSpeed. Start with the launch configuration that the run had, {begin_new}"
+        )
+    saved = torch.load(file, weights_only=False, map_location="cpu", mmap=True)["stage"]  # and no tensor is read
+    if saved != stage:
+        raise CheckpointError(
+            f"{folder} was saved by DeepSpeed ZeRO-{saved}; this is ZeRO-{stage}, which cuts the state into other pieces. "
+            f"Start with the launch configuration that the run had, {begin_new}"
+        )
 
-    On CPU it would build `deepspeed_shm_comm` at its first start with several processes: a minute with a compiler, an
-    exception without one, and an endless wait where an earlier build was killed and left its lock behind. Only
-    `inference_all_reduce` uses that kernel; gradients and weights travel over gloo.
-    """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    from deepspeed.ops import __compatible_ops__ as buildable
 
-    buildable["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # skipped steps are in our own reports
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    return deepspeed
+def _shard_name(rank: int) -> str:
+    return f"zero_rank_{rank}.pt"
 
 
 def _move_buffers(policy: Policy, device: torch.device) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
-from rlpost.learner.learner import DataParallelLearner, Learner
+from rlpost.learner.learner import DataParallelLearner, Learner, check_plain
 from rlpost.learner.process import Processes
 from rlpost.policy.model import Policy
 from rlpost.recipe.learner import LearnerSection
@@ -20,6 +21,16 @@ def make_learner(policy: Policy, section: LearnerSection, processes: Processes) 
 
         return DeepSpeedLearner(policy, section, processes)
     return DataParallelLearner(policy, section, processes)
+
+
+def check_launch(folder: Path, world: int, processes: Processes) -> None:
+    """Raises CheckpointError where this launch cannot take up the learner's state that `world` processes saved."""
+    if uses_deepspeed():
+        from rlpost.learner.deepspeed import check_shards, zero_stage
+
+        check_shards(folder, world, processes.world, zero_stage())
+    else:
+        check_plain(folder)
 
 
 def loading_device(model: ModelSection, processes: Processes) -> torch.device:

@@ -35,15 +35,14 @@ class Learner(Protocol):
 
     policy: Policy
     processes: Processes
-    equal_passes: bool  # whether all processes must make the same number of forward and backward passes
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Accumulates the gradient of `loss`; `last` marks the last micro-batch of the optimizer step."""
         ...
 
-    def step(self, index: int, *, scale: float = 1.0) -> StepReport:
+    def step(self, index: int, *, scale: float = 1.0, critic_only: bool = False) -> StepReport:
         """Optimizer step number `index` of the run (from 0), at `scale` times its learning rate: reduce, clip, update, clear
-        gradients."""
+        gradients. With `critic_only` the policy stays as it is, weight decay or not."""
         ...
 
     def discard(self) -> None:
@@ -79,10 +78,10 @@ class DataParallelLearner:
     numbers of micro-batches (dead groups are skipped), and the sum does not depend on how they were cut.
     """
 
-    equal_passes = False
-
     def __init__(self, policy: Policy, section: LearnerSection, processes: Processes) -> None:
         self.policy = policy
+        if policy.sequence_parallel is not None:
+            policy.maximum = processes.maximum
         self.processes = processes
         self._section = section
         self._parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -96,8 +95,11 @@ class DataParallelLearner:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def step(self, index: int, *, scale: float = 1.0) -> StepReport:
+    def step(self, index: int, *, scale: float = 1.0, critic_only: bool = False) -> StepReport:
         self._reduce_gradients()
+        if critic_only:  # not zeros: AdamW would decay the weights, and count steps that its moments have not seen
+            for p in self._actor:
+                p.grad = None
         rate = scale * learning_rate(self._section, index)
         norm = self._clip()
         skipped = not bool(torch.isfinite(norm))
@@ -124,11 +126,7 @@ class DataParallelLearner:
         return state if self.policy.critic is None else {**state, CRITIC: self.policy.critic.state_dict()}
 
     def load(self, folder: Path, *, world: int) -> None:
-        if not (folder / "trainer" / OPTIMIZER).is_file():
-            raise CheckpointError(
-                f"{folder} was saved by DeepSpeed, whose optimizer state only DeepSpeed reads. Start with the launch "
-                f"configuration that the run had, or begin a new run from its weights with model.path={folder}."
-            )
+        check_plain(folder)
         state = torch.load(folder / "trainer" / OPTIMIZER, weights_only=True, map_location="cpu")
         self._optimizer.load_state_dict(state)
         if self.policy.critic is not None:
@@ -156,6 +154,15 @@ class DataParallelLearner:
             self.processes.sum_(flat)
             for grad, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 grad.copy_(part.view_as(grad))
+
+
+def check_plain(folder: Path) -> None:
+    """Raises CheckpointError for what plain data parallelism cannot take up."""
+    if not (folder / "trainer" / OPTIMIZER).is_file():
+        raise CheckpointError(
+            f"{folder} was saved by DeepSpeed, whose optimizer state only DeepSpeed reads. Start with the launch "
+            f"configuration that the run had, or begin a new run from its weights with model.path={folder}."
+        )
 
 
 def _buckets(tensors: Sequence[Tensor], elements: int = 32 * 1024 * 1024) -> Iterator[list[Tensor]]:
@@ -193,8 +200,10 @@ def collect_weights(policy: Policy, gather: Gather = gather_nothing, *, keep: bo
 
 @torch.no_grad()
 def token_logprobs(policy: Policy, micro_batches: Sequence[TokenRows], tokens: int) -> Tensor:
-    """Log-probs [tokens] (float32, CPU) of all completion tokens under the policy as it is now."""
+    """Log-probs [tokens] (float32, CPU) of all completion tokens under the policy as it is now. Collective like `passes`."""
     logp = torch.zeros(tokens)
-    for rows in micro_batches:
-        logp[rows.token_index.cpu()] = policy(rows).logp.float().cpu()
+    for rows in policy.passes(micro_batches):
+        found = policy(rows).logp
+        if rows.useful_tokens:
+            logp[rows.token_index.cpu()] = found.float().cpu()
     return logp

@@ -28,15 +28,22 @@ def learning_rate(section: LearnerSection, step: int) -> float:
     return section.learning_rate
 
 
+def later_rates(section: LearnerSection, step: int) -> tuple[float, ...]:
+    """The learning rates of the optimizer steps after `step`, to the end of the schedule."""
+    return tuple(learning_rate(section, later) for later in range(step + 1, total_optimizer_steps(section)))
+
+
 def total_optimizer_steps(section: LearnerSection) -> int:
     """Optimizer steps of the whole run."""
     return section.steps * section.minibatches * section.epochs
 
 
-def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float) -> None:
-    """Gives an optimizer's parameter groups the policy's rate, or their own multiple of it."""
+def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float, *, critic_only: bool = False) -> None:
+    """Gives an optimizer's parameter groups the policy's rate, or their own multiple of it; with `critic_only` 0 to those of
+    the policy, whose weights then do not even decay."""
     for group in groups:
-        group["lr"] = rate * group.get("rate_factor", 1.0)
+        held = critic_only and not group.get("of_critic", False)
+        group["lr"] = 0.0 if held else rate * group.get("rate_factor", 1.0)
 
 
 def make_optimizer(
@@ -56,8 +63,8 @@ def make_optimizer(
     for mine, scale in ((False, 1.0), (True, factor)):
         part = [p for p in trainable if (id(p) in own) == mine]
         matrices, vectors = [p for p in part if p.ndim >= 2], [p for p in part if p.ndim < 2]
-        groups.append({"params": matrices, "weight_decay": section.weight_decay, "rate_factor": scale})
-        groups.append({"params": vectors, "weight_decay": 0.0, "rate_factor": scale})
+        for params, decay in ((matrices, section.weight_decay), (vectors, 0.0)):
+            groups.append({"params": params, "weight_decay": decay, "rate_factor": scale, "of_critic": mine})
     return torch.optim.AdamW(
         [g for g in groups if g["params"]],
         lr=section.learning_rate,

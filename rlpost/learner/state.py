@@ -13,6 +13,7 @@ from rlpost.errors import CheckpointError
 from rlpost.learner.buffer import RolloutBuffer
 from rlpost.learner.checkpoint import file_writer, verify
 from rlpost.learner.rng import rng_state, set_rng_state
+from rlpost.learner.shape import run_shape
 
 if TYPE_CHECKING:
     from rlpost.assemble import Parts
@@ -25,10 +26,12 @@ class RunState:
     rollout: int = 0  # rollouts completely learned from
     optimizer_step: int = 0
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
     sampler: dict[str, Any] | None = None  # of the prompt sampler, after the rollout in `buffer`
     buffer: RolloutBuffer | None = None  # a rollout of which some optimizer steps are still to be taken
     accuracy_before: float | None = None
     hint_levels: dict[str, int] = field(default_factory=dict)  # by prompt id: GHPO's memory of hard prompts
+    crashes: dict[str, Any] = field(default_factory=dict)  # of the reward: a `CrashState` as plain numbers
 
 
 def save_checkpoint(parts: Parts, state: RunState) -> Path:
@@ -43,6 +46,7 @@ def save_checkpoint(parts: Parts, state: RunState) -> Path:
     write_trainer = file_writer(learner.shared_state() if processes.is_main else {}, snapshot=later)
     counters = {k: v for k, v in asdict_shallow(state).items() if k != "buffer"}
     counters |= {"world": processes.world, "in_rollout": state.buffer is not None, "recipe": parts.recipe.name}
+    counters["shape"] = run_shape(parts.recipe)
     counters_text = json.dumps(counters, indent=1)
 
     def write_shared(folder: Path) -> None:
@@ -62,8 +66,9 @@ def load_checkpoint(path: Path, parts: Parts) -> RunState:
     """
     counters = json.loads((path / "trainer" / "state.json").read_text())
     world, in_rollout = counters.pop("world"), counters.pop("in_rollout")
-    counters.pop("recipe")
-    parts.processes.together(lambda: _check_world(path, world, parts.processes.world, in_rollout))
+    for name in ("recipe", "shape"):  # looked at before a model was loaded, by `check_shape`
+        counters.pop(name, None)
+    parts.processes.together(lambda: check_world(path, world, parts.processes.world, in_rollout=in_rollout))
     parts.learner.load(path, world=world)
     state = RunState(**counters)
     # Buffers are the run's own nouns, so they are unpickled; the manifest has shown that they are what was saved.
@@ -82,7 +87,7 @@ def load_checkpoint(path: Path, parts: Parts) -> RunState:
     return state
 
 
-def _check_world(path: Path, world: int, now: int, in_rollout: bool) -> None:
+def check_world(path: Path, world: int, now: int, *, in_rollout: bool) -> None:
     """Whether `now` processes can take up what `world` saved."""
     if world != now and in_rollout:
         raise CheckpointError(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import math
 from dataclasses import dataclass, replace
 from typing import Any
-
-import torch
 
 from rlpost.experience import TokenRows
 from rlpost.gradient.loss import coefficient_loss
@@ -15,12 +13,13 @@ from rlpost.learner.actor_critic import ActorCritic, critic_loss
 from rlpost.learner.buffer import RolloutBuffer, micro_batches
 from rlpost.learner.curvature_check import CurvatureCheck
 from rlpost.learner.learner import Learner
-from rlpost.learner.optimizer import learning_rate
+from rlpost.learner.optimizer import later_rates, learning_rate
 from rlpost.learner.pair_rows import pair_batches
 from rlpost.methods.capo import CurvatureTracker
 from rlpost.methods.context import StepContext
 from rlpost.methods.controllers import Decision
 from rlpost.methods.estimator import compute_coefficients, needs_statistics
+from rlpost.policy.rows import spare_rows
 from rlpost.recipe.learner import LearnerSection
 from rlpost.recipe.method import MethodSection
 from rlpost.recipe.rollout import ProbeSection
@@ -58,21 +57,25 @@ class Updater:
         """
         minibatch = buffer.updates_done % self.section.minibatches
         rows = self.rows(buffer, minibatch)
-        check_mask = self._curvature_check(optimizer_step)
         decision = None if self.actor_critic is None else self.actor_critic.begin_step()
         context = self.context(optimizer_step, decision)
+        check_mask = None if self.curvature is None else CurvatureCheck(self.curvature, context)
         parts = self._accumulate(buffer, rows, minibatch, context, check_mask)
         metrics = values(merge(self.learner.processes.gather(merge(parts))))
         if self.probe is not None and buffer.updates_done == 0 and buffer.step % self.probe.every == 0:
             self._check_engine(metrics, self.probe, buffer.step)
-        report = self.learner.step(optimizer_step, scale=1.0 if decision is None else decision.step_scale)
+        report = self.learner.step(
+            optimizer_step,
+            scale=1.0 if decision is None else decision.step_scale,
+            critic_only=self._critic_only(buffer),
+        )
         if self.actor_critic is not None:
             self.actor_critic.end_step(metrics)
             metrics |= {} if decision is None else decision.metrics
         if self.curvature is not None and report.skipped:  # back to the state before the step, without what was pending
             self.curvature.load_state_dict(self.curvature.state_dict())
         elif self.curvature is not None:
-            metrics |= self._finish_mask(check_mask, optimizer_step)
+            metrics |= self._finish_mask(check_mask)
         buffer.updates_done += 1
         metrics["optimizer/grad_norm"] = report.grad_norm
         metrics["optimizer/learning_rate"] = report.learning_rate
@@ -95,15 +98,20 @@ class Updater:
         """What methods may know of an optimizer step."""
         controlled = self.actor_critic
         rule = self.learner.policy.rule
+        calibrating = self.curvature is not None and self.curvature.calibrating
         return StepContext(
             learning_rate=learning_rate(self.section, optimizer_step),
             optimizer_step=optimizer_step,
             seed=self.seed,
-            peak_learning_rate=self.section.learning_rate,
-            logit_slope=rule.scale / rule.temperature,
+            later_rates=later_rates(self.section, optimizer_step) if calibrating else (),
+            logit_slope=rule.slope if rule.softcap is not None else rule.scale / rule.temperature,
             kl_coefficient=None if controlled is None else controlled.kl_coefficient(decision),
             curvature=self.curvature,
         )
+
+    def _critic_only(self, buffer: RolloutBuffer) -> bool:
+        """Whether the policy stands still (`critic.warmup_rollouts`)."""
+        return self.method.critic is not None and buffer.step < self.method.critic.warmup_rollouts
 
     def _check_engine(self, metrics: dict[str, float], probe: ProbeSection, step: int) -> None:
         """The samples' own log-probs are the probe: the engine reported them, the learner has just computed them."""
@@ -115,18 +123,14 @@ class Updater:
         result = ProbeResult(gap, largest, int(metrics["tokens/useful"]))
         self.learner.processes.together(lambda: check(result, probe.max_mean_gap, step=step, earlier=earlier))
 
-    def _curvature_check(self, optimizer_step: int) -> CurvatureCheck | None:
-        return None if self.curvature is None else CurvatureCheck(self.curvature, self.context(optimizer_step))
-
-    def _finish_mask(self, check_mask: CurvatureCheck | None, optimizer_step: int) -> dict[str, float]:
+    def _finish_mask(self, check_mask: CurvatureCheck | None) -> dict[str, float]:
         """Moves the curvature mask's state on, and reports what the mask cost and whether it predicted well."""
         if self.curvature is None or check_mask is None:
             return {}
         processes = self.learner.processes
-        with check_mask.clock():
-            self.curvature.finish_step(self.context(optimizer_step), processes.sum_)
-        found = {**check_mask.cost(), **check_mask.compare(self.learner.policy, spare_rows(self.pad_id))}
-        return values(merge(processes.gather(found)))
+        check_mask.finish(processes.sum_)
+        found = {**check_mask.cost(), **check_mask.compare(self.learner.policy, spare_rows())}
+        return {**values(merge(processes.gather(found))), **self.curvature.report()}
 
     def _accumulate(
         self,
@@ -139,36 +143,34 @@ class Updater:
         processes = self.learner.processes
         arrays = buffer.arrays(processes.device)
         request = needs_statistics(self.method)
-        # At least one: DeepSpeed steps on gradients that a backward pass has reduced, be they zero.
-        passes = max(1, processes.maximum(len(rows))) if self.learner.equal_passes else len(rows)
+        passes = self.learner.policy.passes(rows)
         parts: list[dict[str, Metric]] = []
-        for i in range(passes):
-            spare = i >= len(rows)  # a pass only so that the other processes are not left waiting
-            batch = rows[i] if not spare else spare_rows(self.pad_id)
+        for i, batch in enumerate(passes):
             output = self.learner.policy(batch, statistics=request)
-            if spare:
+            if not batch.useful_tokens:  # a pass only so that the other processes are not left waiting
                 # Every output takes part, as in other passes: ZeRO-3 compares which modules run backward, and how often.
                 nothing = (output.logp * 0.0).sum() + (output.entropy * 0.0).sum()
                 nothing = nothing if output.values is None else nothing + (output.values * 0.0).sum()
-                self.learner.backward(nothing, last=i == passes - 1)
+                self.learner.backward(nothing, last=i == len(passes) - 1)
                 continue
             view, group_tokens = arrays.view(batch, output)
             counts = replace(buffer.counts[minibatch], prompt_tokens=group_tokens)
-            with check_mask.clock() if check_mask is not None else nullcontext():
-                coefficients = compute_coefficients(self.method, view, counts, context=context)
-                if self.curvature is not None:
-                    self.curvature.accumulate(view, coefficients, context)
             if check_mask is not None:
-                check_mask.remember(batch, view)
+                check_mask.predict(batch, view)
+            coefficients = compute_coefficients(self.method, view, counts, context=context)
+            if check_mask is not None:
+                check_mask.accumulate(view, coefficients)
             loss = coefficient_loss(coefficients, output.logp, output.entropy)
             of_critic: dict[str, Metric] = {}
             if output.values is not None and self.method.critic is not None:
                 section = self.method.critic
-                loss = loss * float(buffer.step >= section.warmup_rollouts)
+                loss = loss * float(not self._critic_only(buffer))
                 value_loss, of_critic = critic_loss(section, buffer, batch, output.values, counts)
                 loss = loss + value_loss
-            self.learner.backward(loss, last=i == passes - 1)
-            parts.append({**coefficients.metrics, **of_critic, **row_metrics(batch, float(loss.detach()))})
+            value = float(loss.detach())
+            # Zero times minus infinity: such a loss can have a finite gradient, which is not to be stepped on either.
+            self.learner.backward(loss if math.isfinite(value) else loss * math.nan, last=i == len(passes) - 1)
+            parts.append({**coefficients.metrics, **of_critic, **row_metrics(batch, value)})
         return parts or [row_metrics(None, 0.0)]
 
 
@@ -183,23 +185,3 @@ def row_metrics(rows: TokenRows | None, loss: float) -> dict[str, Metric]:
         "tokens/micro_batches": Total(0.0 if rows is None else 1.0),
         "tokens/padding_share": Mean(0.0 if rows is None else size - rows.real_tokens, float(size)),
     }
-
-
-def spare_rows(pad_id: int) -> TokenRows:
-    """The smallest micro-batch there is, for passes whose result does not count."""
-    one = torch.zeros(1, dtype=torch.int64)
-    ids = torch.full((1, 2), pad_id, dtype=torch.int64)
-    return TokenRows(
-        input_ids=ids,
-        position_ids=torch.arange(2)[None],
-        tree=torch.zeros_like(ids),
-        branch=torch.tensor([[0, 1]]),
-        predict_row=one,
-        predict_col=one,
-        target=one + pad_id,
-        token_index=one,
-        sequence=one,
-        causal=True,
-        useful_tokens=0,
-        real_tokens=0,
-    )

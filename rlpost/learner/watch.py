@@ -26,6 +26,7 @@ class Phases:
     def __init__(self, deadline_s: float) -> None:
         self._deadline = deadline_s
         self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -40,9 +41,10 @@ class Phases:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call, as `time/<phase>`."""
-        taken = {f"time/{name}": seconds for name, seconds in self.seconds.items()}
-        self.seconds = {}
+        """Seconds since the last call: `time/step` on the clock, `time/<phase>` by phase."""
+        now = time.perf_counter()
+        taken = {"time/step": now - self._since} | {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        self.seconds, self._since = {}, now
         return taken
 
     def _expire(self, name: str) -> None:

@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlpost.gradient.curvature import Curvature, sgd_curvature, shift_curvature
-from rlpost.gradient.metrics import Mean, Metric, histogram_quantile, log_histogram, mean_of, quantiles_of
+from rlpost.gradient.metrics import Mean, Metric, mean_of, quantiles_of
 from rlpost.gradient.types import Coefficients, HeadStatistics, TokenView
+from rlpost.methods.calibration import Calibration, Limits
 from rlpost.methods.context import StepContext
 from rlpost.methods.moments import AllReduce, MomentRows, RowMeans
 from rlpost.recipe.masks import CalibratedThresholds, CurvatureMask, FixedThresholds
 from rlpost.recipe.method import MethodSection
 
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """A token is kept when kl < max_kl and min_objective <= objective < max_objective."""
-
-    max_kl: float = math.inf
-    max_objective: float = math.inf
-    min_objective: float = -math.inf
-
-    def kl_rejects(self, curvature: Curvature) -> Tensor:
-        """[N] bool. Written so that NaN is rejected."""
-        return (
-            ~(curvature.kl < self.max_kl)
-            if self.max_kl < math.inf
-            else torch.zeros_like(curvature.kl, dtype=torch.bool)
-        )
-
-    def objective_rejects(self, curvature: Curvature) -> Tensor:
-        """[N] bool."""
-        if self.max_objective == math.inf and self.min_objective == -math.inf:
-            return torch.zeros_like(curvature.kl, dtype=torch.bool)
-        return ~((curvature.objective >= self.min_objective) & (curvature.objective < self.max_objective))
+CPU_CHUNK_TOKENS = 16
+"""On a CPU a chunk that stays in the cache takes a third of the time of one that does not."""
 
 
 class CurvatureTracker:
@@ -62,13 +42,11 @@ class CurvatureTracker:
     ) -> None:
         self.mask = mask
         self.moments = MomentRows(vocabulary, width, betas=betas, eps=eps, dtype=dtype, device=device)
-        self._vocabulary, self._width, self._dtype, self._device = vocabulary, width, dtype, device
+        self.device = torch.device(device)
+        self._vocabulary, self._width, self._dtype = vocabulary, width, dtype
         self._pending = self._new_means()
-        self._histograms: dict[str, Tensor] = {}  # this process's observations of the current step
-        self._observed: dict[str, Tensor] = {}  # all processes' observations of the finished steps
-        self._observed_steps = 0
-        self._peak = 0.0
-        self._limits_per_unit: dict[str, float] = {}
+        rule = mask.thresholds
+        self._calibration = Calibration(rule) if isinstance(rule, CalibratedThresholds) else None
         self._latest: tuple[TokenView, float, Curvature] | None = None
 
     def predict(self, view: TokenView, context: StepContext) -> Curvature:
@@ -85,6 +63,8 @@ class CurvatureTracker:
         if self.mask.step == "sgd":
             if statistics.sum_p2 is None or statistics.sum_p3 is None:
                 raise ValueError("a curvature mask with `step: sgd` needs sum_p2 and sum_p3")
+            if callable(context.logit_slope):
+                raise ValueError("a curvature mask with `step: sgd` has no form for capped logits: use `step: adam`")
             square = (statistics.hidden * context.logit_slope).square().sum(-1)
             return sgd_curvature(
                 view.logp,
@@ -105,41 +85,34 @@ class CurvatureTracker:
     def _predict_adam(
         self, view: TokenView, statistics: HeadStatistics, part: slice, context: StepContext
     ) -> Curvature:
-        ids, p, own = _top(view, statistics, part)
+        ids, p, own, inner = _top(view, statistics, part, context)
         advantage = view.advantage[part].to(p.dtype)
-        hidden = statistics.hidden[part] * context.logit_slope
-        slope = advantage[:, None] * (own.to(p.dtype) - p)
-        u = self.moments.candidate_shift(ids, slope, hidden, context.learning_rate)
+        slope = advantage[:, None] * (own.to(p.dtype) - p) * inner
+        u = inner * self.moments.candidate_shift(ids, slope, statistics.hidden[part], context.learning_rate)
         return shift_curvature(u, p, own, advantage, self.mask.kl, self.mask.form)
 
-    def limits(self, context: StepContext) -> Limits:
+    def limits(self) -> Limits:
         """The limits in force; none while calibrating."""
         rule = self.mask.thresholds
-        if isinstance(rule, FixedThresholds):
-            high = math.inf if rule.max_objective is None else rule.max_objective
-            low = -high if rule.min_objective is None else rule.min_objective
-            return Limits(math.inf if rule.max_kl is None else rule.max_kl, high, low)
-        peak = context.peak_learning_rate or max(self._peak, context.learning_rate)
-        max_kl = self._limits_per_unit.get("kl", math.inf)
-        high = self._limits_per_unit.get("objective", math.inf)
-        return Limits(
-            max_kl * peak**2 if max_kl < math.inf else math.inf,
-            high * peak if high < math.inf else math.inf,
-            -high * peak if high < math.inf else -math.inf,
-        )
+        if self._calibration is not None:
+            return self._calibration.limits or Limits()
+        assert isinstance(rule, FixedThresholds)
+        high = math.inf if rule.max_objective is None else rule.max_objective
+        low = -high if rule.min_objective is None else rule.min_objective
+        return Limits(math.inf if rule.max_kl is None else rule.max_kl, high, low)
 
     def accumulate(self, view: TokenView, coefficients: Coefficients, context: StepContext) -> None:
         """Takes note of a micro-batch whose coefficients were computed; changes nothing before `finish_step`."""
         counted = moved_tokens(view)
-        if self._calibrating and context.learning_rate > 0:
-            self._observe(self.predict(view, context), counted, context)
+        if self.calibrating and self._calibration is not None and context.learning_rate > 0:
+            self._calibration.observe(self.predict(view, context), counted, self._largest_ahead(context))
         self._latest = None
         if self.mask.step != "adam":
             return
         statistics, accepted = _statistics(view), coefficients.keep & counted
-        ids, p, own = _top(view, statistics, slice(None))
-        slope = view.advantage.to(p.dtype)[:, None] * (own.to(p.dtype) - p)
-        self._pending.add(ids[accepted], slope[accepted], statistics.hidden[accepted] * context.logit_slope)
+        ids, p, own, inner = _top(view, statistics, slice(None), context)
+        slope = view.advantage.to(p.dtype)[:, None] * (own.to(p.dtype) - p) * inner
+        self._pending.add(ids[accepted], slope[accepted], statistics.hidden[accepted])
 
     def finish_step(self, context: StepContext, all_reduce: AllReduce | None = None) -> None:
         """Updates moments and calibration after the optimizer's step; every process must call it.
@@ -150,63 +123,56 @@ class CurvatureTracker:
             self.moments.apply(*self._pending.total(all_reduce))
             self._pending = self._new_means()
         self._latest = None  # it was judged by the moments before this step
-        self._peak = max(self._peak, context.learning_rate)
-        if self._calibrating and context.learning_rate > 0:
-            self._finish_observation(all_reduce)
+        if self.calibrating and self._calibration is not None and context.learning_rate > 0:
+            self._calibration.finish_step(all_reduce, self.device)
 
     @property
-    def _calibrating(self) -> bool:
-        rule = self.mask.thresholds
-        return isinstance(rule, CalibratedThresholds) and self._observed_steps < rule.steps
+    def calibrating(self) -> bool:
+        """Whether limits are still looked for: then nothing is rejected, and `StepContext.later_rates` is needed."""
+        return self._calibration is not None and self._calibration.limits is None
 
-    def _observe(self, curvature: Curvature, counted: Tensor, context: StepContext) -> None:
-        # In units of a fresh row's step, so that warm-up and Adam's bias correction do not blur the quantiles.
-        unit = context.learning_rate * (self.moments.unit() if self.mask.step == "adam" else 1.0)
-        seen = {"kl": curvature.kl / unit**2, "objective": curvature.objective.abs() / unit}
-        for name, scaled in seen.items():
-            counts = log_histogram(scaled[counted])
-            self._histograms[name] = self._histograms[name] + counts if name in self._histograms else counts
+    def report(self) -> dict[str, float]:
+        """How many limits are in force and, of calibrated ones, how many steps must still be observed."""
+        found = {"mask/curvature/limits": float(self.limits().rules)}
+        if self._calibration is not None:
+            left = self._calibration.rule.steps - self._calibration.steps
+            found["mask/curvature/steps_to_observe"] = float(max(0, left))
+        return found
 
-    def _finish_observation(self, all_reduce: AllReduce | None) -> None:
-        rule = self.mask.thresholds
-        assert isinstance(rule, CalibratedThresholds)
-        for name in ("kl", "objective"):
-            counts = self._histograms.get(name, log_histogram(torch.empty(0)))
-            if all_reduce is not None:
-                counts = all_reduce(counts.to(self._device)).cpu()
-            self._observed[name] = self._observed[name] + counts if name in self._observed else counts
-        self._histograms = {}
-        self._observed_steps += 1
-        if not self._calibrating:
-            for name in rule.rules:
-                found = histogram_quantile(self._observed[name], 1 - rule.target / len(rule.rules))
-                if found:  # nothing was seen, or nothing moved: then there is no scale for a limit
-                    self._limits_per_unit[name] = found
+    def _largest_ahead(self, context: StepContext) -> float:
+        """Size of the largest step that calibrated limits will judge, over this step's; both of a row without history.
+
+        The limits act from the step after the last observed one on. Adam's bias correction makes early steps smaller or
+        larger than the learning rate says, so the largest one need not be that of the peak learning rate.
+        """
+        assert self._calibration is not None
+        waiting = self._calibration.rule.steps - self._calibration.steps - 1
+        waiting = waiting if waiting < len(context.later_rates) else 0  # the run is shorter than the calibration
+        size = self.moments.unit if self.mask.step == "adam" else lambda ahead: 1.0
+        now = context.learning_rate * size(0)
+        later = [rate * size(1 + i) for i, rate in enumerate(context.later_rates) if i >= waiting]
+        return max(later, default=now) / now
 
     def _chunks(self, tokens: int) -> list[slice]:
-        # On a CPU a chunk that stays in the cache takes a third of the time of one that does not.
-        size = min(self.mask.chunk_tokens, 16) if torch.device(self._device).type == "cpu" else self.mask.chunk_tokens
+        size = self.mask.chunk_tokens
+        if self.device.type == "cpu":
+            size = min(size, CPU_CHUNK_TOKENS)
         return [slice(start, start + size) for start in range(0, tokens, size)] or [slice(0, 0)]
 
     def _new_means(self) -> RowMeans:
-        return RowMeans(self._vocabulary, self._width, self._dtype, self._device)
+        return RowMeans(self._vocabulary, self._width, self._dtype, self.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The state between two optimizer steps."""
-        return {
-            "moments": self.moments.state_dict(),
-            "observed": dict(self._observed),
-            "observed_steps": self._observed_steps,
-            "peak": self._peak,
-            "limits_per_unit": dict(self._limits_per_unit),
-        }
+        calibration = None if self._calibration is None else self._calibration.state_dict()
+        return {"moments": self.moments.state_dict(), "calibration": calibration}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state_dict`'s state; the mask's settings and the model must be the same."""
         self.moments.load_state_dict(state["moments"])
-        self._observed, self._observed_steps = dict(state["observed"]), int(state["observed_steps"])
-        self._peak, self._limits_per_unit = float(state["peak"]), dict(state["limits_per_unit"])
-        self._pending, self._histograms, self._latest = self._new_means(), {}, None
+        if self._calibration is not None:
+            self._calibration.load_state_dict(state["calibration"])
+        self._pending, self._latest = self._new_means(), None
 
 
 def make_tracker(
@@ -231,14 +197,13 @@ def moved_tokens(view: TokenView) -> Tensor:
 def curvature_metrics(view: TokenView, curvature: Curvature, limits: Limits, counted: Tensor) -> dict[str, Metric]:
     """Rejection by rule, quantiles of |m_F|, |m_H| and |s|, and how likely rejected and kept tokens were."""
     by_kl, by_objective = limits.kl_rejects(curvature), limits.objective_rejects(curvature)
-    rejected, p = by_kl | by_objective, view.logp.exp()
+    rejected = by_kl | by_objective
     name = "mask/curvature"
     metrics: dict[str, Metric] = {
         f"{name}/predicted_share": mean_of(rejected.double(), counted),
         f"{name}/rejected_by_kl": mean_of(by_kl.double(), counted),
         f"{name}/rejected_by_objective": mean_of(by_objective.double(), counted),
-        f"{name}/probability_rejected": mean_of(p, counted & rejected),
-        f"{name}/probability_kept": mean_of(p, counted & ~rejected),
+        **probability_metrics(name, view, rejected, counted),
         f"{name}/kl_mean": mean_of(curvature.kl, counted),
         f"{name}/objective_mean": mean_of(curvature.objective, counted),
         **quantiles_of(f"{name}/kl", curvature.kl[counted]),
@@ -251,16 +216,27 @@ def curvature_metrics(view: TokenView, curvature: Curvature, limits: Limits, cou
     return metrics
 
 
+def probability_metrics(name: str, view: TokenView, rejected: Tensor, counted: Tensor) -> dict[str, Metric]:
+    """How likely the rejected and the kept ones of the `counted` tokens [N] were."""
+    p = view.logp.exp()
+    return {
+        f"{name}/probability_rejected": mean_of(p, counted & rejected),
+        f"{name}/probability_kept": mean_of(p, counted & ~rejected),
+    }
+
+
 def _statistics(view: TokenView) -> HeadStatistics:
     if view.statistics is None:
         raise ValueError("a curvature mask needs TokenView.statistics (see needs_statistics)")
     return view.statistics
 
 
-def _top(view: TokenView, statistics: HeadStatistics, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids [n, k], p [n, k] renormalised over them, is it the sampled token [n, k])."""
+def _top(
+    view: TokenView, statistics: HeadStatistics, part: slice, context: StepContext
+) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
+    """(ids [n, k], p [n, k] renormalised over them, is it the sampled token [n, k], d score / d (W h) [n, k] or a number)."""
     if statistics.top_ids is None or statistics.top_logits is None or view.token is None:
         raise ValueError("a curvature mask with `step: adam` needs top_ids, top_logits and TokenView.token")
-    ids = statistics.top_ids[part]
-    p = torch.softmax(statistics.top_logits[part].to(statistics.hidden.dtype), dim=-1)
-    return ids, p, ids == view.token[part][:, None]
+    ids, scores = statistics.top_ids[part], statistics.top_logits[part].to(statistics.hidden.dtype)
+    inner = context.logit_slope(scores) if callable(context.logit_slope) else context.logit_slope
+    return ids, torch.softmax(scores, dim=-1), ids == view.token[part][:, None], inner

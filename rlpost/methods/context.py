@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 if TYPE_CHECKING:
     from rlpost.methods.capo import CurvatureTracker
@@ -16,7 +19,8 @@ class StepContext:
     learning_rate: float  # of this step
     optimizer_step: int  # how many steps were taken before this one
     seed: int = 0  # of the run; random masks depend on (seed, optimizer_step, token_index)
-    peak_learning_rate: float | None = None  # of the schedule; None: the largest seen
-    logit_slope: float = 1.0  # d score / d (W h): the model's logit scale over the sampling temperature
+    later_rates: Sequence[float] = ()  # learning rates of the optimizer steps after this one; for calibrated limits
+    # d score / d (W h): the model's logit scale over the sampling temperature; or, of capped logits, that of scores [n, k]
+    logit_slope: float | Callable[[Tensor], Tensor | float] = 1.0
     kl_coefficient: float | None = None  # of KL in the loss, from a controller; None: the recipe's
     curvature: CurvatureTracker | None = None  # for methods with a curvature mask (see rlpost.methods.capo)

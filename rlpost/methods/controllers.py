@@ -7,12 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from torch import Tensor
-
-from rlpost.gradient.kl import Estimator, kl_coefficient
 from rlpost.methods.safe import (
     PHASES,
-    CrashState,
     Phase,
     PidState,
     clamped_pid,
@@ -20,6 +16,7 @@ from rlpost.methods.safe import (
     entropy_gate,
     momentum_penalty,
     phase_factor,
+    pid_terms,
     predicted_kl,
     preview_brake,
     published_phase,
@@ -43,7 +40,7 @@ class Observation:
 
     kl: float  # mean over tokens, nats per token, to the reference: of the newest forward pass
     entropy: float  # mean over tokens, nats
-    reward: float  # mean over the rollout's completions, raw
+    reward: float  # mean over the rollout's completions, raw; of a rollout's first step only, NaN in its other steps
     reward_std: float = math.nan  # over the same
 
 
@@ -77,7 +74,9 @@ class SafeState:
     entropy_start: float = 0.0
     entropies: int = 0  # how many made `entropy_start`
     pid: PidState = field(default_factory=PidState)
-    rewards: tuple[float, ...] = ()  # the last two windows
+    output: float = 0.0  # of the PID at the last known reward: it stands until there is another
+    velocity: float = 0.0  # the same
+    rewards: tuple[float, ...] = ()  # of the last two windows of rollouts
     kls: tuple[float, ...] = ()  # the last window
 
 
@@ -108,7 +107,12 @@ def adaptive_kl(
     """Proportional control in log space (arXiv 1909.08593, sec. 2.2): beta <- beta (1 + K clip(KL / target - 1, +-c))."""
     error = 0.0 if math.isnan(seen.kl) else min(max(seen.kl / section.target - 1, -section.clip), section.clip)
     beta = state.coefficient * (1 + section.gain * error)
-    metrics = {"controller/kl": seen.kl, "controller/error": error, "controller/coefficient": beta}
+    metrics = {
+        "controller/kl": seen.kl,
+        "controller/target": section.target,
+        "controller/error": error,
+        "controller/coefficient": beta,
+    }
     return AdaptiveKlState(beta), Decision(beta, beta, beta * seen.kl, metrics=_known(metrics))
 
 
@@ -116,19 +120,10 @@ def published_safe(section: PublishedSafeController, state: SafeState, seen: Obs
     """SAFE as published: tau = clip((tau_0 + u_PID) phi(phase)), penalty = g lambda (KL_ema - tau)^2 where KL_ema > tau."""
     state = replace(_remember(state, seen, section.window, _kl_window(section)), calls=state.calls + 1)
     state = _average_kl(state, seen, section.kl_decay)
-    pid, control_output, velocity, average = state.pid, 0.0, 0.0, state.reward_average
-    if not math.isnan(seen.reward):
-        if average is None:
-            average = seen.reward  # the first call gives no velocity: PID stays out
-        else:
-            velocity = (1 - section.reward_decay) * (seen.reward - average)
-            average += velocity
-            error = velocity - section.target_velocity
-            gains = {"kp": section.kp, "ki": section.ki, "kd": section.kd}
-            pid, control_output = clamped_pid(state.pid, error, **gains, integral_limit=section.integral_limit)
+    state, terms = _clamped_pid(section, state, seen)
     phase = published_phase(state.rewards, section.window, section.climb, section.steady, section.converged_above)
     low, high = section.threshold_limits
-    threshold = min(max((section.threshold + control_output) * phase_factor(phase, section.phases), low), high)
+    threshold = min(max((section.threshold + state.output) * phase_factor(phase, section.phases), low), high)
     gate = 1.0 if math.isnan(seen.entropy) else entropy_gate(seen.entropy, section.entropy_floor, section.gate_min)
     penalty, slope = threshold_penalty(state.kl_average or 0.0, threshold, section.weight, gate)
     more, more_slope = _asymmetric(section.asymmetric, state.kls)
@@ -137,9 +132,9 @@ def published_safe(section: PublishedSafeController, state: SafeState, seen: Obs
         literal=(1 - section.kl_decay) * slope + more_slope,
         penalty=penalty + more,
         step_scale=preview_brake(state.kls, section.brake),
-        metrics=_watch(state, seen, phase, threshold, gate, pid, control_output, velocity),
+        metrics=_watch(state, seen, phase, threshold, gate, terms),
     )
-    return replace(state, pid=pid, reward_average=average), _reported(decision)
+    return state, _reported(decision)
 
 
 def scale_free_safe(section: SafeController, state: SafeState, seen: Observation) -> tuple[SafeState, Decision]:
@@ -148,7 +143,7 @@ def scale_free_safe(section: SafeController, state: SafeState, seen: Observation
     passed = 1.0 if state.kl_average is None else 1 - section.kl_decay
     state = replace(_remember(state, seen, section.window, section.window), calls=state.calls + 1)
     state = _average_entropy(_average_kl(state, seen, section.kl_decay), seen, section.window)
-    state, velocity, control_output = _relative_pid(section, state, seen)
+    state, terms = _relative_pid(section, state, seen)
     spread, best = state.spread or 0.0, state.best_average
     phase = relative_phase(
         state.rewards,
@@ -159,7 +154,7 @@ def scale_free_safe(section: SafeController, state: SafeState, seen: Observation
         steady=section.steady,
         within=section.converged_within,
     )
-    wanted = (1 + control_output) * phase_factor(phase, section.phases)
+    wanted = (1 + state.output) * phase_factor(phase, section.phases)
     threshold = section.threshold * min(max(wanted, section.threshold_limits[0]), section.threshold_limits[1])
     entropy = state.entropy_start if math.isnan(seen.entropy) else seen.entropy
     gate = relative_gate(entropy, state.entropy_start, section.gate_softness, section.gate_limits)
@@ -173,7 +168,7 @@ def scale_free_safe(section: SafeController, state: SafeState, seen: Observation
         literal=min(through, section.max_coefficient),
         penalty=strength * (excess**2 + section.momentum * growth**2) / 2,
         step_scale=preview_brake(state.kls, section.brake),
-        metrics=_watch(state, seen, phase, threshold, gate, state.pid, control_output, velocity),
+        metrics=_watch(state, seen, phase, threshold, gate, terms),
     )
     return state, _reported(decision)
 
@@ -188,36 +183,24 @@ def reward_coefficient(term: KlTerm, decision: Decision) -> float:
     return decision.coefficient if term == "reward" else 0.0
 
 
-def kl_term(coefficient: float, estimator: Estimator, logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """[N] what the penalty adds to the tokens' coefficients: -coefficient * d KL_t / d log pi_t."""
-    return -coefficient * kl_coefficient(estimator, logp, ref_logp)
-
-
 class KlController:
     """A controller with its state, for the loop: one `step` at the beginning of every optimizer step."""
 
     def __init__(self, section: Controller) -> None:
         self.section = section
         self.state = initial_state(section)
-        self.crashes = CrashState()
 
     def step(self, seen: Observation) -> Decision:
         """Moves the state on. Give the same observation on all processes."""
         self.state, decision = control(self.section, self.state, seen)
         return decision
 
-    def watch(self, reward: float) -> dict[str, float]:
-        """Takes a rollout's mean reward into the crash counter; its metrics."""
-        self.crashes = self.crashes.step(reward)
-        return {"controller/crashes": float(self.crashes.crashes), "controller/crashed": float(self.crashes.down)}
-
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, for checkpoints."""
-        return {"state": to_dict(self.state), "crashes": self.crashes.to_dict()}
+        return {"state": to_dict(self.state)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.state = from_dict(self.section, state["state"])
-        self.crashes = CrashState.from_dict(state["crashes"])
 
 
 def to_dict(state: State) -> dict[str, Any]:
@@ -239,10 +222,28 @@ def from_dict(section: Controller, values: Mapping[str, Any]) -> State:
     return SafeState(**made)
 
 
-def _relative_pid(section: SafeController, state: SafeState, seen: Observation) -> tuple[SafeState, float, float]:
-    """(state, velocity in spreads per step, PID output): no velocity before the second reward, or without a spread."""
+def _clamped_pid(
+    section: PublishedSafeController, state: SafeState, seen: Observation
+) -> tuple[SafeState, dict[str, float]]:
+    """(state with velocity and output, the output's terms). Without a new reward both stand; the first gives neither."""
+    gains = {"kp": section.kp, "ki": section.ki, "kd": section.kd}
     if math.isnan(seen.reward):
-        return state, 0.0, 0.0
+        return state, pid_terms(state.pid, **gains)
+    if state.reward_average is None:
+        return replace(state, reward_average=seen.reward), pid_terms(state.pid, **gains)
+    velocity = (1 - section.reward_decay) * (seen.reward - state.reward_average)
+    error = velocity - section.target_velocity
+    pid, output = clamped_pid(state.pid, error, **gains, integral_limit=section.integral_limit)
+    average = state.reward_average + velocity
+    return replace(state, pid=pid, output=output, velocity=velocity, reward_average=average), pid_terms(pid, **gains)
+
+
+def _relative_pid(section: SafeController, state: SafeState, seen: Observation) -> tuple[SafeState, dict[str, float]]:
+    """(state with velocity, in spreads per rollout, and output; the output's terms before it is cut). Without a new reward
+    both stand; before the second reward, or without a spread, both are 0."""
+    gains = {"kp": section.kp, "ki": section.ki, "kd": section.kd}
+    if math.isnan(seen.reward):
+        return state, pid_terms(state.pid, **gains)
     spread = state.spread
     if not math.isnan(seen.reward_std):
         keep = section.spread_decay
@@ -253,11 +254,11 @@ def _relative_pid(section: SafeController, state: SafeState, seen: Observation) 
     if state.reward_average is not None and spread:
         velocity = change / spread
         error = min(max(velocity - section.target_velocity, -section.error_limit), section.error_limit)
-        gains = {"kp": section.kp, "ki": section.ki, "kd": section.kd, "leak": section.leak}
-        pid, output = conditional_pid(state.pid, error, **gains, limit=section.authority)
+        pid, output = conditional_pid(state.pid, error, **gains, leak=section.leak, limit=section.authority)
     average += change
     best = max(state.best_average, average)
-    return replace(state, spread=spread, reward_average=average, best_average=best, pid=pid), velocity, output
+    state = replace(state, spread=spread, reward_average=average, best_average=best, pid=pid)
+    return replace(state, output=output, velocity=velocity), pid_terms(pid, **gains)
 
 
 def _remember(state: SafeState, seen: Observation, reward_window: int, kl_window: int) -> SafeState:
@@ -301,9 +302,7 @@ def _watch(
     phase: Phase,
     threshold: float,
     gate: float,
-    pid: PidState,
-    output: float,
-    velocity: float,
+    terms: dict[str, float],
 ) -> dict[str, float]:
     return {
         "controller/kl": seen.kl,
@@ -312,10 +311,11 @@ def _watch(
         "controller/threshold": threshold,
         "controller/gate": gate,
         "controller/phase": float(PHASES.index(phase)),
-        "controller/velocity": velocity,
-        "controller/pid": output,
-        "controller/pid_integral": pid.integral,
-        "controller/pid_error": pid.error,
+        "controller/velocity": state.velocity,
+        "controller/pid": state.output,
+        "controller/pid_integral": state.pid.integral,
+        "controller/pid_error": state.pid.error,
+        **{f"controller/pid_{name}": value for name, value in terms.items()},
     }
 
 

@@ -120,8 +120,9 @@ def compute_coefficients(
         metrics = {**_policy_metrics(view, ratio, limited, ~demonstration), **mismatch, **masking}
         if method.controller is not None and view.ref_logp is not None:
             kl = kl_estimate(method.kl.estimator, view.logp, view.ref_logp)[~demonstration]
-            metrics |= {"policy/kl_penalised": mean_of(kl), "policy/kl_penalised_max": max_of(kl)}
-            metrics |= quantiles_of("policy/kl_penalised", kl, (0.95,))
+            metrics["policy/kl_penalised"] = mean_of(
+                kl
+            )  # by the penalty's own estimator: k1 has no sign, so no quantiles
         if method.gate is not None:
             weight = torch.where(demonstration, demonstration_weights(method.gate, view, counts, weight), weight)
             entropy = entropy if method.gate.entropy else torch.where(demonstration, zero, entropy)
@@ -160,7 +161,9 @@ def _policy_metrics(view: TokenView, ratio: Tensor, limited: Limited, sampled: T
         "policy/kl_old": mean_of(kl_estimate("k3", view.old_logp, view.logp), sampled),
     }
     if view.ref_logp is not None:
-        metrics["policy/kl_reference"] = mean_of(kl_estimate("k3", view.logp, view.ref_logp), sampled)
+        kl = kl_estimate("k3", view.logp, view.ref_logp)[sampled]
+        metrics |= {"policy/kl_reference": mean_of(kl), "policy/kl_reference_max": max_of(kl)}
+        metrics |= quantiles_of("policy/kl_reference", kl, (0.95,))
     return metrics
 
 

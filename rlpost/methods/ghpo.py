@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-from rlpost.experience import Group, Score
 from rlpost.recipe.guidance import HintGuidance
+from rlpost.verdict import is_right
 
 
-def accuracy(scores: Sequence[Score], accuracy_rewards: Sequence[bool]) -> float | None:
-    """The sum of a completion's accuracy rewards; None (unknown) when one of them failed or none applies.
-
-    Other rewards (format, length) have no say. `accuracy_rewards` says of every reward whether it is one.
-    """
-    counted = [score for score, counts in zip(scores, accuracy_rewards, strict=True) if counts]
-    values = [score.value for score in counted if score.value is not None]
-    if not values or any(score.failed for score in counted):
-        return None
-    return math.fsum(values)
+def is_wrong(value: float, section: HintGuidance) -> bool:
+    """Whether a known accuracy is wrong: not right, or, where the recipe says so, at most `wrong_at_most`."""
+    limit = section.wrong_at_most
+    return not is_right(value, section.threshold) if limit is None else value <= limit
 
 
-def accuracies(group: Group, accuracy_rewards: Sequence[bool]) -> list[float | None]:
-    """The accuracy of every completion of a scored group."""
-    return [accuracy(scores, accuracy_rewards) for scores in group.scores]
-
-
-def is_hard(found: Sequence[float | None], wrong_at_most: float = 0.0) -> bool:
+def is_hard(found: Sequence[float | None], section: HintGuidance) -> bool:
     """Whether every completion of the group is known to be wrong: the paper's sum_i f(a, o_i) = 0.
 
     A group with a completion whose accuracy is unknown (None) is not hard: unknown is not wrong.
     """
-    return bool(found) and all(value is not None and value <= wrong_at_most for value in found)
+    return bool(found) and all(value is not None and is_wrong(value, section) for value in found)
+
+
+def is_solved(found: Sequence[float | None], section: HintGuidance) -> bool:
+    """Whether a completion is known not to be wrong. Unknown is not solved either, so this is not the opposite of hard."""
+    return any(value is not None and not is_wrong(value, section) for value in found)
 
 
 def level_ratios(section: HintGuidance, rollout: int, rollouts: int) -> tuple[float, ...]:
@@ -43,12 +36,11 @@ def level_ratios(section: HintGuidance, rollout: int, rollouts: int) -> tuple[fl
     return tuple(ratio * scale for ratio in section.ratios) if scale > 0 else ()
 
 
-def next_first_level(first: int, solved_at: int | None, levels: int) -> int:
+def next_first_level(first: int, last: int, solved: bool) -> int:
     """At which level (from 1) a hard prompt begins when it comes again.
 
-    `first` is where it began this time, `solved_at` the level that solved it, None if none did. Where the first try
-    succeeded, an easier one may do next time.
+    `first` is where it began this time, `last` the last level that it was sampled at (a higher one may not have fitted, and
+    a prompt that began there would get no hint at all), `solved` whether that solved it. Where the first try succeeded, an
+    easier one may do next time.
     """
-    if solved_at is None:
-        return levels
-    return max(1, solved_at - 1) if solved_at == first else solved_at
+    return max(1, last - 1) if solved and last == first else last

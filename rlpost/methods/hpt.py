@@ -12,6 +12,7 @@ from rlpost.methods.estimator import AdvantageResult, compute_advantages
 from rlpost.methods.imitation import joins_group
 from rlpost.recipe.guidance import Gate, SftFirstGate, SoftGate, SolveRateGate, SrftGate
 from rlpost.recipe.method import MethodSection
+from rlpost.verdict import right_of_known
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +30,6 @@ class Route:
         return replace(self, samples=True, demonstration=False, sft_weight=0.0)
 
 
-def right_of_known(found: Sequence[float | None], threshold: float) -> tuple[int, int]:
-    """(right completions, completions of known accuracy) among a group's accuracies (None: unknown)."""
-    known = [value for value in found if value is not None]
-    return sum(value >= threshold - 1e-9 for value in known), len(known)
-
-
 def route(gate: Gate, found: Sequence[float | None], rollout: int) -> Route:
     """Where the gate sends a prompt whose completions have the accuracies `found` (None: unknown).
 
@@ -43,7 +38,7 @@ def route(gate: Gate, found: Sequence[float | None], rollout: int) -> Route:
     """
     right, known = right_of_known(found, gate.threshold)
     if isinstance(gate, SftFirstGate):
-        first = rollout < gate.rollouts
+        first = gate.rollouts is None or rollout < gate.rollouts
         return Route(not first, first, gate.rl_weight, gate.sft_weight if first else 0.0)
     if isinstance(gate, SoftGate):
         alpha, beta = gate.rl[min(right, len(gate.rl) - 1)], gate.sft[min(right, len(gate.sft) - 1)]
@@ -63,7 +58,7 @@ def route(gate: Gate, found: Sequence[float | None], rollout: int) -> Route:
 
 def needs_samples(gate: Gate | None, rollout: int) -> bool:
     """Whether anything that is sampled in this rollout could be learned from, or decides a route."""
-    return not (isinstance(gate, SftFirstGate) and rollout < gate.rollouts)
+    return not (isinstance(gate, SftFirstGate) and (gate.rollouts is None or rollout < gate.rollouts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from rlpost.gradient.masks import off_policy_rejects, reject_lowest, token_unifo
 from rlpost.gradient.metrics import Metric, mean_of
 from rlpost.gradient.segments import count_by
 from rlpost.gradient.types import TokenView
-from rlpost.methods.capo import curvature_metrics, moved_tokens
+from rlpost.methods.capo import curvature_metrics, moved_tokens, probability_metrics
 from rlpost.methods.context import StepContext
 from rlpost.recipe.masks import CurvatureMask, Mask, OffPolicyMask, ProbabilityMask, RandomMask
 from rlpost.recipe.method import MethodSection
@@ -27,6 +27,8 @@ def accepted_tokens(method: MethodSection, view: TokenView, context: StepContext
     for mask in method.masks:
         rejected = _rejects(mask, view, counted, predicted, context) & counted
         metrics[f"mask/{mask.type}/rejected_share"] = mean_of(rejected.double(), counted)
+        if mask.type != "curvature":  # which has reported this already
+            metrics |= probability_metrics(f"mask/{mask.type}", view, rejected, counted)
         keep &= ~rejected
     if method.overlong.filter:
         cut = view.truncated[view.sequence] & ~view.demonstration[view.sequence]
@@ -46,7 +48,7 @@ def _curvature_rejects(
     tracker = context.curvature
     if tracker is None:
         raise ValueError("a curvature mask needs StepContext.curvature (see rlpost.methods.capo.make_tracker)")
-    curvature, limits = tracker.predict(view, context), tracker.limits(context)
+    curvature, limits = tracker.predict(view, context), tracker.limits()
     rejected = (limits.kl_rejects(curvature) | limits.objective_rejects(curvature)) & counted
     return rejected, curvature_metrics(view, curvature, limits, counted)
 

@@ -31,7 +31,8 @@ class RowTable:
         new = ids[self.slot[ids] == 0]
         needed = self.used + new.numel()
         if needed > self.data.shape[0]:
-            grown = self.data.new_zeros(max(needed, 2 * self.data.shape[0]), self.data.shape[1])
+            room = min(2 * self.data.shape[0], self.slot.numel() + 1)  # never more than all of them
+            grown = self.data.new_zeros(max(needed, room), self.data.shape[1])
             grown[: self.used] = self.data[: self.used]
             self.data = grown
         self.slot[new] = torch.arange(self.used, needed, device=self.slot.device)
@@ -82,9 +83,12 @@ class MomentRows:
         scale = learning_rate * keep1 / keep2**0.5
         return step.div_(size).mul_(hidden[:, None]).sum(-1).mul_(scale)
 
-    def unit(self) -> float:
-        """Size of the next step of a row without history, in learning rates: c(t) of the method's page; 1 for large t."""
-        (b1, b2), t = self.betas, self.steps + 1
+    def unit(self, ahead: int = 0) -> float:
+        """Size of the next step of a row without history, in learning rates: c(t) of the method's page; 1 for large t.
+
+        `ahead`: of the step so many updates later.
+        """
+        (b1, b2), t = self.betas, self.steps + 1 + ahead
         return ((1 - b1) / (1 - b1**t)) / ((1 - b2) / (1 - b2**t)) ** 0.5
 
     def apply(self, ids: Tensor, gradient: Tensor) -> None:

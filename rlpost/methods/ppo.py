@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlpost.gradient.gae import ValueCoefficients, aggregate_values, first_tokens, generalised_advantage
+from rlpost.gradient.gae import ValueCoefficients, aggregate_values, first_tokens, generalised_advantage, last_tokens
 from rlpost.gradient.metrics import Metric, max_of, mean_of
 from rlpost.gradient.segments import sum_by
 from rlpost.gradient.types import Counts
@@ -103,8 +103,7 @@ def token_rewards(reward: Tensor, sequence: Tensor, kl: Tensor | None = None, co
     earned = torch.zeros(sequence.shape, dtype=reward.dtype, device=reward.device)
     if kl is not None and coefficient:
         earned -= coefficient * kl.to(reward.dtype)
-    first = first_tokens(sequence)
-    last = torch.cat([first[1:] - 1, torch.full_like(first[:1], sequence.numel() - 1)])
+    last = last_tokens(sequence)
     earned[last] += reward[sequence[last]]
     return earned
 
@@ -114,7 +113,7 @@ class Estimate:
     """What a rollout's tokens are worth, before advantages are whitened. 0 where the reward is not known."""
 
     advantage: Tensor  # [N]
-    target: Tensor  # [N] of the value before the token; with `level: sequence` the completion's, at each of its tokens
+    target: Tensor  # [N] of the value before the token; with one value a completion its target, at each of its tokens
     known: Tensor  # [N] bool
 
 
@@ -129,15 +128,15 @@ def estimate(
 ) -> Estimate:
     """Advantages and targets of N tokens of S completions.
 
-    `reward` [S] (NaN: unknown), whitened if it is to be; `value` [N] the aggregated old values (with `level: sequence`
-    each completion's value at each of its tokens); `kl` [N] per token, subtracted from the rewards.
+    `reward` [S] (NaN: unknown), whitened if it is to be; `value` [N] the aggregated old values (with one value a completion
+    that at each of its tokens); `kl` [N] per token, subtracted from the rewards.
     """
     known = ~reward.isnan()[sequence]
     reward = torch.where(reward.isnan(), torch.zeros_like(reward), reward)
     value = value.to(reward.dtype)
     earned = token_rewards(reward, sequence, kl, kl_coefficient)
     completions = reward.numel()
-    if section.level == "sequence":
+    if not section.per_token:
         target = sum_by(earned, sequence, completions)[sequence]
         advantage = target - value
     else:
@@ -153,8 +152,8 @@ def estimate(
 
 
 def counted(section: CriticSection, found: Estimate, sequence: Tensor) -> Tensor:
-    """[N] bool: the tokens that statistics are taken over: known ones, one a completion with `level: sequence`."""
-    if section.level == "token":
+    """[N] bool: the tokens that statistics are taken over: known ones, one a completion where that has one value."""
+    if section.per_token:
         return found.known
     first = torch.zeros_like(found.known)
     first[first_tokens(sequence)] = True
@@ -172,9 +171,9 @@ def whiten_advantage(section: CriticSection, found: Estimate, moments: Moments) 
 def value_weights(section: CriticSection, counts: Counts, known: Tensor) -> Tensor:
     """[M] weights of the value terms; over the whole optimizer step they add up to `loss.weight`, masks or not.
 
-    One over all tokens, or over all completions with `level: sequence`. `known` [M] bool: others get 0.
+    One over all tokens, or over all completions where these have one value. `known` [M] bool: others get 0.
     """
-    number = counts.tokens if section.level == "token" else counts.sequences
+    number = counts.tokens if section.per_token else counts.sequences
     return known.double() * (section.loss.weight / max(number, 1))
 
 

@@ -70,10 +70,16 @@ def phase_factor(phase: Phase, factors: Phases) -> float:
 
 @dataclass(frozen=True, slots=True)
 class PidState:
-    """Integral and last error of a PID loop."""
+    """Integral, last error and the change that led to it, of a PID loop."""
 
     integral: float = 0.0
     error: float = 0.0
+    change: float = 0.0
+
+
+def pid_terms(state: PidState, *, kp: float, ki: float, kd: float) -> dict[str, float]:
+    """The proportional, integral and derivative term of the last output (before it was cut)."""
+    return {"p": kp * state.error, "i": ki * state.integral, "d": kd * state.change}
 
 
 def clamped_pid(
@@ -81,7 +87,8 @@ def clamped_pid(
 ) -> tuple[PidState, float]:
     """The published PID: the integral is cut to +-limit. u = Kp e + Ki I + Kd (e - e_prev)."""
     integral = min(max(state.integral + error, -integral_limit), integral_limit)
-    return PidState(integral, error), kp * error + ki * integral + kd * (error - state.error)
+    new = PidState(integral, error, error - state.error)
+    return new, sum(pid_terms(new, kp=kp, ki=ki, kd=kd).values())
 
 
 def conditional_pid(
@@ -99,7 +106,7 @@ def conditional_pid(
         integral = leak * state.integral
     most = limit / ki if ki > 0 else math.inf
     integral = min(max(integral, -most), most)
-    return PidState(integral, error), min(max(output(integral), -limit), limit)
+    return PidState(integral, error, error - state.error), min(max(output(integral), -limit), limit)
 
 
 def threshold_penalty(kl: float, threshold: float, weight: float, gate: float = 1.0) -> tuple[float, float]:
@@ -131,19 +138,23 @@ def preview_brake(kls: Sequence[float], limit: float | None) -> float:
     return limit / predicted if limit is not None and growing and predicted > limit else 1.0
 
 
-CRASH_DECAY, CRASH_FACTOR, CRASH_WAIT = 0.98, 4.0, 20  # a moving average of about 50 rollouts
+# A moving average of about 50 rollouts; a fall by 3 standard deviations, or by 0.1 in the reward's own unit.
+CRASH_DECAY, CRASH_FACTOR, CRASH_FALL, CRASH_WAIT = 0.98, 3.0, 0.1, 20
 
 
 @dataclass(frozen=True, slots=True)
 class CrashState:
-    """Counts crashes: a rollout's mean reward falls more than 4 standard deviations (of mean rewards around their moving
-    average, decay 0.98) below that average. A crash lasts, and is counted once, until a reward is above that line again."""
+    """Counts crashes: a rollout's mean reward falls more than 3 standard deviations (of mean rewards around their moving
+    average, decay 0.98) below that average; apart from them, falls by more than 0.1. Either lasts, and is counted once,
+    until a reward is above its line again."""
 
     seen: int = 0
     average: float = 0.0
     variance: float = 0.0
     down: bool = False
     crashes: int = 0
+    fallen: bool = False
+    falls: int = 0
 
     def step(self, reward: float) -> CrashState:
         """The state after a rollout of mean reward `reward`; unchanged for NaN. Counts from the 20th rollout on."""
@@ -151,8 +162,9 @@ class CrashState:
             return self
         if not self.seen:
             return CrashState(1, reward)
-        gap = reward - self.average
-        down = self.seen >= CRASH_WAIT and gap < -CRASH_FACTOR * math.sqrt(self.variance)
+        gap, known = reward - self.average, self.seen >= CRASH_WAIT
+        down = known and gap < -CRASH_FACTOR * math.sqrt(self.variance)
+        fallen = known and gap < -CRASH_FALL
         share = max(1 - CRASH_DECAY, 1 / (self.seen + 1))  # a plain mean at first
         return CrashState(
             seen=self.seen + 1,
@@ -160,7 +172,20 @@ class CrashState:
             variance=(1 - share) * (self.variance + share * gap**2),
             down=down,
             crashes=self.crashes + (down and not self.down),
+            fallen=fallen,
+            falls=self.falls + (fallen and not self.fallen),
         )
+
+    def metrics(self) -> dict[str, float]:
+        """Counts so far, and per 1000 rollouts that were looked at."""
+        looked_at = max(1, self.seen - CRASH_WAIT)
+        return {
+            "reward/crashed": float(self.down),
+            "reward/crashes": float(self.crashes),
+            "reward/crashes_per_1000": 1000 * self.crashes / looked_at,
+            "reward/falls": float(self.falls),
+            "reward/falls_per_1000": 1000 * self.falls / looked_at,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,6 +51,7 @@ TREE_MODEL_TYPES = frozenset(
     )
 )
 TREE_ATTENTION = ("sdpa", "eager", "flex_attention")
+_FLEX_SMALLEST_HEAD = 16  # torch's kernel refuses smaller ones
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # frequencies change with the longest position of a micro-batch
 
 
@@ -56,13 +59,14 @@ def attention_mask(rows: TokenRows, implementation: str) -> Tensor | BlockMask |
     """What to pass to a transformers model as `attention_mask` so that it follows the rule of `TokenRows`.
 
     None for causal rows: padding is at the right end, where no real token can see it. Else [R, 1, T, T]: boolean for
-    "sdpa" (True: may attend), additive float32 for "eager", a FlexAttention BlockMask for "flex_attention". Padding
-    attends to itself alone, since a softmax over nothing is NaN. Raises ValueError for an implementation without masks.
+    "sdpa" (True: may attend), additive float32 for "eager"; a BlockMask for "flex_attention", of causal rows too, since
+    FlexAttention is compiled once more for every other kind of mask. Padding attends to itself alone, since a softmax over
+    nothing is NaN. Raises ValueError for an implementation without masks.
     """
-    if rows.causal:
-        return None
     if implementation == "flex_attention":
         return _block_mask(rows)
+    if rows.causal:
+        return None
     if implementation not in TREE_ATTENTION:
         raise ValueError(f"attention implementation {implementation!r} cannot take tree rows; use layout 'sorted'")
     allowed = tree_mask(rows)[:, None]
@@ -97,15 +101,21 @@ def _block_mask(rows: TokenRows) -> BlockMask:
     return create_block_mask(allowed, count, None, width, width, device=str(tree.device))
 
 
-def check_tree_support(config: PreTrainedConfig) -> str | None:
-    """Why a model with this Hugging Face configuration cannot use tree rows, or None if it can."""
+def check_tree_support(config: PreTrainedConfig, longest: int | None = None) -> str | None:
+    """Why a model with this Hugging Face configuration cannot use tree rows, or None if it can.
+
+    `longest` is how many tokens a prompt with its completion may have at the most. A sliding window of at least as many
+    never hides anything: positions restart in every branch, and transformers takes a ready 4-D mask as it is. None: not
+    known, so that no window is taken.
+    """
     if config.model_type not in TREE_MODEL_TYPES:
         return "attention or positions that are not known to be plain causal attention over rotary positions"
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds <= {"full_attention"}:
-        return "layers of type " + ", ".join(sorted(kinds - {"full_attention"}))
-    if not kinds and getattr(config, "sliding_window", None) is not None:
-        return f"sliding_window={config.sliding_window}"
+    kinds, window = set(getattr(config, "layer_types", None) or ()), getattr(config, "sliding_window", None)
+    fits = window is not None and longest is not None and window >= longest
+    if others := kinds - {"full_attention"} - ({"sliding_attention"} if fits else set()):
+        return "layers of type " + ", ".join(sorted(others)) + ("" if window is None else f" (sliding_window={window})")
+    if not kinds and window is not None and not fits:
+        return f"sliding_window={window}" + ("" if longest is None else f", where a sequence may have {longest} tokens")
     if getattr(config, "use_bidirectional_attention", False):
         return "bidirectional attention"
     rope = _rope_types(getattr(config, "rope_parameters", None) or {})
@@ -114,16 +124,76 @@ def check_tree_support(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def choose_layout(config: PreTrainedConfig, wanted: Layout, attention: str = "sdpa") -> tuple[Layout, str | None]:
-    """The layout to use, and a line saying why where it is not the wanted one."""
+def choose_attention(
+    wanted: str, config: PreTrainedConfig, *, device: torch.device | str, layout: Layout, longest: int | None = None
+) -> tuple[str, str | None]:
+    """The attention kernel for a model that runs on `device` with rows of this layout, and a line for the user where the
+    recipe does not say it by itself. `wanted` is `model.attention`; `longest` as in `check_tree_support`.
+
+    Of "auto" comes "flex_attention" or "sdpa". Models that cap attention scores, which sdpa cannot, get "eager" for sdpa.
+    """
+    note, place = None, torch.device(device)
+    if wanted == "auto" and place.type == "cpu":
+        wanted = "sdpa"  # as ever, so nothing to say
+    elif wanted == "auto":
+        obstacle = _why_not_flex(config, place, layout, longest)
+        wanted = "sdpa" if obstacle else "flex_attention"
+        note = f"model.attention: {wanted}, because {obstacle or 'rows are trees and the device is a GPU'}"
+    if wanted == "sdpa" and getattr(config, "attn_logit_softcapping", None):
+        return "eager", f"model.attention: eager instead of sdpa, which cannot cap scores as {config.model_type} does"
+    return wanted, note
+
+
+def allow_many_shapes() -> None:
+    """Lets torch compile FlexAttention for as many kinds of micro-batches as there are.
+
+    One row or several, width a multiple of the block size or not, with and without gradient: about ten. Beyond its usual
+    limit of eight torch would go on without a compiled kernel and hold all attention scores in memory.
+    """
+    import torch._dynamo  # seconds, and only for those who need it
+
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+
+
+@contextmanager
+def plain_attention(config: PreTrainedConfig) -> Iterator[None]:
+    """While open, a model with FlexAttention attends without: on a device on which it is only loaded, nothing compiles."""
+    before = config._attn_implementation
+    if before == "flex_attention":
+        config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def choose_layout(
+    config: PreTrainedConfig, wanted: Layout, attention: str = "sdpa", longest: int | None = None
+) -> tuple[Layout, str | None]:
+    """The layout to use, and a line saying why where it is not the wanted one. `longest` as in `check_tree_support`."""
     if wanted != "tree":
         return wanted, None
     if attention not in TREE_ATTENTION:
         return "sorted", f"learner.layout: sorted instead of tree, because model.attention={attention} takes no mask"
-    reason = check_tree_support(config)
+    reason = check_tree_support(config, longest)
     if reason is None:
         return "tree", None
     return "sorted", f"learner.layout: sorted instead of tree, because model type {config.model_type} has {reason}"
+
+
+def _why_not_flex(config: PreTrainedConfig, device: torch.device, layout: Layout, longest: int | None) -> str | None:
+    """What stands against FlexAttention, or None."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if device.type != "cuda":
+        return f"FlexAttention cannot train on {device.type}"
+    if choose_layout(config, layout, longest=longest)[0] != "tree":
+        return "rows are no trees"  # causal rows have faster kernels
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if not getattr(architecture, "_supports_flex_attn", False):
+        return f"model type {config.model_type} does not take FlexAttention"
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return f"FlexAttention does not take heads of {head} numbers" if head < _FLEX_SMALLEST_HEAD else None
 
 
 def _rope_types(parameters: dict[str, Any]) -> set[str]:

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from rlpost.errors import RecipeError
 from rlpost.experience import TokenRows
-from rlpost.gradient.gae import first_tokens
+from rlpost.gradient.gae import first_tokens, last_tokens
 from rlpost.policy.attention import attention_mask
 from rlpost.recipe.critic import CriticSection
 from rlpost.recipe.model import ModelSection
@@ -59,8 +59,8 @@ class Critic(nn.Module):
         self.trunk = trunk
 
     def forward(self, rows: TokenRows, picked: Tensor) -> Tensor:
-        """Values [M, H]: before every completion token of `rows` (M = N), or at every prompt's end (`level: sequence`, M =
-        completions in `rows`, in their order).
+        """Values [M, H]: before every completion token of `rows` (M = N), or one a completion, at the prompt's end (`level:
+        sequence`) or before its last token (`level: answer`; M = completions in `rows`, in their order).
 
         `picked` [N, d] are the policy's hidden states that predict the tokens; a separate critic ignores them.
         """
@@ -81,12 +81,16 @@ class Critic(nn.Module):
 def states_at(hidden: Tensor, rows: TokenRows) -> Tensor:
     """[N, d] the hidden states [R, T, d] that predict the tokens of `rows`."""
     place = rows.predict_row * rows.input_ids.shape[1] + rows.predict_col
-    return functional.embedding(place, hidden.flatten(0, 1))  # a look-up: its backward adds repeats in a fixed order
+    # A look-up and not hidden[row, col]: several branches read the prompt's last state, and the backward of an indexing
+    # adds up such repeats in an order that changes with the threads.
+    return functional.embedding(place, hidden.flatten(0, 1))
 
 
 def read_places(section: CriticSection, sequence: Tensor) -> Tensor | None:
     """Which of a view's N tokens [M] a value is read before; None: all of them."""
-    return None if section.level == "token" else first_tokens(sequence)
+    if section.per_token:
+        return None
+    return first_tokens(sequence) if section.level == "sequence" else last_tokens(sequence)
 
 
 def scale_gradient(tensor: Tensor, share: float) -> Tensor:
@@ -112,26 +116,26 @@ def make_critic(
     """
     if section.model == "trunk":
         return Critic(section, ValueHead(width, section, seed=seed)).to(device)
-    trunk = _load_trunk(model, path)
+    trunk = _load_trunk(model, path, device)
     head = ValueHead(trunk.config.get_text_config().hidden_size, section, seed=seed)
     return Critic(section, head, trunk).to(device)
 
 
-def _load_trunk(model: ModelSection, path: str) -> PreTrainedModel:
+def _load_trunk(model: ModelSection, path: str, device: torch.device | str) -> PreTrainedModel:
     """The model without its output layer, ready to be trained. No dropout, as for the policy."""
     from safetensors import SafetensorError
     from transformers import AutoModel
 
     from rlpost.policy.loading import load_config, without_progress_bars
 
-    config, _notes = load_config(model, path)
+    config, _notes = load_config(model, path, device=device)
     try:
         with without_progress_bars():
             trunk, report = AutoModel.from_pretrained(
                 path,
                 config=config,
                 dtype=getattr(torch, model.dtype),
-                attn_implementation=config._attn_implementation or model.attention,
+                attn_implementation=config._attn_implementation,
                 trust_remote_code=model.trust_remote_code,
                 output_loading_info=True,
             )

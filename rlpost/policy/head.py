@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlpost.gradient.types import HeadStatistics, StatisticsRequest
+from rlpost.policy.fused import fused, fuses, score_gradient, token_numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,8 +202,9 @@ def _cast_to_keep(weight: Tensor, product: torch.dtype) -> Tensor | None:
 
 def _blocks(part: slice, chunk: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Cuts a chunk [c, V] of the tokens `part` into views of a few rows. On a CPU they stay in the cache from one operation
-    to the next, and what is made of them is small enough that memory is not asked of the system each time."""
-    step = 16 if chunk.device.type == "cpu" else 256
+    to the next, and what is made of them is small enough that memory is not asked of the system each time. Fused kernels
+    take all at once: nothing of a chunk's size lies between them."""
+    step = max(1, chunk.shape[0]) if fuses(chunk.device) else 16 if chunk.device.type == "cpu" else 256
     for start in range(0, chunk.shape[0], step):
         some = chunk[start : start + step]
         yield slice(part.start + start, part.start + start + some.shape[0]), some
@@ -236,6 +238,39 @@ def _score_gradient(
     return step.scatter_add_(-1, target[:, None], by_logp)
 
 
+def _numbers(
+    scores: Tensor, target: Tensor, *, keep: bool, with_p: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As `_token_numbers`; z [c, V] is overwritten unless it is to be kept."""
+    if fuses(scores.device):
+        return fused(token_numbers)(scores, target, with_p)
+    return _token_numbers(scores.clone() if keep else scores, target)
+
+
+def _raw_gradient(
+    scores: Tensor,
+    target: Tensor,
+    normalizer: Tensor,
+    entropy: Tensor,
+    by_logp: Tensor,
+    by_entropy: Tensor | None,
+    rule: LogitRule,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The loss by the head's raw output [c, V], in `dtype` where fused, from z [c, V] (overwritten) and numbers [c]."""
+    slope = rule.slope(scores)
+    if not fuses(scores.device):
+        logq = scores.sub_(normalizer[:, None])
+        rest = None if by_entropy is None else by_entropy[:, None]
+        return _score_gradient(logq, target, entropy, by_logp[:, None], rest).mul_(slope)
+    by_entropy = torch.zeros_like(by_logp) if by_entropy is None else by_entropy
+    if isinstance(slope, Tensor):
+        exact = fused(score_gradient)(scores, normalizer, target, entropy, by_logp, by_entropy, scores.dtype)
+        return exact.mul_(slope)
+    scaled = (by_logp * slope, by_entropy * slope)  # linear in both: no pass of its own
+    return fused(score_gradient)(scores, normalizer, target, entropy, *scaled, dtype)
+
+
 class _ChunkedHead(torch.autograd.Function):
     """See `chunked_head`.
 
@@ -265,13 +300,14 @@ class _ChunkedHead(torch.autograd.Function):
             if whole.stop >= hidden.shape[0] and any(ctx.needs_input_grad[:3]):
                 last = chunk_scores
             for part, block in _blocks(whole, chunk_scores):
-                scores = block if last is None else block.clone()
                 if collected is not None:
-                    collected.take_scores(part, scores)
-                normalizer[part], logp[part], entropy[part], p = _token_numbers(scores, target[part])
-                if collected is not None:
+                    collected.take_scores(part, block)
+                with_p = collected is not None and bool(collected.powers)
+                found = _numbers(block, target[part], keep=last is not None, with_p=with_p)
+                normalizer[part], logp[part], entropy[part], p = found
+                if collected is not None and p is not None:
                     collected.take_probabilities(part, p)
-                del p, scores, block
+                del p, found, block
             del chunk_scores  # before the next chunk's are made
         ctx.save_for_backward(hidden, target, normalizer, entropy)
         ctx.weight, ctx.bias, ctx.rule, ctx.chunk, ctx.product, ctx.cast = weight, bias, rule, chunk, product, cast
@@ -299,15 +335,14 @@ class _ChunkedHead(torch.autograd.Function):
             for whole, chunk_scores in chunks:
                 raw = chunk_scores if chunk_scores.dtype == product else torch.empty_like(chunk_scores, dtype=product)
                 for part, scores in _blocks(whole, chunk_scores):
-                    slope = ctx.rule.slope(scores)
-                    logq = scores.sub_(normalizer[part, None])
-                    by_entropy = None if without_entropy else grads[1][part, None]
-                    step = _score_gradient(logq, target[part], entropy[part], grads[0][part, None], by_entropy)
-                    step.mul_(slope)
+                    by_entropy = None if without_entropy else grads[1][part]
+                    dtype = product if grad_bias is None else normalizer.dtype
+                    numbers = (target[part], normalizer[part], entropy[part])
+                    step = _raw_gradient(scores, *numbers, grads[0][part], by_entropy, ctx.rule, dtype)
                     if grad_bias is not None:
                         grad_bias += step.sum(0)
                     raw[part.start - whole.start : part.stop - whole.start] = step
-                    del logq, scores, step
+                    del scores, step
                 del chunk_scores
                 if grad_hidden is not None:
                     grad_hidden[whole] = (raw @ columns).to(hidden.dtype)

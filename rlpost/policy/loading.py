@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 from rlpost.errors import RecipeError
+from rlpost.policy.attention import allow_many_shapes, choose_attention
 from rlpost.policy.head import HeadRequest, LogitRule, ScoringLinear
+from rlpost.policy.quantized import loading_options
+from rlpost.policy.rows import Layout
 from rlpost.recipe.model import LoraSection, ModelSection
 
 if TYPE_CHECKING:
@@ -22,12 +25,22 @@ if TYPE_CHECKING:
 _RANDOM_SETTINGS = ("dropout", "_pdrop", "layerdrop", "router_jitter_noise")
 
 
-def load_config(section: ModelSection, path: str) -> tuple[PreTrainedConfig, tuple[str, ...]]:
-    """The Hugging Face configuration with every dropout set to 0, and notes for the user about what was changed.
+def load_config(
+    section: ModelSection,
+    path: str,
+    *,
+    device: torch.device | str = "cpu",
+    layout: Layout = "tree",
+    longest: int | None = None,
+) -> tuple[PreTrainedConfig, tuple[str, ...]]:
+    """The Hugging Face configuration with every dropout set to 0 and the attention kernel for a model that runs on `device`
+    with rows of `layout`, in which a sequence has `longest` tokens at the most (None: not known); and notes for the user
+    about what was changed or chosen.
 
     With dropout the log-probs of the update would not be those of the distribution sampled from. Raises RecipeError
     naming `model.path` if there is no model at `path`.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
@@ -36,7 +49,7 @@ def load_config(section: ModelSection, path: str) -> tuple[PreTrainedConfig, tup
         )
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise RecipeError(_cannot_load(path, error)) from error
     zeroed, notes = [], []
     for name, value in config.to_dict().items():
@@ -45,14 +58,18 @@ def load_config(section: ModelSection, path: str) -> tuple[PreTrainedConfig, tup
             zeroed.append(f"{name}={value}")
     if zeroed:
         notes.append(f"model: {', '.join(zeroed)} set to 0, so that log-probs are exact")
-    if section.attention == "sdpa" and getattr(config, "attn_logit_softcapping", None):
-        config._attn_implementation = "eager"
-        notes.append(f"model.attention: eager instead of sdpa, which cannot cap scores as {config.model_type} does")
+    config._attn_implementation, note = choose_attention(
+        section.attention, config, device=device, layout=layout, longest=longest
+    )
+    if note:
+        notes.append(note)
     return config, tuple(notes)
 
 
-def load_causal_lm(section: ModelSection, path: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal LM in training mode, on the CPU, with a `ScoringLinear` as output layer."""
+def load_causal_lm(
+    section: ModelSection, path: str, config: PreTrainedConfig, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """The causal LM in training mode, on `device`, with a `ScoringLinear` as output layer."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -61,18 +78,27 @@ def load_causal_lm(section: ModelSection, path: str, config: PreTrainedConfig) -
             "model.attention: flash_attention_2 needs 16-bit products; set model.autocast to bfloat16, or"
             " model.attention to sdpa"
         )
+    if config._attn_implementation == "flex_attention":
+        allow_many_shapes()
     try:
         with without_progress_bars():
             causal_lm = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
                 dtype=getattr(torch, section.dtype),
-                attn_implementation=config._attn_implementation or section.attention,
+                attn_implementation=config._attn_implementation,
                 trust_remote_code=section.trust_remote_code,
+                **loading_options(section, device),
             )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+    ) as error:  # RuntimeError: sizes do not match
         raise RecipeError(_cannot_load(path, error)) from error
-    return prepare(causal_lm, gradient_checkpointing=section.gradient_checkpointing)
+    return prepare(causal_lm.to(device), gradient_checkpointing=section.gradient_checkpointing)
 
 
 def prepare(causal_lm: PreTrainedModel, *, gradient_checkpointing: bool = False) -> PreTrainedModel:

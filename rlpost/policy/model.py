@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from rlpost.errors import TrainingError
 from rlpost.experience import TokenRows
 from rlpost.gradient.types import HeadStatistics, StatisticsRequest
-from rlpost.policy.attention import attention_mask
-from rlpost.policy.critic import Critic
+from rlpost.policy.attention import attention_mask, plain_attention
+from rlpost.policy.critic import Critic, states_at
 from rlpost.policy.head import HeadRequest, LogitRule, as_statistics
 from rlpost.policy.loading import (
     add_lora,
@@ -25,8 +24,11 @@ from rlpost.policy.loading import (
     verify_head,
     without_progress_bars,
 )
-from rlpost.policy.rows import to_device
+from rlpost.policy.quantized import quantization_note, saved_unquantized
+from rlpost.policy.rows import Layout, spare_rows, to_device
+from rlpost.policy.sequence_parallel import SequenceParallel, take_turns
 from rlpost.policy.weights import Gather, gather_nothing, module_weights, named_weights
+from rlpost.precision import autocast_of
 from rlpost.recipe.model import ModelSection
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ class Policy(nn.Module):
         self.notes = notes
         self.has_adapter = hasattr(model, "disable_adapter")
         self.critic: Critic | None = None  # a submodule: sharded, moved and trained with the policy, saved beside it
+        self.sequence_parallel: SequenceParallel | None = None
+        self.maximum: Callable[[int], int] | None = None  # over processes, where all must make as many passes (ZeRO)
 
     @property
     def causal_lm(self) -> PreTrainedModel:
@@ -87,20 +91,15 @@ class Policy(nn.Module):
         return self.causal_lm.device
 
     def forward(self, rows: TokenRows, *, statistics: StatisticsRequest | None = None) -> PolicyOutput:
-        """Log-probs and entropies of `rows.target`, in the order of `rows`."""
+        """Log-probs and entropies of `rows.target`, in the order of `rows`; collective like `passes`."""
         causal_lm = self.causal_lm
-        rows = to_device(rows, self.device)
+        own = to_device(rows, self.device)
         with self.precision():
-            hidden = causal_lm.base_model(
-                input_ids=rows.input_ids,
-                position_ids=rows.position_ids,
-                attention_mask=attention_mask(rows, causal_lm.config._attn_implementation),
-                use_cache=False,
-            ).last_hidden_state
-            place = rows.predict_row * rows.input_ids.shape[1] + rows.predict_col
-            # A look-up and not hidden[row, col]: several branches read the prompt's last state, and the backward of an
-            # indexing adds up such repeats in an order that changes with the threads.
-            picked = functional.embedding(place, hidden.flatten(0, 1))
+            if self.sequence_parallel is None:
+                picked = states_at(self._states(own), own)
+            else:
+                picked = self.sequence_parallel.picked(rows, self._states)
+            rows = own
             request = HeadRequest(
                 rows.target,
                 self.rule,
@@ -110,6 +109,26 @@ class Policy(nn.Module):
             logp, entropy, *more = causal_lm.get_output_embeddings()(picked, request)
             values = None if self.critic is None else self.critic(rows, picked)
         return PolicyOutput(logp, entropy, as_statistics(more, statistics) if statistics else None, values)
+
+    def passes(self, rows: Sequence[TokenRows]) -> list[TokenRows]:
+        """What to call the policy with for these micro-batches, in order; collective where processes share work.
+
+        ZeRO gathers weights and reduces gradients within passes, so all processes make equally many of them, at least one;
+        processes that share rows take turns. Spare rows (`useful_tokens` 0) stand for a pass that others need.
+        """
+        if self.maximum is None:
+            return list(rows)
+        return take_turns(rows, max(1, self.maximum(len(rows))), self.sequence_parallel, spare_rows())
+
+    def _states(self, rows: TokenRows, columns: slice = slice(None)) -> Tensor:
+        """Hidden states [R, columns, d] of the rows; of some of their columns only where attention sees the others."""
+        rows = to_device(rows, self.device)
+        return self.causal_lm.base_model(
+            input_ids=rows.input_ids[:, columns].contiguous(),
+            position_ids=rows.position_ids[:, columns].contiguous(),  # of several rows a slice lies scattered
+            attention_mask=attention_mask(rows, self.causal_lm.config._attn_implementation),
+            use_cache=False,
+        ).last_hidden_state
 
     def precision(self) -> AbstractContextManager[Any]:
         """The autocast context of forward passes."""
@@ -145,7 +164,8 @@ class Policy(nn.Module):
             self.model.save_pretrained(directory, state_dict=None if state_dict is None else dict(state_dict))
             if merged and self.has_adapter:
                 folders.append(directory / "merged")
-                self.causal_lm.save_pretrained(folders[-1], state_dict=dict(module_weights(self.causal_lm)))
+                with saved_unquantized(self.causal_lm):
+                    self.causal_lm.save_pretrained(folders[-1], state_dict=dict(module_weights(self.causal_lm)))
         if tokenizer is not None:
             for folder in folders:
                 tokenizer.save_pretrained(folder)
@@ -158,23 +178,31 @@ def load_policy(
     device: torch.device | str = "cpu",
     temperature: float = 1.0,
     head_chunk_tokens: int = 1024,
+    layout: Layout = "tree",
+    longest: int | None = None,
+    runs_on: torch.device | None = None,
 ) -> Policy:
     """Loads the policy of a recipe from `path` (a folder or a hub name; `package:` paths are resolved by the caller).
 
-    Log-probs are of the distribution sampled from: softmax(scores / `temperature`). Raises RecipeError naming the
-    setting at fault where the model is missing, is not a causal LM, or scores tokens in an unknown way.
+    `device` is where it is loaded, `runs_on` where it will run if that is elsewhere; that and the rows' `layout` decide
+    what `model.attention: auto` means. Log-probs are of the distribution sampled from: softmax(scores / `temperature`).
+    Raises RecipeError naming the setting at fault where the model is missing, is not a causal LM, or scores tokens in an
+    unknown way.
     """
-    config, notes = load_config(model, path)
-    causal_lm = load_causal_lm(model, path, config).to(device)
+    config, notes = load_config(model, path, device=runs_on or device, layout=layout, longest=longest)
+    causal_lm = load_causal_lm(model, path, config, device)
     policy = Policy(
         causal_lm,
         rule=logit_rule(config, temperature),
-        autocast=torch.bfloat16 if model.autocast == "bfloat16" else None,
+        autocast=torch.bfloat16 if autocast_of(model) == "bfloat16" else None,
         head_chunk_tokens=head_chunk_tokens,
         notes=notes,
     )
     flash = model.attention == "flash_attention_2"  # cannot run in float32
-    verify_head(causal_lm, policy.rule, policy.precision() if flash else nullcontext())
+    with plain_attention(config):
+        verify_head(causal_lm, policy.rule, policy.precision() if flash else nullcontext())
+    if model.quantized:
+        policy.notes = (*notes, quantization_note(causal_lm))
     if model.lora is not None:
         policy.model = add_lora(causal_lm, model.lora)
         policy.has_adapter = True

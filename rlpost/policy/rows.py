@@ -99,6 +99,26 @@ def to_device(rows: TokenRows, device: torch.device | str) -> TokenRows:
     )
 
 
+def spare_rows(token: int = 0) -> TokenRows:
+    """The smallest micro-batch there is, for passes whose result does not count: `useful_tokens` is 0."""
+    one = torch.zeros(1, dtype=torch.int64)
+    ids = torch.full((1, 2), token, dtype=torch.int64)
+    return TokenRows(
+        input_ids=ids,
+        position_ids=torch.arange(2)[None],
+        tree=torch.zeros_like(ids),
+        branch=torch.tensor([[0, 1]]),
+        predict_row=one,
+        predict_col=one,
+        target=one + token,
+        token_index=one,
+        sequence=one,
+        causal=True,
+        useful_tokens=0,
+        real_tokens=0,
+    )
+
+
 def _trees(group: RowGroup, layout: Layout, budget: int) -> list[_Tree]:
     """The rows of one group. Only the tree layout puts more than one completion in a row."""
     if not group.prompt_ids:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rlpost.policy.quantized import dequantized, is_quantized
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -24,8 +26,8 @@ def gather_nothing(_parameters: Sequence[nn.Parameter]) -> AbstractContextManage
 def named_weights(causal_lm: PreTrainedModel, gather: Gather = gather_nothing) -> Iterator[tuple[str, Tensor]]:
     """Full weights under the names of a Hugging Face checkpoint, detached, one at a time.
 
-    LoRA updates are added on the fly, without changing the trained tensors. A tied output layer is left out. A tensor
-    is valid until the next one is asked for.
+    LoRA updates are added on the fly, without changing the trained tensors, to what 4-bit weights stand for. A tied
+    output layer is left out. A tensor is valid until the next one is asked for.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -45,7 +47,7 @@ def module_weights(causal_lm: PreTrainedModel, gather: Gather = gather_nothing) 
         layer = adapted.get(owner.removesuffix(".base_layer")) if leaf == "weight" else None
         needed = [parameter, *(_adapter_parameters(layer) if layer is not None else ())]
         with gather(needed):
-            tensor = parameter.detach()
+            tensor = dequantized(parameter) if is_quantized(parameter) else parameter.detach()
             if layer is not None:
                 tensor = _merged(tensor, layer)
             yield name.replace(".base_layer.", "."), tensor

@@ -1,10 +1,10 @@
-"""`method.critic`, `method.controller` and reward models: what actor-critic methods add to a recipe."""
+"""`method.critic` and `method.controller`: what actor-critic methods add to a recipe."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
 from rlpost.recipe.base import Section
 
@@ -47,8 +47,10 @@ class CriticSection(Section):
     """Temperature of `soft_min`, in units of the value."""
     train: Literal["aggregate", "heads"] = "aggregate"
     """What the loss is taken of: the aggregate (as published: the higher head then learns little), or every head."""
-    level: Literal["token", "sequence"] = "token"
-    """A value before every token (GAE), or one value a completion, read at the prompt's end."""
+    level: Literal["token", "sequence", "answer"] = "token"
+    """A value before every token (GAE), or one value a completion: read at the prompt's end (`sequence`), or, as in SAFE's
+    code, when all of the answer but its last token is known (`answer`): a baseline that explains away what it should leave
+    to the policy."""
     gamma: Share = 1.0
     """Discount per token. Only for `level: token`."""
     lam: Share = 0.95
@@ -69,6 +71,11 @@ class CriticSection(Section):
     """Advantages of a rollout get mean 0 and spread 1."""
     warmup_rollouts: NonNegativeInt = 0
     """Rollouts at the beginning in which only the critic learns."""
+
+    @property
+    def per_token(self) -> bool:
+        """Whether every token has a value of its own; else a completion has one."""
+        return self.level == "token"
 
     @model_validator(mode="after")
     def _check(self) -> CriticSection:
@@ -146,9 +153,9 @@ class PublishedSafeController(Section):
     reward_decay: Decay = 0.95
     """Decay of the reward's moving average, whose change is the velocity."""
     target_velocity: float = 0.001
-    """The velocity that leaves the threshold alone, in reward per call."""
+    """The velocity that leaves the threshold alone, in reward per rollout."""
     window: int = Field(50, ge=2)
-    """Calls in the phase detector's window."""
+    """Rollouts in the phase detector's window."""
     climb: NonNegativeFloat = 0.01
     """CLIMBING: the window's mean is higher than that of the window before by more than this."""
     steady: NonNegativeFloat = 0.02
@@ -165,6 +172,7 @@ class PublishedSafeController(Section):
     @model_validator(mode="after")
     def _check(self) -> PublishedSafeController:
         _ordered("threshold_limits", self.threshold_limits)
+        _no_brake_on_rewards(self.term, self.brake)
         return self
 
 
@@ -198,7 +206,7 @@ class SafeController(Section):
     kd: NonNegativeFloat = 2.0
     """Derivative gain."""
     leak: Share = 0.99
-    """The integral keeps this share of itself in a step; 1: all."""
+    """The integral keeps this share of itself from rollout to rollout; 1: all."""
     authority: float = Field(0.5, gt=0, lt=1)
     """The PID's output is cut to this: it changes the threshold by no larger share."""
     reward_decay: Decay = 0.95
@@ -206,11 +214,11 @@ class SafeController(Section):
     spread_decay: Decay = 0.99
     """Decay of the moving average of the rewards' standard deviation in a rollout."""
     target_velocity: float = 0.0
-    """The velocity that leaves the threshold alone, in spreads per step."""
+    """The velocity that leaves the threshold alone, in spreads per rollout."""
     error_limit: PositiveFloat = 0.1
     """The error (velocity minus target) is cut to this, so that one odd rollout does not swing the threshold."""
     window: int = Field(25, ge=2)
-    """Steps in the phase detector's window."""
+    """Rollouts in the phase detector's window, optimizer steps in that of KL's growth."""
     climb: NonNegativeFloat = 0.1
     """CLIMBING: the newer half of the last two windows is higher than the older by more than so many spreads."""
     steady: PositiveFloat = 0.5
@@ -228,42 +236,24 @@ class SafeController(Section):
     def _check(self) -> SafeController:
         _ordered("threshold_limits", self.threshold_limits)
         _ordered("gate_limits", self.gate_limits)
+        _no_brake_on_rewards(self.term, self.brake)
         return self
 
 
 Controller = Annotated[AdaptiveKlController | SafeController | PublishedSafeController, Field(discriminator="type")]
 
 
-class RewardModelSection(Section):
-    """A Hugging Face sequence-classification model whose score is a completion's reward."""
-
-    path: str
-    """Its folder or hub name."""
-    weight: float = 1.0
-    """Its share in the sum of rewards."""
-    name: str = "reward_model"
-    """Its name in metrics."""
-    device: str = "auto"
-    """`auto` (the process's own GPU, else the CPU), `cpu`, or a device such as `cuda:1`."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Precision of its weights."""
-    label: NonNegativeInt | None = None
-    """Which of several outputs is the reward; null: the model has one."""
-    text: Literal["chat", "plain"] = "chat"
-    """The conversation in the model's own chat template, or the prompt's text and the completion's as they are."""
-    batch_tokens: PositiveInt = 16384
-    """Positions (completions x longest) per forward pass."""
-    max_tokens: PositiveInt = 4096
-    """Longer conversations are not scored: their outcome is `unparsable`."""
-    trust_remote_code: bool = False
-    """Run model code from the hub."""
-    accuracy: bool = False
-    """Whether the reward says if an answer is right."""
-
-
 def _ordered(name: str, limits: tuple[float, float]) -> None:
     if limits[0] >= limits[1]:
         raise ValueError(f"controller.{name} must be (low, high), but {limits[0]:g} is not below {limits[1]:g}")
+
+
+def _no_brake_on_rewards(term: str, brake: float | None) -> None:
+    if term == "reward" and brake is not None:
+        raise ValueError(
+            "controller.brake shrinks steps by the KL that the one before them led to, but with controller.term `reward` the "
+            "controller is asked once a rollout: set controller.term to `coefficient`, or controller.brake to null"
+        )
 
 
 def describe_critic(critic: CriticSection) -> list[str]:
@@ -273,7 +263,8 @@ def describe_critic(critic: CriticSection) -> list[str]:
     )
     heads = f"{critic.heads} heads, {critic.aggregate}" if critic.heads > 1 else "1 head"
     lam = f"GAE(gamma {critic.gamma:g}, lambda {critic.lam:g})"
-    what = lam if critic.level == "token" else "reward - value at the prompt's end"
+    ends = {"sequence": "at the prompt's end", "answer": "before the answer's last token (as released)"}
+    what = lam if critic.per_token else f"reward - value {ends[critic.level]}"
     loss = critic.loss
     clip = f", clip {loss.clip:g} ({loss.combine})" if loss.clip is not None else ""
     return [

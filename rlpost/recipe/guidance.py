@@ -29,8 +29,11 @@ class HintGuidance(Section):
     """What is put behind the question with `place: user`; `{hint}` is the hint."""
     judge: Literal["completion", "turn"] = "completion"
     """With `place: assistant`, what reward functions see: what was sampled, or the hint and what was sampled."""
-    wrong_at_most: float = 0.0
-    """A completion is wrong when its accuracy rewards sum to at most this; a group is hard when all of its are wrong."""
+    threshold: float = 1.0
+    """A completion is right when its accuracy rewards sum to at least this; not given: `scoring.threshold`. A group is hard
+    when all of its completions are known and wrong."""
+    wrong_at_most: float | None = None
+    """A completion is wrong only when its accuracy rewards sum to at most this (released: 0); null: when it is not right."""
     cold_start: NonNegativeInt = 0
     """Rollouts at the beginning without any hint (the paper's optional 20)."""
     final_scale: float = Field(1.0, ge=0, le=1)
@@ -68,7 +71,7 @@ class _Gate(Section):
     entropy: bool = False
     """Whether `method.entropy` acts on the tokens of demonstrations too (as released)."""
     threshold: float = 1.0
-    """A completion is right when its accuracy rewards sum to at least this."""
+    """A completion is right when its accuracy rewards sum to at least this; not given: `scoring.threshold`."""
 
 
 class SolveRateGate(_Gate):
@@ -76,7 +79,8 @@ class SolveRateGate(_Gate):
 
     type: Literal["solve_rate"] = "solve_rate"
     gamma: float = Field(0.0, le=1)
-    """P <= gamma: demonstration; P > gamma: RL. 0: only unsolved prompts; 1: always SFT; below 0: always RL."""
+    """P <= gamma: demonstration; P > gamma: RL. 0: only unsolved prompts; 1: always SFT (`preset: sft` does it without
+    sampling); below 0: always RL."""
     below: Literal["sft", "off_policy", "both"] = "sft"
     """What is done below the gate: SFT instead of RL; the demonstration as an off-policy sample in its group; or that with
     SFT on top (the paper's ablations; `sft_weight` 0.1 there)."""
@@ -126,11 +130,16 @@ class SftFirstGate(_Gate):
     """SFT on every prompt for some rollouts, which are not sampled, and RL ever after (SFT then GRPO)."""
 
     type: Literal["sft_first"] = "sft_first"
-    rollouts: PositiveInt
-    """Rollouts of SFT."""
+    rollouts: PositiveInt | None
+    """Rollouts of SFT; null: all of them, so that nothing is ever sampled (`preset: sft`)."""
 
 
 Gate = Annotated[SolveRateGate | SoftGate | LuffyGate | SrftGate | SftFirstGate, Field(discriminator="type")]
+
+
+def either_or(gate: Gate) -> bool:
+    """Whether a prompt is learned from its samples or from its demonstration, never from both."""
+    return isinstance(gate, SftFirstGate) or (isinstance(gate, SolveRateGate) and gate.below == "sft")
 
 
 def describe_guidance(guidance: HintGuidance) -> list[str]:
@@ -151,6 +160,8 @@ def describe_guidance(guidance: HintGuidance) -> list[str]:
 
 def describe_gate(gate: Gate, guided: bool) -> str:
     """For `rlpost plan`: where prompts go."""
+    if isinstance(gate, SftFirstGate) and gate.rollouts is None:
+        return "gate: SFT on every prompt's demonstration; nothing is sampled"
     if isinstance(gate, SftFirstGate):
         return f"gate: SFT on every prompt's demonstration for {gate.rollouts} rollouts, then RL"
     if isinstance(gate, SoftGate):

@@ -16,6 +16,8 @@ class LearnerSection(Section):
 
     steps: PositiveInt = 100
     """Rollouts of the run. Optimizer steps = steps * minibatches * epochs."""
+    stop_after: PositiveInt | None = None
+    """Rollouts after which the run ends early; the learning rate's schedule is still that of `steps`. null: none."""
     minibatches: PositiveInt = 1
     """Optimizer steps per pass over a rollout; prompts are divided evenly among them."""
     epochs: PositiveInt = 1
@@ -38,12 +40,20 @@ class LearnerSection(Section):
     """How completions stand in rows: one prompt with its completions as branches, length-sorted rows, or padded rows."""
     micro_batch_tokens: PositiveInt = 4096
     """Positions (rows x length) per forward and backward pass, padding included."""
+    sequence_parallel: PositiveInt = 1
+    """So many processes share the positions of every row, and in attention its heads (Ulysses), where one row's activations
+    do not fit into one device. Slower than own rows where those fit. Must divide the processes and the attention heads."""
     head_chunk_tokens: PositiveInt = 1024
     """Completion tokens whose vocabulary-sized scores are held at once."""
     skip_nonfinite: PositiveInt = 5
     """Stop after so many optimizer steps in a row with a non-finite loss or gradient; each such step is skipped."""
     watchdog_s: PositiveFloat = 1800.0
     """A phase that takes longer than this dumps all stacks and ends the run."""
+
+    @property
+    def rollouts(self) -> int:
+        """How many rollouts are made: `steps`, or fewer where the run is stopped early."""
+        return self.steps if self.stop_after is None else min(self.stop_after, self.steps)
 
 
 class CheckpointSection(Section):
@@ -76,7 +86,7 @@ class EvaluationSection(Section):
     at_end: bool = True
     """Evaluate after the last update."""
     threshold: float = 1.0
-    """A completion counts as right when its accuracy rewards sum to at least this."""
+    """A completion counts as right when its accuracy rewards sum to at least this; not given: `scoring.threshold`."""
 
 
 class WandbSection(Section):

@@ -18,17 +18,19 @@ class FixedThresholds(Section):
     max_objective: PositiveFloat | None = None
     """tau_H: a token is rejected when its predicted objective change m_H is not below this; null: no such rule."""
     min_objective: float | None = None
-    """Lower limit of m_H; null: minus `max_objective` (the released code's symmetric rule)."""
+    """Lower limit of m_H, itself rejected; null: minus `max_objective` (the released code's symmetric rule)."""
 
 
 class CalibratedThresholds(Section):
-    """Curvature limits from quantiles observed during the first optimizer steps, scaled to the peak learning rate."""
+    """Curvature limits from what is observed in the first optimizer steps, scaled to the largest step of the rest of the run:
+    learning rate times Adam's bias correction."""
 
     type: Literal["calibrated"] = "calibrated"
     target: float = Field(0.08, gt=0, lt=1)
-    """The largest share of tokens that may be rejected at the peak learning rate; shared evenly among `rules`."""
+    """The share of tokens to be rejected where steps are largest, by all `rules` together; later less is."""
     steps: PositiveInt = 10
-    """Optimizer steps that are only observed: nothing is rejected during them. Steps at learning rate 0 do not count."""
+    """Optimizer steps that are only observed: nothing is rejected during them. Steps at learning rate 0, or without a token of
+    non-zero advantage, do not count."""
     rules: tuple[Literal["kl", "objective"], ...] = ("kl", "objective")
     """Which limits are set: on the predicted KL m_F, on the predicted objective change m_H, or on both."""
 
@@ -51,8 +53,8 @@ class CurvatureMask(Section):
     top_k: PositiveInt = 50
     """`step: adam` looks at the k most likely tokens of a position, the sampled one always among them."""
     chunk_tokens: PositiveInt = 64
-    """Tokens whose k x d predicted step is held at once."""
-    verify_every: NonNegativeInt = 50
+    """Tokens whose k x d predicted step is held at once; on a CPU at most 16 are, which is faster there."""
+    verify_every: NonNegativeInt = 10
     """Every so many optimizer steps the prediction is compared with what the step did (one more forward pass); 0: never."""
 
     @model_validator(mode="after")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rlpost.recipe.model import ModelSection
+from rlpost.recipe.reward import RewardModelSection
 from rlpost.recipe.rollout import VllmEngine
 from rlpost.recipe.root import Recipe
 
 GIB = 2**30
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+_NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes: the number, its 64th of a byte of scale, and of that scale's float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,12 @@ class ModelSize:
     vocabulary: int
     exact: bool
 
+    @property
+    def linear(self) -> int:
+        """How many parameters are in the layers' linear maps: q, k, v, o and gate, up, down."""
+        each = 2 * self.hidden * (self.hidden + self.kv_width) + 3 * self.hidden * self.intermediate
+        return min(self.layers * each, self.parameters)
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryLine:
@@ -38,9 +47,14 @@ class MemoryLine:
 
 def find_model_size(model: ModelSection) -> tuple[ModelSize | None, str]:
     """The model's size and where it is known from. Looks at local files only, never at the network."""
-    config = _local_config(model)
+    config = local_config(model)
     if config is not None:
-        return _size_of(config), "the model's config.json"
+        try:
+            return _size_of(config), "the model's config.json"
+        except (AttributeError, ValueError, TypeError, KeyError, ImportError):  # no decoder of text, or no known one
+            return None, f"unknown: models of type {getattr(config, 'model_type', '?')} are not counted"
+    if Path(model.path).expanduser().is_dir():
+        return None, "unknown: the model's config.json cannot be read"
     size = guess_from_name(model.path)
     if size is not None:
         return size, "unknown: the model is not on this machine; guessed from its name"
@@ -67,7 +81,9 @@ def estimate(recipe: Recipe, size: ModelSize, *, processes: int = 1, zero_stage:
     chunk = min(recipe.learner.head_chunk_tokens, recipe.learner.micro_batch_tokens)
     formula = f"{chunk} tokens x {size.vocabulary} words x 3 copies x 4 bytes"
     lines.append(MemoryLine("head chunk", 12 * chunk * size.vocabulary, formula))
-    return lines + ([] if recipe.data.has_pairs else _engine(recipe, size))
+    lines += _curvature(recipe, size)
+    lines += _critic(recipe, size, processes, zero_stage) + _reward_models(recipe)
+    return lines + (_engine(recipe, size) if recipe.samples else [])
 
 
 def cache_per_token(recipe: Recipe, size: ModelSize) -> int:
@@ -79,21 +95,23 @@ def cache_per_token(recipe: Recipe, size: ModelSize) -> int:
 def _weights(recipe: Recipe, size: ModelSize, trained: int, processes: int, stage: int) -> list[MemoryLine]:
     width = _BYTES[recipe.model.dtype]
 
-    def line(what: str, count: int, each: int, shared: bool) -> MemoryLine:
+    def line(what: str, count: int, each: float, shared: bool) -> MemoryLine:
         share = processes if shared else 1
         by = f" / {share} processes (ZeRO-{stage})" if share > 1 else ""
-        return MemoryLine(what, count * each // share, f"{count / 1e6:,.1f} M x {each} bytes{by}")
+        return MemoryLine(what, int(count * each // share), f"{count / 1e6:,.1f} M x {each:.4g} bytes{by}")
 
-    lines = [
-        line("weights", size.parameters, width, stage >= 3),
-        line("gradients", trained, width, stage >= 2),
-    ]
+    packed = size.linear if recipe.model.quantized else 0
+    lines = [line("weights", size.parameters - packed, width, stage >= 3)]
+    if packed:
+        lines.append(line("weights in 4 bits", packed, _NF4, False))
+        lines.append(line("one layer's weights unpacked", size.hidden * size.intermediate, width + 2, False))
+    lines.append(line("gradients", trained, width, stage >= 2))
     if stage >= 1 and recipe.model.dtype == "bfloat16":  # ZeRO keeps the weights in float32 too and updates those
         lines.append(line("AdamW state and float32 weights", trained, 12, True))
     else:
         lines.append(line("AdamW state", trained, 2 * width, stage >= 1))
-    if recipe.model.dtype == "float32" and recipe.model.autocast == "bfloat16":
-        lines.append(line("autocast copies", size.parameters, 2, False))
+    if recipe.model.dtype == "float32" and recipe.model.autocast != "none":
+        lines.append(line("autocast copies", size.parameters - packed, 2, False))
     pairs = recipe.method.pairs
     live = pairs is not None and (pairs.reference == "live" or not recipe.data.has_pairs)
     if (recipe.method.kl_place is not None or live) and recipe.model.lora is None:
@@ -102,7 +120,7 @@ def _weights(recipe: Recipe, size: ModelSize, trained: int, processes: int, stag
 
 
 def _activations(recipe: Recipe, size: ModelSize) -> MemoryLine:
-    width = _BYTES["bfloat16"] if recipe.model.autocast == "bfloat16" else _BYTES[recipe.model.dtype]
+    width = _BYTES["bfloat16"] if recipe.model.autocast != "none" else _BYTES[recipe.model.dtype]
     tokens = recipe.learner.micro_batch_tokens
     one_layer = tokens * width * (8 * size.hidden + 2 * size.kv_width + 4 * size.intermediate)
     if recipe.model.gradient_checkpointing:
@@ -132,6 +150,65 @@ def _engine(recipe: Recipe, size: ModelSize) -> list[MemoryLine]:
     return [weights, MemoryLine("rollout engine KV cache", own * longest * each, text)]
 
 
+def _curvature(recipe: Recipe, size: ModelSize) -> list[MemoryLine]:
+    """CAPO's tracker, at its largest: when every row of the head was among some token's most likely ones."""
+    mask = recipe.method.curvature
+    if mask is None or mask.step != "adam":
+        return []
+    rows, chunk = 3 * size.vocabulary * size.hidden * 4, 2 * mask.chunk_tokens * mask.top_k * size.hidden * 4
+    formula = (
+        f"3 (M, V, the step's sums) x up to {size.vocabulary} rows of the head x {size.hidden} x 4 bytes, and 2 x "
+        f"{mask.chunk_tokens} tokens x {mask.top_k} x {size.hidden} x 4 bytes"
+    )
+    return [MemoryLine("curvature mask's moments", rows + chunk, formula)]
+
+
+def _critic(recipe: Recipe, policy: ModelSize, processes: int, stage: int) -> list[MemoryLine]:
+    """The critic's weights, gradients and AdamW state, and what a model of its own keeps for its backward pass."""
+    section = recipe.method.critic
+    if section is None:
+        return []
+    size: ModelSize | None = policy
+    if section.path is not None:
+        size, _source = find_model_size(recipe.model.model_copy(update={"path": section.path}))
+    if size is None:
+        return [MemoryLine("critic", 0, f"unknown: {section.path} is not on this machine")]
+    inner = round(section.hidden_share * size.hidden)
+    head = section.heads * (size.hidden * (inner or 1) + inner)
+    own = size.parameters if section.model == "separate" else 0
+    width = _BYTES[recipe.model.dtype]
+    count = own * 4 * width + head * 16
+    share = processes if stage >= 3 else 1
+    by = f" / {share} processes (ZeRO-3)" if share > 1 else ""
+    formula = f"({own / 1e6:,.1f} M x {4 * width} + heads {head / 1e6:,.1f} M x 16) bytes{by}"
+    lines = [MemoryLine("critic with gradients and AdamW state", count // share, formula)]
+    if own:
+        lines.append(replace(_activations(recipe, size), what="critic's activations"))
+    return lines
+
+
+def _reward_models(recipe: Recipe) -> list[MemoryLine]:
+    """Weights only: scoring keeps nothing for a backward pass."""
+    lines = []
+    for reward in recipe.rewards:
+        if not isinstance(reward, RewardModelSection):
+            continue
+        what, width = f"reward model {reward.name}", _BYTES[reward.dtype]
+        model = recipe.model.model_copy(update={"path": reward.path, "trust_remote_code": reward.trust_remote_code})
+        config = local_config(model)
+        guess = guess_from_name(reward.path)
+        count = _count_parameters(config, "AutoModelForSequenceClassification") if config is not None else None
+        count = guess.parameters if count is None and guess is not None else count
+        where = "" if reward.device == "auto" else f", on {reward.device}"
+        formula = (
+            f"unknown: {reward.path} is not on this machine"
+            if count is None
+            else f"{count / 1e6:,.1f} M x {width} bytes{' (guessed from its name)' if config is None else ''}{where}"
+        )
+        lines.append(MemoryLine(what, (count or 0) * width, formula))
+    return lines
+
+
 def _trained_parameters(recipe: Recipe, size: ModelSize) -> int:
     if recipe.model.lora is None:
         return size.parameters
@@ -141,9 +218,8 @@ def _trained_parameters(recipe: Recipe, size: ModelSize) -> int:
     return recipe.model.lora.rank * size.layers * (attention + mlp)
 
 
-def _local_config(model: ModelSection) -> Any | None:
-    from pathlib import Path
-
+def local_config(model: ModelSection) -> Any | None:
+    """The model's Hugging Face configuration, if it is on this machine; never asks the network."""
     path = model.path
     if path.startswith("package:"):
         from rlpost.data.packaged import cache_folder
@@ -151,6 +227,7 @@ def _local_config(model: ModelSection) -> Any | None:
         path = str(cache_folder() / "models" / path.removeprefix("package:"))
         if not Path(path, "config.json").is_file():
             return None
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
@@ -159,7 +236,7 @@ def _local_config(model: ModelSection) -> Any | None:
             local_files_only=True,
             trust_remote_code=model.trust_remote_code,
         )
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError):
         return None  # neither a folder nor in the hub's cache: the caller says so
 
 
@@ -177,11 +254,12 @@ def _size_of(config: Any) -> ModelSize:
     )
 
 
-def _count_parameters(config: Any) -> int:
-    """Builds the model without memory (meta device) and counts; tied weights count once."""
+def _count_parameters(config: Any, kind: str = "AutoModelForCausalLM") -> int:
+    """Builds the model, of an Auto class of transformers, without memory (meta device) and counts; tied weights count
+    once."""
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = getattr(transformers, kind).from_config(config)
     return sum(p.numel() for p in model.parameters())

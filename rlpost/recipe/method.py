@@ -135,7 +135,8 @@ class MethodSection(Section):
     """What is maximised. Slots not given come from `preset`."""
 
     preset: str = "grpo"
-    """grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, capo, dr_capo, rein_capo, ppo, safe or safe_released."""
+    """grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_pp, capo, dr_capo, rein_capo, ppo, safe, safe_released, ghpo,
+    ghpo_released, hpt, hpt_paper, hpt_released, sft, dpo, rpo or rpo_average."""
     advantage: AdvantageSection = Field(default_factory=AdvantageSection)
     """From rewards to advantages."""
     ratio: RatioSection = Field(default_factory=RatioSection)
@@ -197,6 +198,11 @@ class MethodSection(Section):
     def needs_demonstrations(self) -> bool:
         """Whether the method learns from worked solutions."""
         return self.guidance is not None or self.gate is not None
+
+    @property
+    def samples(self) -> bool:
+        """Whether training ever samples completions of prompts; plain SFT does not."""
+        return not (isinstance(self.gate, SftFirstGate) and self.gate.rollouts is None)
 
 
 def _curvature_masks(method: MethodSection) -> list[CurvatureMask]:
@@ -260,7 +266,14 @@ def _slot_rules(m: MethodSection) -> list[tuple[bool, str]]:
             "other replaces these prompts by others. Set dynamic_sampling.enabled to false, or gate to null",
         ),
         (
-            m.guidance is not None and isinstance(m.gate, SftFirstGate) and m.guidance.cold_start < m.gate.rollouts,
+            m.guidance is not None and not m.samples,
+            "guidance and a gate of SFT alone (preset `sft`) contradict each other: hints are for prompts that are sampled. "
+            "Set guidance to null, or gate.rollouts to the rollouts of SFT before RL",
+        ),
+        (
+            m.guidance is not None
+            and isinstance(m.gate, SftFirstGate)
+            and m.guidance.cold_start < (m.gate.rollouts or 0),
             "guidance.cold_start must be at least gate.rollouts: nothing is sampled in the rollouts of SFT",
         ),
         *[
@@ -274,6 +287,7 @@ def _slot_rules(m: MethodSection) -> list[tuple[bool, str]]:
                 ("masks", bool(m.masks), "[]"),
                 ("kl.coefficient", m.kl.coefficient != 0, "0 (pairs.beta ties the policy to its reference)"),
                 ("entropy.coefficient", m.entropy.coefficient != 0, "0"),
+                ("controller", m.controller is not None, "null (pairs.beta ties the policy to its reference)"),
             )
         ],
         (
@@ -282,9 +296,13 @@ def _slot_rules(m: MethodSection) -> list[tuple[bool, str]]:
             "(critic.whiten_advantage scales instead)",
         ),
         (
-            m.critic is not None and (m.gate is not None or m.guidance is not None or m.pairs is not None),
-            "critic and gate, guidance or pairs cannot act together: values are of sampled answers to bare prompts. Set "
-            "the other slot to null",
+            m.critic is not None and (m.gate is not None or m.pairs is not None),
+            "critic and gate or pairs cannot act together: values are of sampled answers only. Set the other slot to null",
+        ),
+        (
+            m.gate is not None and m.controller is not None,
+            "gate and controller cannot act together: a controller follows the reward and KL of sampled answers, and a gate "
+            "replaces some of these, or all, by worked solutions. Set controller to null (kl.coefficient is a fixed penalty)",
         ),
         (
             m.controller is not None and m.kl.coefficient != 0,
@@ -306,6 +324,8 @@ def describe_order(method: MethodSection) -> list[str]:
     m, adv, kl, fix = method, method.advantage, method.kl, method.correction
     if m.pairs is not None:
         return describe_pairs(m.pairs)
+    if m.gate is not None and not m.samples:
+        return [describe_gate(m.gate, guided=False), f"reduction: {m.gate.reduction} (gate.reduction)"]
     steps: list[tuple[bool, str]] = [
         *[(True, text) for text in (describe_guidance(m.guidance) if m.guidance is not None else [])],
         (

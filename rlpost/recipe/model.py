@@ -20,6 +20,9 @@ class LoraSection(Section):
     """Dropout on the adapter's input. Keep 0 for exact log-probs."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Which modules get an adapter: "all-linear" or a list of module names."""
+    quantize: Literal["none", "nf4"] = "none"
+    """How the frozen weights under the adapters are held. nf4: linear layers in 4 bits (QLoRA, arXiv 2305.14314), which needs
+    `rlpost[qlora]`; embeddings, norms and the output layer stay in `model.dtype`, adapters in float32."""
 
 
 class ModelSection(Section):
@@ -29,10 +32,12 @@ class ModelSection(Section):
     """A Hugging Face model name, a local folder, or `package:smollm2-135m` (a real model inside a Python package)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """How the trained weights are stored. float32 is the safe choice: small updates vanish in bfloat16."""
-    autocast: Literal["bfloat16", "none"] = "bfloat16"
-    """The precision of matrix products in forward and backward."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """The attention kernel of the learner."""
+    autocast: Literal["auto", "bfloat16", "none"] = "auto"
+    """The precision of matrix products in forward and backward. auto: bfloat16 where the device has instructions for it, else
+    that of the weights (a CPU without them emulates bfloat16, some thirty times slower)."""
+    attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "auto"
+    """The attention kernel of the learner. auto: flex_attention for tree rows on a CUDA device, where the model takes it
+    (it skips blocks of the mask in which nothing attends), else sdpa."""
     lora: LoraSection | None = None
     """Train adapters instead of all weights."""
     gradient_checkpointing: bool = False
@@ -41,3 +46,8 @@ class ModelSection(Section):
     """A Jinja file to use as chat template, for tokenizers that have none."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the frozen weights under adapters are held in 4 bits."""
+        return self.lora is not None and self.lora.quantize != "none"

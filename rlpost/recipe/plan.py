@@ -1,4 +1,4 @@
-"""`rlpost plan`: what a recipe means, before anything is loaded."""
+"""`rlpost plan`: what a recipe means, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlpost.recipe.guidance import either_or
 from rlpost.recipe.load import LoadedRecipe, leaves
-from rlpost.recipe.memory import GIB, MemoryLine, estimate, find_model_size
+from rlpost.recipe.memory import GIB, MemoryLine, estimate, find_model_size, local_config
 from rlpost.recipe.method import describe_order
+from rlpost.recipe.pair_rules import describe_baseline, layout_in_use
+from rlpost.recipe.reward import Reward, RewardModelSection
 from rlpost.recipe.root import Recipe
 from rlpost.recipe.rules import Setting, advise, check, processes_from_environment, training_prompts
 
@@ -29,14 +32,16 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The batch arithmetic. Token counts are the worst case: every prompt and completion at its limit."""
+    """The batch arithmetic. Token counts are the worst case: every prompt, completion and solution at its limit, every group
+    sampled again at every level of hints and in every round of dynamic sampling."""
 
     processes: int
     prompts_per_step: int
     prompts_per_process: int
     completions_per_prompt: int
     completions_per_step: int
-    tokens_sampled_per_step: int
+    tokens_sampled_per_step: int  # at the most
+    samplings: int  # of a group, at the most: the first, one a level of hints, one a round of dynamic sampling
     tokens_per_process_and_update: int
     micro_batches_per_update: int
     updates_per_rollout: int
@@ -44,6 +49,7 @@ class Batch:
     optimizer_steps: int
     training_prompts: int | None
     data_epochs: float | None
+    what: str = "preference pairs"  # what a step takes where it samples nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,8 @@ class Plan:
     run_dir: str
     values: tuple[Value, ...]
     batch: Batch
+    attention: str
+    layout: str
     order: tuple[str, ...]
     memory: tuple[MemoryLine, ...]
     memory_source: str
@@ -64,8 +72,12 @@ class Plan:
 def make_plan(loaded: LoadedRecipe, *, processes: int | None = None, zero_stage: int = 0) -> Plan:
     """The plan for so many processes (default: those of the launcher)."""
     recipe, count = loaded.recipe, processes or processes_from_environment()
-    setting = Setting(count, loaded.path.resolve().parent, sharded=zero_stage > 0)
-    problems = tuple(check(recipe, setting))
+    setting = Setting(count, loaded.path.resolve().parent, zero_stage)
+    from rlpost.rehearse import Rehearsal, rehearse
+
+    problems = check(recipe, setting)
+    # Where a rule is broken already, what comes of reading the data would only say it again.
+    seen = Rehearsal() if problems else rehearse(loaded)
     size, source = find_model_size(recipe.model)
     memory = tuple(estimate(recipe, size, processes=count, zero_stage=zero_stage)) if size else ()
     return Plan(
@@ -73,11 +85,13 @@ def make_plan(loaded: LoadedRecipe, *, processes: int | None = None, zero_stage:
         run_dir=str(recipe.run_dir),
         values=_values(recipe, loaded.origins),
         batch=_batch(recipe, count),
+        attention=_attention(recipe),
+        layout=": ".join(filter(None, layout_in_use(recipe))),
         order=_order(recipe),
         memory=memory,
         memory_source=source,
-        advice=tuple(advise(recipe, setting)),
-        problems=problems,
+        advice=(*advise(recipe, setting), *seen.notes),
+        problems=(*problems, *seen.problems),
     )
 
 
@@ -91,6 +105,8 @@ def print_plan(plan: Plan, *, as_json: bool = False) -> None:
     console = Console()
     _print_values(console, plan)
     _print_batch(console, plan.batch)
+    console.print(f"  rows of the learner: {plan.layout}", markup=False, highlight=False)
+    console.print(f"  attention of the learner: {plan.attention}", markup=False, highlight=False)
     console.rule("Order of the method's slots", align="left")
     for i, step in enumerate(plan.order, start=1):
         console.print(f"{i:3}. {step}", markup=False, highlight=False)
@@ -118,40 +134,74 @@ def leaves_as_json(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _batch(recipe: Recipe, processes: int) -> Batch:
     rollout, learner = recipe.rollout, recipe.learner
-    completions = 0 if recipe.data.has_pairs else rollout.prompts_per_step * rollout.completions_per_prompt
+    method, sampling = recipe.method, not recipe.data.has_pairs and recipe.method.samples
+    completions = rollout.prompts_per_step * rollout.completions_per_prompt if sampling else 0
+    samplings = 1 + (len(method.guidance.ratios) if method.guidance is not None else 0)
+    samplings += method.dynamic_sampling.max_rounds if method.dynamic_sampling.enabled else 0
     per_process = math.ceil(rollout.prompts_per_step / processes)
     per_update = math.ceil(per_process / learner.minibatches)
-    g, limit = rollout.completions_per_prompt, rollout.max_completion_tokens
-    if recipe.method.pairs is not None:
-        g = 2  # whatever is sampled, a prompt is learned from as a pair
-    # A tree row has the prompt once per group, other rows once per completion.
-    prompts = per_update * (1 if learner.layout == "tree" else g)
-    tokens = prompts * recipe.data.max_prompt_tokens + per_update * g * limit
+    tokens = per_update * _tokens_per_prompt(recipe)
     available = training_prompts(recipe)
-    used = rollout.prompts_per_step * learner.steps
+    used = rollout.prompts_per_step * learner.rollouts
     return Batch(
         processes=processes,
         prompts_per_step=rollout.prompts_per_step,
         prompts_per_process=per_process,
-        completions_per_prompt=0 if recipe.data.has_pairs else rollout.completions_per_prompt,
+        completions_per_prompt=rollout.completions_per_prompt if sampling else 0,
         completions_per_step=completions,
-        tokens_sampled_per_step=completions * limit,
+        tokens_sampled_per_step=completions * rollout.max_completion_tokens * samplings,
+        samplings=samplings,
         tokens_per_process_and_update=tokens,
         micro_batches_per_update=math.ceil(tokens / learner.micro_batch_tokens),
         updates_per_rollout=learner.minibatches * learner.epochs,
-        rollouts=learner.steps,
+        rollouts=learner.rollouts,
         optimizer_steps=recipe.optimizer_steps,
         training_prompts=available,
         data_epochs=used / available if available and available > 0 else None,
+        what="preference pairs" if recipe.data.has_pairs else "worked solutions",
     )
+
+
+def _attention(recipe: Recipe) -> str:
+    """The learner's attention kernel on this machine, as far as that is known before the model is here."""
+    model, layout = recipe.model, recipe.learner.layout
+    if model.attention != "auto" or layout != "tree":
+        return "sdpa" if model.attention == "auto" else model.attention
+    import torch
+
+    from rlpost.policy.attention import choose_attention
+
+    if not torch.cuda.is_available():
+        return "sdpa (model.attention=auto; on a CUDA device flex_attention, where the model takes tree rows and it)"
+    config = local_config(model)
+    if config is None:
+        return "flex_attention if the model takes tree rows and it, else sdpa (model.attention=auto)"
+    return choose_attention(model.attention, config, device="cuda", layout=layout, longest=recipe.longest_sequence)[0]
+
+
+def _tokens_per_prompt(recipe: Recipe) -> int:
+    """The most positions that one prompt can take in an update: its completions, its demonstration, or both."""
+    data, gate, limit = recipe.data, recipe.method.gate, recipe.rollout.max_completion_tokens
+    g = 2 if recipe.method.pairs is not None else recipe.rollout.completions_per_prompt  # pairs: whatever is sampled
+    # A tree row has the prompt once per group, other rows once per completion.
+    samples = (1 if layout_in_use(recipe)[0] == "tree" else g) * data.max_prompt_tokens + g * limit
+    if gate is None:
+        return samples
+    taught = data.max_prompt_tokens + (data.max_demonstration_tokens or limit)
+    if not recipe.method.samples:
+        return taught
+    return max(samples, taught) if either_or(gate) else samples + taught
 
 
 def _order(recipe: Recipe) -> tuple[str, ...]:
     if recipe.data.has_pairs:
-        return ("take pairs, and the reference's log-probs of them", *describe_order(recipe.method))
+        steps = ["take pairs, and the reference's log-probs of them", *describe_order(recipe.method)]
+        return (*([text] if (text := describe_baseline(recipe)) else []), *steps)
+    if not recipe.method.samples:
+        return ("take prompts and their worked solutions", *describe_order(recipe.method))
     steps = [
         "sample completions",
-        "score: " + (" + ".join(_reward(r.weight, r.name or r.function) for r in recipe.rewards) or "nothing"),
+        "score: " + (" + ".join(map(_reward, recipe.rewards)) or "nothing"),
     ]
     if recipe.method.pairs is not None:
         steps.append("pair the best completion of every group with its worst")
@@ -163,8 +213,12 @@ def _order(recipe: Recipe) -> tuple[str, ...]:
     return tuple(steps)
 
 
-def _reward(weight: float, name: str) -> str:
-    return name if weight == 1 else f"{weight:g} x {name}"
+def _reward(reward: Reward) -> str:
+    if isinstance(reward, RewardModelSection):
+        name = f"reward model {reward.path}"
+    else:
+        name = reward.name or reward.function
+    return name if reward.weight == 1 else f"{reward.weight:g} x {name}"
 
 
 def _print_values(console: Console, plan: Plan) -> None:
@@ -193,9 +247,10 @@ def _print_batch(console: Console, b: Batch) -> None:
     sampled = [
         f"{b.processes} process(es) x {b.prompts_per_process} prompts x {b.completions_per_prompt} completions "
         f"= {b.completions_per_step} completions a step",
-        f"at most {b.tokens_sampled_per_step:,} tokens sampled a step",
+        f"at most {b.tokens_sampled_per_step:,} tokens sampled a step"
+        + (f" (every group up to {b.samplings} times)" if b.samplings > 1 else ""),
     ]
-    given = [f"{b.processes} process(es) x {b.prompts_per_process} = {b.prompts_per_step} preference pairs a step"]
+    given = [f"{b.processes} process(es) x {b.prompts_per_process} = {b.prompts_per_step} {b.what} a step, not sampled"]
     lines = [
         *(sampled if b.completions_per_step else given),
         f"at most {b.tokens_per_process_and_update:,} tokens per process and update, "

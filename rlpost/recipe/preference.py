@@ -58,7 +58,8 @@ class PairsSection(Section):
     """The regulariser: none, or the negative log-likelihood of the baseline responses in one of three normalisations. May be
     given as a word: `sft: sum`."""
     baseline: Literal["chosen", "initial"] = "chosen"
-    """Whose likelihood `sft` holds up: the chosen response, or a response of the initial model (`data.train.baseline`)."""
+    """Whose likelihood `sft` holds up: the chosen response, or a response of the initial model, from the column
+    `data.train.baseline` or, without one, sampled once before training (greedily, by `rollout.engine`) and kept on disk."""
     reference: Literal["cached", "live"] = "cached"
     """Reference log-probs of a preference data set: computed once and kept on disk, or in every step (under LoRA by the model
     without its adapter, else by a second copy). Pairs made on the spot always use `live`."""
@@ -92,7 +93,8 @@ Drop = Literal["drop", "refuse"]
 class PreferenceSource(Section):
     """Preference pairs: a hub data set or local files with a prompt, a chosen and a rejected response.
 
-    Responses are texts or chat messages, as TRL takes them; the prompt may be implicit in both.
+    Responses are texts or chat messages, as TRL takes them; the prompt may be implicit in both. The columns `tools` and
+    `chat_template_kwargs`, where there are any, go to the chat template, as with TRL.
     """
 
     type: Literal["preference"] = "preference"
@@ -103,13 +105,14 @@ class PreferenceSource(Section):
     split: str = "train"
     """The hub dataset's split. Local files have only `train`."""
     prompt: str | None = "prompt"
-    """The column with the prompt; null, or a column that is not there: the part that both responses begin with."""
+    """The column with the prompt; null: the part that both responses begin with. Chat messages may do without the column
+    `prompt`; texts may not, unless this is null."""
     chosen: str = "chosen"
     """The column with the preferred response."""
     rejected: str = "rejected"
     """The column with the other response."""
     baseline: str | None = None
-    """The column with a response of the initial model, for `method.pairs.baseline: initial`."""
+    """The column with a response of the initial model, for `method.pairs.baseline: initial`; null: it is sampled."""
     limit: PositiveInt | None = None
     """Use only the first so many rows."""
     plain: bool = False
@@ -120,11 +123,14 @@ class PreferenceSource(Section):
     empty: Drop = "refuse"
     """Pairs with an empty response."""
     identical: Drop = "drop"
-    """Pairs whose two responses are the same: nothing can be learned from them."""
+    """Pairs whose two responses are the same, as texts or as tokens (after the template, and cut at the limit): nothing can
+    be learned from them."""
     missing: Drop = "refuse"
-    """Rows without a chosen or a rejected response (null)."""
+    """Rows without a chosen or a rejected response (null), with one of another type than text or chat messages of texts, or
+    without the response that `baseline` names."""
     mismatch: Drop = "refuse"
-    """Rows whose two responses answer different prompts, or another than the one given."""
+    """Rows whose two responses answer different prompts, or another than the one given; and rows whose prompt is null, empty
+    or no question."""
 
 
 def describe_pairs(pairs: PairsSection) -> list[str]:

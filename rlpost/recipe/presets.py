@@ -33,6 +33,8 @@ _CURVATURE: Slots = {"masks": [{"type": "curvature", "step": "adam"}]}  # arXiv 
 _HINTS: Slots = {"guidance": {"type": "hint"}}  # arXiv 2507.10628
 # arXiv 2509.04419. Its text and its code disagree on nearly all of the RL part; the shared core is a centred reward.
 _GATE: Slots = {"gate": {"type": "solve_rate"}}
+# The gate with gamma 1, which needs no samples to know where a prompt goes.
+_SFT: Slots = {"gate": {"type": "sft_first", "rollouts": None}}
 
 _RPO: Slots = {"pairs": {"loss": "sigmoid", "beta": 0.01, "sft": {"type": "sum", "eta": 0.005}}}
 
@@ -64,7 +66,7 @@ _OVERLAYS: dict[str, tuple[Slots, ...]] = {
             "clip": {"low": 0.2, "high": 0.28},
             "reduction": {"type": "token"},
             "dynamic_sampling": {"enabled": True},
-            "overlong": {"penalty": 1.0, "buffer": 0.2},
+            "overlong": {"filter": True, "penalty": 1.0, "buffer": 0.2},  # both, as the paper's table 1 adds them up
         },
     ),
     "gspo": (  # arXiv 2507.18071
@@ -89,11 +91,12 @@ _OVERLAYS: dict[str, tuple[Slots, ...]] = {
     "rein_capo": (_REINFORCE, _CURVATURE),
     "ppo": (_PPO,),
     "safe": (_PPO, _SAFE, {"controller": {"type": "safe"}}),
-    "safe_released": (  # ryyzn9/SAFE: its controller has no gradient, all of the value loss reaches the trunk
+    # ryyzn9/SAFE: its controller has no gradient, all of the value loss reaches the trunk, values are of whole answers
+    "safe_released": (
         _PPO,
         _SAFE,
         {
-            "critic": {"trunk_gradient": 1.0},
+            "critic": {"trunk_gradient": 1.0, "level": "answer"},
             "kl": {"estimator": "k1"},
             "controller": {"type": "safe_published", "term": "released"},
         },
@@ -101,7 +104,10 @@ _OVERLAYS: dict[str, tuple[Slots, ...]] = {
     "ghpo": (_HINTS,),
     "ghpo_released": (  # hkgc-1/GHPO: token mean, raw prefixes of characters, and its loss on bare prompts
         _HINTS,
-        {"guidance": {"snap": False, "condition": "released"}, "reduction": {"type": "token"}},
+        {
+            "guidance": {"snap": False, "condition": "released", "wrong_at_most": 0.0},
+            "reduction": {"type": "token"},
+        },
     ),
     "hpt": (_GATE, {"advantage": {"scale": "none"}}),  # every prompt weighs the same, whichever way it goes
     "hpt_paper": (_GATE, {"reduction": {"type": "constant", "constant": 1}}),  # eq. 7-13: RL summed over tokens
@@ -116,6 +122,7 @@ _OVERLAYS: dict[str, tuple[Slots, ...]] = {
             "gate": {"rl_weight": 64.0, "reduction": "token", "balance": "parts", "entropy": True},
         },
     ),
+    "sft": (_SFT,),
     "dpo": ({"pairs": {"loss": "sigmoid", "beta": 0.1}},),  # arXiv 2305.18290
     "rpo": (_RPO,),  # arXiv 2405.16436, the loss of its main text, with the values of its Zephyr beta series
     "rpo_average": (  # the same, its appendix F: the mean log-prob of each response, not multiplied by beta
@@ -143,7 +150,8 @@ def merge_slots(below: Mapping[str, Any], above: Mapping[str, Any]) -> Slots:
 def preset_slots(name: str) -> Slots:
     """The slots of a preset. Raises RecipeError for an unknown name."""
     if name not in _OVERLAYS:
-        near = difflib.get_close_matches(str(name), _OVERLAYS, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(str(name), _OVERLAYS, n=3, cutoff=0.4)
+        near.sort(key=lambda known: sorted(known) != sorted(str(name)))  # two letters swapped before two others
         hint = f" Did you mean `{near[0]}`?" if near else ""
         raise RecipeError(f"method.preset: there is no preset `{name}`.{hint} Presets: {', '.join(_OVERLAYS)}.")
     slots: Slots = _GRPO

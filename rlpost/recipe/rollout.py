@@ -13,8 +13,8 @@ class VllmEngine(Section):
     """vLLM inside the learner's process (colocated)."""
 
     type: Literal["vllm"] = "vllm"
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """The precision of the sampler."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """The precision of the sampler. auto: bfloat16 where the device has instructions for it, else float32."""
     memory_fraction: float = Field(0.4, gt=0, lt=1)
     """The share of GPU memory that vLLM may take (weights and KV cache)."""
     kv_cache_gib: float = Field(1.0, gt=0)

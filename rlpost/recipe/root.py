@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from pydantic import Field, NonNegativeInt, field_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from rlpost.recipe.base import Section
 from rlpost.recipe.data import DataSection
 from rlpost.recipe.learner import CheckpointSection, EvaluationSection, LearnerSection, TrackingSection
 from rlpost.recipe.method import MethodSection
 from rlpost.recipe.model import ModelSection
-from rlpost.recipe.reward import RewardSection, ScoringSection
+from rlpost.recipe.reward import Reward, ScoringSection
 from rlpost.recipe.rollout import RolloutSection
 
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -37,8 +37,9 @@ class Recipe(Section):
     """Prompts for training and for evaluation."""
     rollout: RolloutSection = Field(default_factory=RolloutSection)
     """Sampling."""
-    rewards: tuple[RewardSection, ...] = ()
-    """The reward functions; their weighted sum is a completion's reward. Methods that do not sample need none."""
+    rewards: tuple[Reward, ...] = ()
+    """Reward functions and reward models; their weighted sum is a completion's reward. Methods that do not sample need
+    none."""
     scoring: ScoringSection = Field(default_factory=ScoringSection)
     """How reward functions are run."""
     method: MethodSection
@@ -62,12 +63,42 @@ class Recipe(Section):
             )
         return name
 
+    @model_validator(mode="after")
+    def _share_threshold(self) -> Recipe:
+        """What is right for one is right for all: `scoring.threshold` where a section has no threshold of its own."""
+
+        def shared(section: Section | None) -> dict[str, float]:
+            own = section is None or "threshold" in section.model_fields_set
+            return {} if own else {"threshold": self.scoring.threshold}
+
+        method, slots = self.method, {}
+        for name in ("guidance", "gate"):
+            if update := shared(getattr(method, name)):
+                slots[name] = getattr(method, name).model_copy(update=update)
+        # The sections are frozen for others; here they are still in the making.
+        if slots:
+            self.__dict__["method"] = method.model_copy(update=slots)
+        if update := shared(self.evaluation):
+            self.__dict__["evaluation"] = self.evaluation.model_copy(update=update)
+        return self
+
     @property
     def run_dir(self) -> Path:
         """`<output_dir>/<name>`: everything that the run writes."""
         return Path(self.output_dir).expanduser() / self.name
 
     @property
+    def samples(self) -> bool:
+        """Whether anything is sampled, in training or in evaluation; if not, there is no rollout engine."""
+        return not self.data.has_pairs and (self.method.samples or self.evaluation.prompts > 0)
+
+    @property
+    def longest_sequence(self) -> int:
+        """How many tokens a prompt with a completion or a demonstration may have at the most; hints are part of a prompt."""
+        tail = max(self.rollout.max_completion_tokens, self.data.max_demonstration_tokens or 0)
+        return self.data.max_prompt_tokens + tail
+
+    @property
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole run: rollouts x passes over each x minibatches of each."""
-        return self.learner.steps * self.learner.epochs * self.learner.minibatches
+        return self.learner.rollouts * self.learner.epochs * self.learner.minibatches

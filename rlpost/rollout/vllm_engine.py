@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlpost.errors import RolloutError
 from rlpost.experience import Completion
+from rlpost.precision import sampler_dtype
 from rlpost.recipe.rollout import VllmEngine
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
 from rlpost.rollout.process_state import memory_binding_kept, process_group_kept, random_state_kept, threads_kept
@@ -72,6 +73,7 @@ class VllmRolloutEngine:
         import torch
 
         self._made_group = not torch.distributed.is_initialized()
+        section = section.model_copy(update={"dtype": sampler_dtype(section)})
         self._dtype = getattr(torch, section.dtype)
         # With eager execution on CPU nothing is worth compiling: what vLLM compiles regardless costs 20 s at the start.
         self._eager = self._on_cpu if section.eager is None else section.eager

@@ -87,7 +87,9 @@ def check_arguments(reward: RewardFunction, arguments: Collection[str]) -> None:
         raise RewardError(
             f"The reward function {reward.spec} is given {_join(taken)} by rlpost itself: remove it from `arguments`."
         )
-    unknown = [] if reward.takes_any else sorted({*arguments} - reward.parameters)
+    # A shipped reward's ** are the data set's columns, and it names all its arguments: another one is a slip.
+    open_ended = reward.takes_any and Path(reward.spec.rpartition(":")[0]) not in list_rewards().values()
+    unknown = [] if open_ended else sorted({*arguments} - reward.parameters)
     if unknown:
         raise RewardError(
             f"The reward function {reward.spec} takes no argument {_join(unknown)}."
@@ -123,9 +125,9 @@ def _import_file(file: Path, spec: str) -> ModuleType:
         sys.path.append(str(file.parent))  # last: helpers beside the file can be imported, but hide nothing
     try:
         found.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise RewardError(f"The reward {spec} cannot be imported: {type(error).__name__}: {error} ({file}).") from error
+        raise RewardError(f"The reward {spec} cannot be imported: {_why(error)} ({file}).") from error
     return module
 
 
@@ -135,12 +137,21 @@ def _import_module(place: str, function_name: str, spec: str, base: Path | None)
         raise RewardError(f"There is no reward named {spec!r}.{_nearest(place, known)} {_known_rewards(base)}")
     try:
         return importlib.import_module(place)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         hint = _nearest(place, known) if isinstance(error, ModuleNotFoundError) else ""
         raise RewardError(
-            f"The reward {spec} cannot be imported: {type(error).__name__}: {error}.{hint} A reward is named "
+            f"The reward {spec} cannot be imported: {_why(error)}.{hint} A reward is named "
             f"`path/to/file.py:function`, `package.module:function`, or as a file in rewards/. {_known_rewards(base)}"
         ) from error
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return (
+            f"it ends the program (sys.exit({error.code!r})) while it is imported; put what a script does under "
+            '`if __name__ == "__main__":`'
+        )
+    return f"{type(error).__name__}: {error}"
 
 
 def _get_function(module: ModuleType, name: str, spec: str) -> Callable[..., Any]:

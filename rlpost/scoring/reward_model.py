@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,25 +15,11 @@ from torch import Tensor
 from rlpost.errors import RewardError
 from rlpost.experience import Group, Outcome, Score
 from rlpost.policy.packing import stack_rows
-from rlpost.recipe.critic import RewardModelSection
+from rlpost.recipe.reward import RewardModelSection
+from rlpost.scoring.scorer import FailureTally
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-class GroupScorer(Protocol):
-    """What the loop asks of whatever scores: `rlpost.scoring.scorer.Scorer`, a reward model, or several of them."""
-
-    names: tuple[str, ...]
-    counts: dict[str, Counter[Outcome]]
-    slowest: dict[str, float]
-    logged: dict[str, float]
-
-    def check(self, columns: Collection[str]) -> None: ...
-
-    def score(self, groups: Sequence[Group], step: int = 0, max_steps: int = 0) -> list[Group]: ...
-
-    def close(self) -> None: ...
 
 
 class RewardModel:
@@ -53,7 +39,7 @@ class RewardModel:
         self.counts: dict[str, Counter[Outcome]] = {}
         self.slowest: dict[str, float] = {}
         self.logged: dict[str, float] = {}
-        self.max_failed_share = max_failed_share
+        self._failures = FailureTally(max_failed_share)
         self.device = _device(section.device)
         self.tokenizer = _load_tokenizer(section)
         self.model: PreTrainedModel | None = _load_model(section).to(self.device)
@@ -61,10 +47,11 @@ class RewardModel:
     def check(self, columns: Collection[str]) -> None:
         """A reward model needs no columns."""
 
-    def score(self, groups: Sequence[Group], step: int = 0, max_steps: int = 0) -> list[Group]:
+    def score(self, groups: Sequence[Group], step: int = 0, max_steps: int = 0, *, more: bool = False) -> list[Group]:
         """The same groups with one score a completion; `step` and `max_steps` change nothing.
 
-        Raises RewardError when more than `max_failed_share` of the completions could not be scored, or memory ran out.
+        Raises RewardError when more than `max_failed_share` of the completions (with `more`: of these and those before)
+        could not be scored, or memory ran out.
         """
         start = time.perf_counter()
         token_ids = [self._encode(group, i) for group in groups for i in range(len(group.completions))]
@@ -73,7 +60,7 @@ class RewardModel:
         scores = [self._score(values.get(i), len(ids)) for i, ids in enumerate(token_ids)]
         self.counts = {self.names[0]: Counter(score.outcome for score in scores)}
         self.slowest = {self.names[0]: time.perf_counter() - start}
-        self._check_failures(scores)
+        self._check_failures(scores, more)
         rest = iter(scores)
         return [replace(group, scores=tuple((next(rest),) for _ in group.completions)) for group in groups]
 
@@ -132,7 +119,9 @@ class RewardModel:
             ids[row, : len(text)] = torch.tensor(text)
             seen[row, : len(text)] = 1
         logits = self.model(input_ids=ids.to(self.device), attention_mask=seen.to(self.device)).logits
-        return logits[:, self.section.label or 0].float().cpu()
+        # Some models' own code returns [R] scores: one output without its dimension.
+        scores = logits if logits.ndim == 1 else logits[:, self.section.label or 0]
+        return scores.float().cpu()
 
     def _score(self, value: float | None, tokens: int) -> Score:
         if value is None:
@@ -142,55 +131,16 @@ class RewardModel:
             return Score(Outcome.UNPARSABLE, None, f"the model's score is {value}")
         return Score(Outcome.SCORED, value)
 
-    def _check_failures(self, scores: Sequence[Score]) -> None:
-        failed = [score for score in scores if score.failed]
-        if len(failed) > self.max_failed_share * len(scores):
+    def _check_failures(self, scores: Sequence[Score], more: bool) -> None:
+        failed, tally, name = [score for score in scores if score.failed], self._failures, self.names[0]
+        if not more:
+            tally.clear()
+        if tally.too_many(name, failed, len(scores)):
             raise RewardError(
-                f"The reward model {self.section.path} could not score {len(failed)} of {len(scores)} completions, more than "
-                f"scoring.max_failed_share={self.max_failed_share:g} allows. For example: {failed[0].detail}."
+                f"The reward model {self.section.path} could not score {tally.kinds[name].total()} of {tally.samples[name]} "
+                f"completions, more than scoring.max_failed_share={tally.max_failed_share:g} allows. For example: "
+                f"{failed[0].detail}."
             )
-
-
-class JoinedScorers:
-    """Several scorers as one: a completion's scores are theirs, one behind the other, in the order given."""
-
-    def __init__(self, parts: Sequence[GroupScorer]) -> None:
-        """Raises RewardError where two rewards have the same name."""
-        self.parts = tuple(parts)
-        self.names: tuple[str, ...] = tuple(name for part in parts for name in part.names)
-        double = sorted(name for name, n in Counter(self.names).items() if n > 1)
-        if double:
-            raise RewardError(
-                f"Two rewards are named {double[0]!r}: give each its own `name` in the recipe's `rewards`."
-            )
-
-    @property
-    def counts(self) -> dict[str, Counter[Outcome]]:
-        return {name: count for part in self.parts for name, count in part.counts.items()}
-
-    @property
-    def slowest(self) -> dict[str, float]:
-        return {name: seconds for part in self.parts for name, seconds in part.slowest.items()}
-
-    @property
-    def logged(self) -> dict[str, float]:
-        return {name: value for part in self.parts for name, value in part.logged.items()}
-
-    def check(self, columns: Collection[str]) -> None:
-        for part in self.parts:
-            part.check(columns)
-
-    def score(self, groups: Sequence[Group], step: int = 0, max_steps: int = 0) -> list[Group]:
-        """The groups with the scores of all parts. Raises RewardError as the parts do."""
-        scored = [part.score(groups, step, max_steps) for part in self.parts]
-        return [
-            replace(group, scores=tuple(sum(rows, ()) for rows in zip(*(s[g].scores for s in scored), strict=True)))
-            for g, group in enumerate(groups)
-        ]
-
-    def close(self) -> None:
-        for part in self.parts:
-            part.close()
 
 
 def _device(name: str) -> torch.device:

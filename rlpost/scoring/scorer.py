@@ -25,6 +25,26 @@ ASYNC_CHUNK = 64  # async calls that share a process at the most
 _NEVER_COLUMNS = ("prompt", "completion", "completion_ids")  # as in TRL: these have keywords of their own
 
 
+class FailureTally:
+    """How many scores of each reward failed in a step, over all of the step's calls."""
+
+    def __init__(self, max_failed_share: float) -> None:
+        self.max_failed_share = max_failed_share
+        self.kinds: defaultdict[str, Counter[Outcome]] = defaultdict(Counter)
+        self.samples: Counter[str] = Counter()
+
+    def clear(self) -> None:
+        """A new step begins."""
+        self.kinds.clear()
+        self.samples.clear()
+
+    def too_many(self, name: str, failed: Sequence[Score], samples: int) -> bool:
+        """Counts one call's failed scores; whether failures of this call have made a larger share than allowed."""
+        self.kinds[name].update(score.outcome for score in failed)
+        self.samples[name] += samples
+        return bool(failed) and self.kinds[name].total() > self.max_failed_share * self.samples[name]
+
+
 class Scorer:
     """Runs reward functions in processes of their own.
 
@@ -52,6 +72,7 @@ class Scorer:
         self.counts: dict[str, Counter[Outcome]] = {}
         self.slowest: dict[str, float] = {}
         self.logged: dict[str, float] = {}
+        self._failures = FailureTally(scoring.max_failed_share)
         self._pool = WorkerPool([f.spec for f in self.functions], scoring.workers)
         if self.functions:
             self._pool.start()
@@ -61,13 +82,15 @@ class Scorer:
         for section, function in zip(self.sections, self.functions, strict=True):
             check_signature(function, columns, section.arguments)
 
-    def score(self, groups: Sequence[Group], step: int = 0, max_steps: int = 0) -> list[Group]:
+    def score(self, groups: Sequence[Group], step: int = 0, max_steps: int = 0, *, more: bool = False) -> list[Group]:
         """The same groups in the same order, with `scores` filled in.
 
         Args:
             groups: prompts with their completions; the groups may differ in size.
             step: the optimizer step, and
             max_steps: the run's last one: what functions see in `trainer_state`.
+            more: whether these belong to what was scored last, as the samples of a hint do, so that failures are judged
+                over both together.
 
         Raises:
             RewardError: a function broke its contract, or failed on more than `scoring.max_failed_share` of them.
@@ -86,7 +109,7 @@ class Scorer:
         self.counts = {
             name: Counter(scores[s, r].outcome for s in range(len(samples))) for r, name in enumerate(self.names)
         }
-        self._check_failures(scores, len(samples))
+        self._check_failures(scores, len(samples), more)
         rows = iter(tuple(scores[s, r] for r in range(len(self.names))) for s in range(len(samples)))
         return [replace(group, scores=tuple(next(rows) for _ in group.completions)) for group in groups]
 
@@ -136,14 +159,17 @@ class Scorer:
         for place, (outcome, value, detail) in zip(places, reply.verdicts, strict=True):
             scores[place] = Score(Outcome(outcome), value, detail)
 
-    def _check_failures(self, scores: Mapping[Place, Score], samples: int) -> None:
+    def _check_failures(self, scores: Mapping[Place, Score], samples: int, more: bool) -> None:
+        if not more:
+            self._failures.clear()
         for r, name in enumerate(self.names):
             failed = [score for s in range(samples) if (score := scores[s, r]).failed]
-            if len(failed) > self.scoring.max_failed_share * samples:
-                kinds = ", ".join(f"{n} {kind.value}" for kind, n in Counter(f.outcome for f in failed).most_common())
+            if self._failures.too_many(name, failed, samples):
+                kinds, total = self._failures.kinds[name], self._failures.samples[name]
+                said = ", ".join(f"{n} {kind.value}" for kind, n in kinds.most_common())
                 raise RewardError(
-                    f"The reward {name!r} ({self.functions[r].spec}) failed on {len(failed)} of {samples} completions "
-                    f"({kinds}), more than scoring.max_failed_share={self.scoring.max_failed_share:g} allows. For "
+                    f"The reward {name!r} ({self.functions[r].spec}) failed on {kinds.total()} of {total} completions "
+                    f"({said}), more than scoring.max_failed_share={self.scoring.max_failed_share:g} allows. For "
                     f"example: {failed[0].detail or failed[0].outcome.value}. Try it alone with `rlpost rewards try`."
                 )
 

@@ -24,6 +24,11 @@ MAX_DETAIL = 400  # characters of an error message that are kept
 GRACE_S = 15.0  # by how much a process may outlive its deadline when nobody is left to kill it
 CHECK_PARENT_S = 0.5
 
+_WAY_OUT = (
+    "Let it `return` a list with a number for every entry of `completions`, in their order, None where it does not apply, and "
+    "try it alone with `rlpost rewards try`"
+)
+
 _rewards: list[RewardFunction | str] = []  # a string is why the function could not be loaded here
 
 
@@ -104,10 +109,14 @@ def _keywords(reward: RewardFunction, call: Call, logged: list[tuple[str, float]
 def _reply(reward: RewardFunction, call: Call, returned: Any, logged: list[tuple[str, float]], start: float) -> Reply:
     if not isinstance(returned, Iterable) or isinstance(returned, str | bytes | Mapping):
         got = "None" if returned is None else f"a {type(returned).__name__}"
-        return Reply(breach=f"returned {got} where a list with one number (or None) a completion was expected")
+        return Reply(
+            breach=f"returned {got} where a list with one number (or None) a completion was expected. {_WAY_OUT}"
+        )
     values = list(returned)
     if len(values) != call.size:
-        return Reply(breach=f"returned {len(values)} values, but {call.size} were expected: one a completion")
+        return Reply(
+            breach=f"returned {len(values)} values, but {call.size} were expected: one a completion. {_WAY_OUT}"
+        )
     verdicts = tuple(_verdict(value) for value in values)
     return Reply(verdicts, logged=tuple(logged), seconds=time.perf_counter() - start)
 

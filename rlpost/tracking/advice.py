@@ -15,16 +15,18 @@ WINDOW = 5
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """One line of advice. `id` is stable, so that it is given once per run."""
+    """One line of advice. `id` is stable, so that it is given once per run; and once more whenever `level` rises."""
 
     id: str
     text: str
+    level: int = 0
 
 
 def advise(rows: Sequence[MetricRow], *, reward_ceiling: float = 1.0) -> list[Advice]:
     """What the metrics of the training rows so far (oldest first; the first row of the run first) call for.
 
-    `reward_ceiling` is the highest total reward there is: the sum of the positive weights for rewards within [0, 1].
+    `reward_ceiling` is the highest total reward there is: the sum of the positive weights for rewards within [0, 1],
+    infinite where there is no highest.
     Pure: the caller remembers what it has already said.
     """
     rows = [row for row in rows if row.get("kind", "train") == "train"]
@@ -54,6 +56,8 @@ def _truncated(rows: Sequence[MetricRow]) -> Iterator[Advice]:
 
 def _zero_variance(rows: Sequence[MetricRow]) -> Iterator[Advice]:
     share = _recent(rows, "reward/zero_variance_share")
+    if number(rows[-1], "critic/value_mean") is not None:
+        return  # a critic's baseline is its value, not the group: equal rewards teach as much as others
     if share is not None and share > 0.8:
         mean = _recent(rows, "reward/mean")
         level = "" if mean is None else f" (mean reward {mean:.2f})"
@@ -98,6 +102,7 @@ def _failed_scores(rows: Sequence[MetricRow]) -> Iterator[Advice]:
             "scores-failed",
             f"{share:.0%} of scores failed{f' ({counts})' if counts else ''} and are left out of the baseline: the "
             "reasons stand under `scores` in completions/; raise the reward's deadline_s if they timed out.",
+            level=sum(share > limit for limit in (0.2, 0.5)),
         )
 
 
@@ -122,15 +127,35 @@ def _mismatch(rows: Sequence[MetricRow]) -> Iterator[Advice]:
 
 def _chosen_falls(rows: Sequence[MetricRow]) -> Iterator[Advice]:
     """Preference training's over-optimisation: pairs are told apart better while both responses become less likely. The
-    log-ratio to the reference starts at 0 and, unlike the log-prob, does not depend on which pairs a batch holds."""
+    log-ratio to the reference starts at 0 and, unlike the log-prob, does not depend on which pairs a batch holds. The
+    accuracy starts at 0.5 by definition: before the first update policy and reference are one, and every pair is a tie. (The
+    first batch's own figure is not used: in bfloat16 it is rounding that breaks the ties.)"""
     fall, accuracy = _recent(rows, "pairs/chosen_log_ratio_per_token"), _recent(rows, "pairs/accuracy")
-    start = number(rows[0], "pairs/accuracy")
-    if fall is not None and accuracy is not None and start is not None and fall < -0.01 and accuracy > start + 0.05:
+    if fall is not None and accuracy is not None and fall < -0.01 and accuracy > 0.55:
         yield Advice(
             "chosen-falls",
-            f"Accuracy rose from {start:.2f} to {accuracy:.2f} while chosen responses became less likely ({fall:.3f} nats a "
+            f"Accuracy rose from 0.50 to {accuracy:.2f} while chosen responses became less likely ({fall:.3f} nats a "
             "token against the reference), the sign of over-optimisation: use RPO's SFT term or raise its coefficient "
             "(method.pairs.sft.eta, or .weight), raise method.pairs.beta, or stop earlier.",
+        )
+
+
+def _curvature(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+    """A calibrated curvature mask that is off without anyone having said so."""
+    left, limits = number(rows[-1], "mask/curvature/steps_to_observe"), number(rows[-1], "mask/curvature/limits")
+    if left == 0 and limits == 0:
+        yield Advice(
+            "curvature-no-limit",
+            "The curvature mask was calibrated and found no limit, so it rejects nothing: all predicted changes were about 0. "
+            "Give method.masks' thresholds as numbers (type: fixed), or leave the mask out.",
+        )
+    before = number(rows[-2 * WINDOW], "mask/curvature/steps_to_observe") if len(rows) >= 2 * WINDOW else None
+    if left and left == before:
+        yield Advice(
+            "curvature-unseen",
+            f"The curvature mask still waits for {left:.0f} steps with something to observe and rejects nothing so far: for "
+            f"{2 * WINDOW} steps no token had a non-zero advantage (or the learning rate was 0). Choose prompts of another "
+            "difficulty, or give method.masks' thresholds as numbers (type: fixed).",
         )
 
 
@@ -177,18 +202,19 @@ _RULES: tuple[Callable[[Sequence[MetricRow]], Iterator[Advice]], ...] = (
     _clip,
     _mismatch,
     _chosen_falls,
+    _curvature,
     _gradient,
 )
 
 
 class Doctor:
-    """Remembers recent rows and what has been said, so that every advice comes once."""
+    """Remembers recent rows and what has been said, so that every advice comes once, and again when it is much worse."""
 
     def __init__(self, *, reward_ceiling: float = 1.0) -> None:
         self._ceiling = reward_ceiling
         self._first: MetricRow | None = None
         self._recent: deque[MetricRow] = deque(maxlen=10 * WINDOW)
-        self._said: set[str] = set()
+        self._said: dict[str, int] = {}  # the highest level by id
 
     def observe(self, row: MetricRow) -> list[Advice]:
         """Takes the next row and returns the advice that is new."""
@@ -199,6 +225,6 @@ class Doctor:
         rows = list(self._recent)
         if rows[0] is not self._first:
             rows.insert(0, self._first)
-        new = [one for one in advise(rows, reward_ceiling=self._ceiling) if one.id not in self._said]
-        self._said.update(one.id for one in new)
+        new = [one for one in advise(rows, reward_ceiling=self._ceiling) if one.level > self._said.get(one.id, -1)]
+        self._said.update({one.id: one.level for one in new})
         return new

@@ -15,9 +15,12 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#777777",
 )  # fmt: skip
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
-PHASES = ("rollout", "score", "update", "sync", "checkpoint", "eval")
+PHASES = ("rollout", "score", "guide", "update", "sync", "checkpoint", "eval")
 PANELS_PER_ROW = 3
-_OWN_FIGURE = ("time/", "eval/", "reward/mean", "completions/length_mean", "policy/entropy", "policy/kl_reference")
+_OWN_FIGURE = (
+    *("time/", "eval/", "reward/mean", "completions/length_mean", "policy/entropy", "policy/kl_reference"),
+    *(f"controller/{name}" for name in ("kl", "threshold", "target", "phase", "gate", "coefficient", "penalty", "pid")),
+)
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 12,
@@ -69,7 +72,9 @@ def draw_all(rows: Sequence[MetricRow], folder: Path) -> list[Picture]:
     pictures = [_draw_line(line, train, folder) for line in LINES[:1]]
     pictures.append(_draw_accuracy(held_out, folder))
     pictures.append(_draw_pairs(train, held_out, folder))
+    pictures.append(_draw_solutions(train, folder))
     pictures += [_draw_line(line, train, folder) for line in LINES[1:]]
+    pictures.append(_draw_controller(train, folder))
     pictures.append(_draw_time(train, folder))
     pictures += [_draw_group(group, keys, train, folder) for group, keys in extra_groups(train).items()]
     return [picture for picture in pictures if picture is not None]
@@ -100,13 +105,92 @@ def smooth(values: Sequence[float]) -> list[float]:
     return smoothed
 
 
+# The controller's phases, in the order of `rlpost.methods.safe.PHASES`.
+_BANDS = (("WARMUP", GREY), ("CLIMBING", GREEN), ("PLATEAU", ORANGE), ("CONVERGED", SKY))
+Curve = tuple[str, str, str, dict[str, Any]]  # metric, label, colour, options of the line
+
+
+def _draw_controller(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
+    """What a KL controller saw and did: KL against its threshold over the phases, the gate, the penalty, the PID."""
+    faint, dashed = {"linewidth": 1, "alpha": 0.6}, {"linestyle": "--", "linewidth": 1.8}
+    panels: tuple[tuple[str, str, tuple[Curve, ...]], ...] = (
+        (
+            "KL to the reference and its threshold",
+            "nats per token",
+            (
+                ("controller/kl", "KL", PURPLE, faint),
+                ("controller/kl_average", "moving average", PURPLE, {"linewidth": 2.2}),
+                ("controller/threshold", "threshold", RED, dashed),
+                ("controller/target", "target", RED, dashed),
+            ),
+        ),
+        ("Entropy gate", "factor", (("controller/gate", "gate", GREEN, {}),)),
+        ("Coefficient of KL", "coefficient", (("controller/coefficient", "coefficient", BLUE, {"linewidth": 2}),)),
+        ("Penalty", "penalty", (("controller/penalty", "penalty", ORANGE, {}),)),
+        (
+            "PID on the reward's velocity",
+            "change of threshold",
+            (
+                ("controller/pid_p", "P", ORANGE, faint),
+                ("controller/pid_i", "I", GREEN, faint),
+                ("controller/pid_d", "D", SKY, faint),
+                ("controller/pid", "output", BLUE, {"linewidth": 2}),
+            ),
+        ),
+    )
+    shown = [(title, unit, [c for c in curves if series(rows, c[0])[0]]) for title, unit, curves in panels]
+    shown = [panel for panel in shown if panel[2]]
+    if not shown:
+        return None
+    path = folder / "controller.png"
+    with _pyplot() as plt:
+        figure, grid = plt.subplots(
+            len(shown), 1, figsize=(9, 0.8 + 1.7 * len(shown)), sharex=True, squeeze=False, layout="constrained"
+        )
+        for (title, unit, curves), (axes,) in zip(shown, grid, strict=True):
+            _phase_bands(axes, rows, named=axes is grid[0][0])
+            for key, label, color, options in curves:
+                steps, values = series(rows, key)
+                marker = "o" if len(steps) < 8 else None
+                axes.plot(steps, values, color=color, label=label, marker=marker, markersize=4, **options)
+            axes.set_title(title, fontsize=10)
+            axes.set_ylabel(unit, fontsize=9)
+            if len(axes.get_legend_handles_labels()[0]) > 1:
+                axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+            _whole_steps(axes)
+        grid[-1][0].set_xlabel("optimizer step")
+        figure.savefig(path)
+        plt.close(figure)
+    return Picture(path, "KL controller")
+
+
+def _phase_bands(axes: Any, rows: Sequence[MetricRow], *, named: bool) -> None:
+    """Colours the background by the controller's phase; `named`: with an entry each in the legend."""
+    steps, phases = series(rows, "controller/phase")
+    if not steps:
+        return
+    ends = [*steps[1:], *(step + 1 for step in steps[-1:])]
+    starts = [i for i, phase in enumerate(phases) if i == 0 or phase != phases[i - 1]]
+    told: set[str] = set() if named else {name for name, _ in _BANDS}
+    for first, after in zip(starts, [*starts[1:], len(phases)], strict=True):
+        name, color = _BANDS[int(phases[first])]
+        label = None if name in told else name.lower()
+        axes.axvspan(steps[first] - 0.5, ends[after - 1] - 0.5, color=color, alpha=0.15, linewidth=0, label=label)
+        told.add(name)
+
+
 def _draw_line(line: Line, rows: Sequence[MetricRow], folder: Path) -> Picture | None:
     steps, values = series(rows, line.key)
     if not steps:
         return None
 
+    tail_steps, tail = series(rows, f"{line.key}_p95")
+
     def draw(axes: Any) -> None:
         _curve(axes, steps, values, line.color, labels=True)
+        if tail:
+            axes.plot(tail_steps, tail, color=GREY, linewidth=1, linestyle=":", label="95 % of tokens below")
+            axes.legend(loc="best", ncols=3, fontsize=9)
         axes.set_ylabel(line.unit)
 
     return _single(folder / f"{line.file}.png", line.title, draw)
@@ -136,23 +220,96 @@ def _draw_accuracy(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
 
 
 def _draw_pairs(train: Sequence[MetricRow], held_out: Sequence[MetricRow], folder: Path) -> Picture | None:
-    """The over-optimisation curve of preference training: the mean log-prob of chosen responses (RPO's figures 1 and 4)."""
-    steps, values = series(train, "pairs/chosen_logp")
-    if not steps:
+    """The over-optimisation curve of preference training: the mean log-prob of chosen responses (RPO's figures 1 and 4), of
+    training batches and held-out pairs, and under it the margin that grows meanwhile."""
+    above_curves = [
+        (train, "pairs/chosen_logp", "chosen, training batches", SKY),
+        (held_out, "eval/chosen_logp", "chosen, held out", BLUE),
+        (held_out, "eval/rejected_logp", "rejected, held out", RED),
+    ]
+    below_curves = [(train, "pairs/margin", "training batches", SKY), (held_out, "eval/margin", "held out", BLUE)]
+    if not series(*above_curves[0][:2])[0]:
         return None
-    sides = (("chosen", BLUE), ("rejected", RED))
-    found = [(side, color, *series(held_out, f"eval/{side}_logp")) for side, color in sides]
+    with _pyplot() as plt:
+        figure, (above, below) = plt.subplots(
+            2, 1, figsize=(9, 5.2), sharex=True, layout="constrained", height_ratios=(3, 2)
+        )
+        for axes, curves in ((above, above_curves), (below, below_curves)):
+            for rows, key, label, color in curves:
+                steps, values = series(rows, key)
+                if steps and rows is train:
+                    _curve(axes, steps, values, color, labels=False)
+                    axes.lines[-1].set_label(label)
+                elif steps:
+                    axes.plot(steps, values, marker="o", markersize=5, color=color, linewidth=2, label=label)
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
+        above.set_title("Log-prob of chosen responses")
+        above.set_ylabel("nats per response")
+        below.axhline(0, color=GREY, linewidth=1)
+        below.set_title("Margin between chosen and rejected")
+        below.set_ylabel("beta h")
+        below.set_xlabel("optimizer step")
+        figure.savefig(folder / "chosen_logp.png")
+        plt.close(figure)
+    return Picture(folder / "chosen_logp.png", "Log-prob of chosen responses")
 
-    def draw(axes: Any) -> None:
-        _curve(axes, steps, values, SKY, labels=False)
-        axes.lines[-1].set_label("chosen, training batches")
-        for side, color, where, numbers in found:
-            if where:
-                axes.plot(where, numbers, marker="o", markersize=5, color=color, linewidth=2, label=f"{side}, held out")
-        axes.set_ylabel("nats per response")
-        axes.legend(loc="best", fontsize=9)
 
-    return _single(folder / "chosen_logp.png", "Log-prob of chosen responses", draw)
+def _draw_solutions(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
+    """Learning from solutions: accuracy with and without hints, and what became of the prompts that nothing solved."""
+    curves = [
+        ("guidance/accuracy_without_hints", "first samples, without hints", BLUE),
+        ("guidance/accuracy_trained", "samples trained on, hints included", ORANGE),
+    ]
+    if not any(series(rows, key)[0] for key, _, _ in curves):
+        curves = [("gate/solve_rate", "samples", BLUE)]
+    taught = [
+        row for row in rows if any(number(row, key) is not None for key in ("guidance/hard_share", "gate/sft_share"))
+    ]
+    if not taught:
+        return None
+    shown = [(label, color, *series(taught, key)) for key, label, color in curves]
+    with _pyplot() as plt:
+        figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5.2), sharex=True, layout="constrained")
+        for label, color, steps, values in shown:
+            if steps:
+                _curve(above, steps, values, color, labels=False)
+                above.lines[-1].set_label(label)
+        above.set_title("Right answers")
+        above.set_ylabel("share of completions")
+        _stack_levels(below, taught)
+        below.set_title(
+            "Prompts that no first sample solved" if len(curves) > 1 else "Prompts learned from their solution"
+        )
+        below.set_ylabel("share of prompts")
+        below.set_xlabel("optimizer step")
+        for axes in (above, below):
+            axes.set_ylim(0, 1.02)
+            if axes.get_legend_handles_labels()[0]:
+                axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9, reverse=axes is below)
+        figure.savefig(folder / "solutions.png")
+        plt.close(figure)
+    return Picture(folder / "solutions.png", "Learning from solutions")
+
+
+def _stack_levels(axes: Any, rows: Sequence[MetricRow]) -> None:
+    """Shares of all prompts: solved at each hint, one above the other, then unsolved; and learned from the solution."""
+    steps = [int(row["step"]) for row in rows]
+    hard = [number(row, "guidance/hard_share") or 0.0 for row in rows]
+    keys = sorted({key for row in rows for key in row if key.startswith("guidance/solved_level_")})
+    layers = {
+        f"solved at hint {key.rsplit('_', 1)[1]}": [
+            (number(r, key) or 0.0) * h for r, h in zip(rows, hard, strict=True)
+        ]
+        for key in keys
+    }
+    if keys:
+        layers["unsolved"] = [number(row, "guidance/unsolved_share") or 0.0 for row in rows]
+        colors = [*(PALETTE[2:] * len(keys))[: len(keys)], "#BBBBBB"]
+        axes.stackplot(steps, *map(smooth, layers.values()), labels=list(layers), colors=colors, alpha=0.8, linewidth=0)
+    where, shares = series(rows, "gate/sft_share")
+    if where:
+        axes.plot(where, smooth(shares), color="black", linewidth=1.8, linestyle="--", label="learned by SFT")
+    _whole_steps(axes)
 
 
 def _draw_time(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
@@ -167,7 +324,7 @@ def _draw_time(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
 
     def draw(axes: Any) -> None:
         base = [0.0] * len(rows)
-        colors = dict(zip(PHASES, PALETTE, strict=True)) | {"other": "#BBBBBB"}
+        colors = dict(zip(PHASES, (BLUE, ORANGE, YELLOW, GREEN, PURPLE, SKY, RED), strict=True)) | {"other": "#BBBBBB"}
         total = (math.fsum(known) + math.fsum(other)) or 1.0
         for phase, values in (layers | ({"other": other} if sum(other) > 0.01 * sum(known) else {})).items():
             label = f"{phase} ({math.fsum(values) / total:.0%})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,13 +116,15 @@ def _speed(train: Sequence[MetricRow]) -> list[Figure]:
 
 
 def _reward_ceiling(run: RunDirectory) -> float:
-    """The sum of the recipe's positive reward weights; 1 when there is no recipe that says."""
+    """As `reward_ceiling` of the recipe; 1 when there is no recipe that says."""
     import yaml
 
     try:
         recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+        if any(reward.get("type") == "model" for reward in recipe["rewards"]):
+            return math.inf
         return sum(max(float(reward["weight"]), 0.0) for reward in recipe["rewards"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError):
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
         return 1.0
 
 

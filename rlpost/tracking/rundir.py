@@ -20,6 +20,7 @@ from rlpost.errors import RlpostError
 from rlpost.tracking.metrics import drop_partial_line, keep_rows, write_atomically
 
 LOCK_WAIT_S = 2.0  # long enough for the workers of a run that was just killed to go
+_WRITE_TEST = ".write-test-"
 _COMPLETIONS = re.compile(r"step_(\d+)\.jsonl")
 _WRITTEN_BY_A_RUN = ("recipe.yaml", "metrics.jsonl", "completions", "checkpoints", "wandb", "report")
 
@@ -57,6 +58,8 @@ class RunDirectory:
                 run._refuse_earlier_run()
             for folder in (run.completions, run.checkpoints):
                 _make(folder)
+            for left in (*path.glob(f"{_WRITE_TEST}*"), *path.glob(".*.tmp")):  # by a run that was killed in between
+                left.unlink(missing_ok=True)
             drop_partial_line(run.metrics)
         except BaseException:
             run.close()
@@ -136,7 +139,8 @@ class RunDirectory:
         if (found := self._earlier_run()) is not None:
             raise RlpostError(
                 f"{self.path} already holds a run ({found} is there), and this run would mix with it. Go on with that "
-                "run (resume=auto), give this run another name (name=...), or delete the earlier one (overwrite=true)."
+                "run (resume=auto), give this run another name (name=...), or delete the earlier one (overwrite=true). "
+                "Each of these is put behind the command; with make: make quickstart ARGS=overwrite=true."
             )
 
     def _remove_earlier_run(self) -> None:
@@ -192,7 +196,7 @@ def _make(path: Path) -> None:
 def _write_test(path: Path) -> None:
     """Writes a little, for real: a full disk or a quota shows only then."""
     try:
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".write-test-") as file:
+        with tempfile.NamedTemporaryFile(dir=path, prefix=_WRITE_TEST) as file:
             file.write(b"\0" * 65536)
             file.flush()
             os.fsync(file.fileno())

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Literal, Protocol
 
 from rlpost.recipe.learner import LearnerSection, TrackingSection
-from rlpost.recipe.reward import RewardSection
+from rlpost.recipe.reward import Reward, reward_ceiling
 from rlpost.tracking.advice import Advice, Doctor
 from rlpost.tracking.completions import ScoredRollout, pick_sample, records, write_completions
 from rlpost.tracking.console import Console, make_console
@@ -28,7 +28,7 @@ class TrackedRecipe(Protocol):
     def tracking(self) -> TrackingSection: ...
 
     @property
-    def rewards(self) -> Sequence[RewardSection]: ...
+    def rewards(self) -> Sequence[Reward]: ...
 
     def model_dump(self, *, mode: str) -> dict[str, Any]: ...
 
@@ -51,13 +51,12 @@ class Tracker:
         self._steps_per_rollout = learner.minibatches * learner.epochs
         self._show_every = tracking.show_completion_every
         self._metrics = MetricsWriter(run.metrics)
-        ceiling = sum(max(reward.weight, 0.0) for reward in recipe.rewards)
-        self._doctor = Doctor(reward_ceiling=ceiling)
+        self._doctor = Doctor(reward_ceiling=reward_ceiling(recipe.rewards))
         for row in read_metrics(run.metrics):
             self._doctor.observe(row)
         config = recipe.model_dump(mode="json")
         run.write_recipe(config)
-        total = learner.steps * self._steps_per_rollout
+        total = learner.rollouts * self._steps_per_rollout
         self._console: Console | None = None
         self._early_notes: list[str] = []
         # W&B first: it may take half a minute to find out that there is no network, and it writes to the terminal.

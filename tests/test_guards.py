@@ -1,0 +1,57 @@
+"""What ends a run that hangs, and what keeps a second process out of a live run's folder."""
+
+from __future__ import annotations
+
+import socket
+import time
+
+import pytest
+from conftest import REWARD, rows
+
+from rlpost.cli import main
+
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
+
+HANGING_SYNC = """
+import time
+from rlpost.loop import Loop
+def hangs_for_ever(self):
+    time.sleep(1000)
+Loop.sync = hangs_for_ever
+"""
+
+
+def test_a_phase_that_hangs_is_named_with_its_stack_and_ends_the_process(write_recipe, children, tmp_path):
+    recipe = write_recipe(tmp_path, {"evaluation.prompts": 0})
+    code, printed = children.run(recipe, "learner.watchdog_s=1", before=HANGING_SYNC)
+    assert code == 75, printed
+    assert "the phase 'sync' has taken longer than learner.watchdog_s = 1 s" in printed
+    assert "in hangs_for_ever" in printed.split("learner.watchdog_s = 1 s")[1], "the stack of the thread that hangs"
+    assert "resume=auto" in printed
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_second_process_is_kept_out_of_a_live_runs_folder(write_recipe, children, tmp_path, capsys):
+    go, run = tmp_path / "go", tmp_path / "run"
+    waiting = f"    import pathlib, time\n    while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.05)\n"
+    changes = {"learner.steps": 1, "evaluation.prompts": 0, "rewards.0.deadline_s": 600.0}
+    recipe = write_recipe(tmp_path, changes, REWARD.replace("    texts =", waiting + "    texts ="))
+    child = children.start(recipe)
+    deadline = time.monotonic() + 240
+    while not (run / "recipe.yaml").exists():
+        assert child.poll() is None and time.monotonic() < deadline, child.communicate()[0]
+        time.sleep(0.05)
+    resolved = (run / "recipe.yaml").read_text()
+    for override in ("resume=auto", "overwrite=true", "learner.steps=2"):
+        with pytest.raises(SystemExit) as caught:
+            main([str(recipe), override])
+        said = capsys.readouterr().err
+        assert caught.value.code == 2
+        assert f"{run} is in use by process {child.pid} on host {socket.gethostname()}" in said, said
+        assert "two runs in one directory would destroy each other's files" in said and "name=" in said
+        assert "Traceback" not in said
+    assert child.poll() is None and (run / "recipe.yaml").read_text() == resolved
+    go.touch()
+    printed, _ = child.communicate(timeout=240)
+    assert child.returncode == 0, printed
+    assert [row["step"] for row in rows(run, "train")] == [1]
