@@ -50,7 +50,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    ("layout", "launch"), [*((layout, "cpu2.yaml") for layout in LAYOUTS), ("shared trees", "cpu-zero3.yaml")]
+    ("layout", "launch"), [*((layout, "cpu2.yaml") for layout in LAYOUTS), ("shared trees", "cpu-zero2.yaml")]
 )
 def test_two_processes_are_one_run(layout, launch, single, write_recipe, children, tmp_path):
     recipe = write_recipe(tmp_path, {**CHANGES, "data.max_prompt_tokens": 24, **LAYOUTS[layout]})
