@@ -28,13 +28,15 @@ def slower(place, name: str, seconds: float) -> None:
     setattr(place, name, wrapped)
 
 
-def telling(file: Path) -> None:
-    """Has this process write a file when its first step begins."""
+def telling(file: Path, held: bool) -> None:
+    """Has this process write a file when its first step begins, or with `held` wait there to be killed."""
     from rlpost.loop import Loop
 
     original = Loop.step
 
     def step(self):
+        if held:
+            time.sleep(3600)
         Loop.step = original
         file.touch()
         return original(self)
@@ -42,14 +44,14 @@ def telling(file: Path) -> None:
     Loop.step = step
 
 
-def run(recipe: str, resume: str, started: Path) -> int:
+def run(recipe: str, resume: str, started: Path, held: bool) -> int:
     """Forks a run; returns its process."""
     from rlpost.loop import train
     from rlpost.recipe.load import load_recipe
 
     pid = os.fork()
     if pid == 0:
-        telling(started)
+        telling(started, held)
         try:
             train(load_recipe(recipe, [f"resume={resume}"]))
         except BaseException:
@@ -62,9 +64,9 @@ def run(recipe: str, resume: str, started: Path) -> int:
 class Life:
     """One run of the recipe, from its start to its end or to the moment at which it is killed."""
 
-    def __init__(self, recipe: str, resume: str, started: Path) -> None:
+    def __init__(self, recipe: str, resume: str, started: Path, held: bool = False) -> None:
         started.unlink(missing_ok=True)
-        self.started, self.pid, self.code = started, run(recipe, resume, started), None
+        self.started, self.pid, self.code = started, run(recipe, resume, started, held), None
 
     def over(self) -> bool:
         if self.code is None:
@@ -89,8 +91,9 @@ def all_runs(recipe: str, folder: Path, kills: int, longest: float, seed: int) -
     """Kills the run `kills` times, or until it has come to its end; then lets it come to it.
 
     A kill falls with one chance in two into the time until the first step (reading, locking, loading, taking up a
-    checkpoint, cutting back the files), anywhere in it, and else into the `longest` seconds after that. Now and then the
-    run is taken up from its last checkpoint but one, whose successor is then set aside.
+    checkpoint, cutting back the files), anywhere in it, and else into the `longest` seconds after that. How long a start
+    takes is known from the last one only, so a run to be killed in it does not go on beyond it. Now and then the run is
+    taken up from its last checkpoint but one, whose successor is then set aside.
     """
     moments, places = random.Random(seed), random.Random(seed)
     lives, halves, start_up = [], 0, 2.0
@@ -98,9 +101,10 @@ def all_runs(recipe: str, folder: Path, kills: int, longest: float, seed: int) -
         moment = moments.uniform(0.0, 2.0)
         complete = sorted(folder.glob("step_*"))
         earlier = len(complete) > 1 and places.random() < 0.3
-        life = Life(recipe, str(complete[-2]) if earlier else "auto", folder.parent.parent / "started")
+        resume = str(complete[-2]) if earlier else "auto"
+        life = Life(recipe, resume, folder.parent.parent / "started", held=moment < 1.0)
         if moment < 1.0:
-            life.wait(moment * start_up, until_steps=True)
+            life.wait(moment * start_up)
         else:
             start_up = life.wait(until_steps=True)
             life.wait((moment - 1.0) * longest)
