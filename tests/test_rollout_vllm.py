@@ -141,6 +141,18 @@ def test_prompt_cached_before_a_sync_is_forgotten(saved, engine, tmp_path):
 
 
 @engine_test
+def test_a_groups_prompt_is_computed_once(saved, engine, monkeypatch):
+    """All but what is left over from whole cache blocks: of 90 tokens, 64 on CPU."""
+    prompt, made, generate = tuple(40 + i % 50 for i in range(90)), [], engine._llm.generate
+    monkeypatch.setattr(engine._llm, "generate", lambda *given, **more: made.extend(generate(*given, **more)) or made)
+    completions = engine.sample([SamplingRequest(prompt, seed) for seed in range(4)], SamplingSettings(4, 1.0))
+    assert [output.num_cached_tokens for output in made] == [0, 64, 64, 64]
+    for completion in completions:
+        expected = direct(saved[1], prompt + completion.token_ids)[-len(completion.token_ids) :]
+        assert completion.sampler_logprobs == pytest.approx(expected, abs=1e-3)
+
+
+@engine_test
 def test_stop_strings_end_a_completion_and_stay_in_it(engine):
     free = engine.sample(requests(), SETTINGS)
     victim = next(c for c in free if c.text[3:5].isascii() and len(c.text) > 10 and c.text.count(c.text[3:5]) == 1)

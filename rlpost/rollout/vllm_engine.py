@@ -98,6 +98,9 @@ class VllmRolloutEngine:
         memory: dict[str, Any] = {"gpu_memory_utilization": section.memory_fraction}
         if self._on_cpu:  # the fraction would be one of the machine's whole memory, taken by every process
             memory["kv_cache_memory_bytes"] = int(section.kv_cache_gib * 2**30)
+            # Whole blocks only are shared by the requests of a group. vLLM's default on CPU is 128 tokens, so that every
+            # completion's prompt would be computed anew; 32 is the least its CPU attention takes.
+            memory["block_size"] = 32
         if self._sleeps:
             memory["enable_sleep_mode"] = True
         return {
