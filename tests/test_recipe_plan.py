@@ -149,17 +149,20 @@ def test_guess_from_name(name, parameters):
         assert 0.5 < 12 * size.layers * size.hidden**2 / size.parameters < 2
 
 
+SHAPE = {
+    "vocab_size": 100,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 def test_size_of_a_local_model(tmp_path, loaded):
     from transformers import LlamaConfig
 
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    config = LlamaConfig(**SHAPE)
     config.save_pretrained(tmp_path / "m")
     size, source = find_model_size(loaded("model.path=./m").recipe.model)
     layer = 16 * 16 * 2 + 16 * 8 * 2 + 3 * 16 * 32 + 2 * 16
@@ -206,15 +209,7 @@ def test_a_model_that_cannot_take_trees_is_planned_for(tmp_path, monkeypatch, wi
     from transformers import MistralConfig
 
     monkeypatch.chdir(tmp_path)
-    MistralConfig(
-        vocab_size=100,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=window,
-    ).save_pretrained(tmp_path / "m")
+    MistralConfig(**SHAPE, sliding_window=window).save_pretrained(tmp_path / "m")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 8)
     (tmp_path / "p.yaml").write_text(PAIRS)
     monkeypatch.setattr(rehearse, "rehearse", lambda _: rehearse.Rehearsal())  # the folder has a configuration alone
