@@ -121,9 +121,10 @@ def test_scoring_linear_is_a_linear_layer_without_a_request():
 
 
 @pytest.mark.parametrize("rule", [LogitRule(), LogitRule(0.7, 1.5, 3.0)], ids=str)
+@pytest.mark.parametrize("v", [29, 331, 2003], ids=["searched whole", "folded", "folded twice"])  # with k of 5 and less
 @pytest.mark.parametrize("k", [None, 1, 5, 100])
-def test_statistics_against_naive(rule, k):
-    hidden, weight, bias, target = make(v=29)
+def test_statistics_against_naive(rule, k, v):
+    hidden, weight, bias, target = make(v=v)
     got = head_statistics(hidden, weight, target, k, chunk=4, bias=bias, rule=rule)
     z = rule.scores(nn.functional.linear(hidden, weight, bias).detach())
     p = z.softmax(-1)
@@ -133,12 +134,22 @@ def test_statistics_against_naive(rule, k):
     if k is None:
         assert got.top_ids is None and got.top_logits is None
         return
-    assert got.top_ids.shape == got.top_logits.shape == (13, min(k, 29))
+    assert got.top_ids.shape == got.top_logits.shape == (13, min(k, v))
     torch.testing.assert_close(got.top_logits, z.gather(-1, got.top_ids))
     for n in range(13):
-        best = z[n].topk(min(k, 29)).indices.tolist()
+        best = z[n].topk(min(k, v)).indices.tolist()
         want = best if int(target[n]) in best else [*best[:-1], int(target[n])]
         assert got.top_ids[n].tolist() == want
+
+
+@pytest.mark.parametrize("v", [29, 2003])
+def test_statistics_leave_the_numbers_as_they_are(v):
+    hidden, weight, bias, target = make(v=v)
+    layer = ScoringLinear(8, v)
+    layer.weight, layer.bias = nn.Parameter(weight.detach()), nn.Parameter(bias.detach())
+    plain = layer(hidden, HeadRequest(target, LogitRule(), chunk=4))
+    with_them = layer(hidden, HeadRequest(target, LogitRule(), chunk=4, statistics=StatisticsRequest(5, powers=True)))
+    assert torch.equal(plain[0], with_them[0]) and torch.equal(plain[1], with_them[1])
 
 
 class LiveBytes(TorchDispatchMode):
