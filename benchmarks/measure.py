@@ -102,6 +102,9 @@ def machine() -> dict[str, Any]:
     }
     import torch
 
+    from rlpost.precision import has_bfloat16
+
+    info["bfloat16_instructions"] = has_bfloat16()
     if torch.cuda.is_available():
         info["gpu"] = torch.cuda.get_device_name()
     return info

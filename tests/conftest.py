@@ -23,7 +23,7 @@ def reward(completions, **columns):
 '''
 
 
-def save_tiny_model(folder: Path, *, seed: int = 0, spread: float = 0.2):
+def save_tiny_model(folder: Path, *, seed: int = 0, spread: float = 0.2, intermediate: int = 96):
     """Saves a random two-layer Llama (tied embeddings, 258 byte tokens) with a chat template; (model, tokenizer).
 
     `spread` is the standard deviation of its weights: with 0.3 it ends often enough to test endings.
@@ -41,7 +41,7 @@ def save_tiny_model(folder: Path, *, seed: int = 0, spread: float = 0.2):
     config = LlamaConfig(
         vocab_size=len(vocab),
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,

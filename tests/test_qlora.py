@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import bitsandbytes.functional as bitsandbytes_functional
 import pytest
 import torch
 from conftest import rows, save_tiny_model, weights
 from test_policy_model import perturb_adapter, save_model, scores, section
 from transformers import AutoModelForCausalLM
 
+import rlpost.policy.quantized as quantized_module
 from rlpost.errors import RecipeError
 from rlpost.policy.head import ScoringLinear
 from rlpost.policy.model import load_policy
@@ -28,7 +30,7 @@ NF4 = "model.lora={rank: 4, quantize: nf4}"
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """Qwen2, whose q, k and v have biases; wide enough for blocks of 64."""
-    return save_model(tmp_path_factory.mktemp("model"), "qwen2", hidden_size=64, intermediate_size=96)
+    return save_model(tmp_path_factory.mktemp("model"), "qwen2", hidden_size=64, intermediate_size=128)
 
 
 def quantized(path, **options):
@@ -44,7 +46,7 @@ def test_linear_layers_are_packed_and_the_rest_is_not(path):
     assert lm.lm_head.weight.dtype == lm.model.embed_tokens.weight.dtype == torch.float32
     assert (
         sum(p.numel() for n, p in policy.named_parameters() if n in packed)
-        == 2 * (64 * (64 + 32) * 2 + 3 * 64 * 96) / 2
+        == 2 * (64 * (64 + 32) * 2 + 3 * 64 * 128) / 2
     )
     (note,) = [note for note in policy.notes if "4 bits" in note]
     assert note.startswith("model.lora.quantize: 0.1 M of 0.1 M")
@@ -93,6 +95,29 @@ def test_layers_without_an_adapter_are_unpacked_too(path):
         assert 0 < error < 0.2 * largest if "proj.weight" in name else error == 0
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_layers_that_this_cpu_would_unpack_wrongly_are_refused(right, monkeypatch, tmp_path):
+    """bitsandbytes 0.50 does so on CPUs with AVX-512, where rows are no multiple of 64 long."""
+    narrow = save_model(tmp_path, "qwen2", hidden_size=64, intermediate_size=96)
+    monkeypatch.setattr(quantized_module, "_reads_rows", lambda width, block: right)
+    if right:
+        assert quantized(narrow).notes
+        return
+    with pytest.raises(RecipeError, match=r"model.lora.quantize: .*down_proj.* has 96 inputs, no multiple of 64"):
+        quantized(narrow)
+
+
+def test_what_is_unpacked_wrongly_is_found_out():
+    width, block = 96, 64
+    blocks = (
+        torch.linspace(-1, 1, block * width).view(-1, block) * torch.tensor([1.0, 100.0]).repeat(width // 2)[:, None]
+    )
+    packed = bitsandbytes_functional.quantize_4bit(blocks.view(block, width), blocksize=block, quant_type="nf4")
+    gap = (bitsandbytes_functional.dequantize_4bit(*packed).view_as(blocks) - blocks).abs()
+    near = bool((gap < 0.2 * blocks.abs().amax(-1, keepdim=True)).all())  # half of nf4's widest gap is 0.15
+    assert quantized_module._reads_rows(width, block) == near and quantized_module._reads_rows(128, block)
+
+
 def test_merged_is_a_plain_checkpoint_and_the_adapter_comes_back(path, tmp_path):
     from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -112,7 +137,7 @@ def test_merged_is_a_plain_checkpoint_and_the_adapter_comes_back(path, tmp_path)
 
 
 def test_tied_output_layers_stay_tied_and_whole(tmp_path):
-    save_tiny_model(tmp_path)
+    save_tiny_model(tmp_path, intermediate=128)
     policy = quantized(str(tmp_path))
     assert policy.causal_lm.lm_head.weight is policy.causal_lm.model.embed_tokens.weight
     names = [name for name, _ in policy.named_weights()]
@@ -174,7 +199,9 @@ def test_cached_reference_log_probs_of_4_bits_are_others(write_recipe, tmp_path,
 @pytest.mark.engine
 def test_a_run_resumes_exactly_and_zero_2_does_the_same(write_recipe, children, tmp_path):
     """The probe of every rollout compares engine and policy, so a weight that is not unpacked would end the run."""
-    changes = {"model.lora": {"rank": 4, "quantize": "nf4"}, "learner.steps": 2, "checkpoint": {"every": 1, "keep": 5}}
+    save_tiny_model(tmp_path / "model", intermediate=128)
+    lora = {"model.path": str(tmp_path / "model"), "model.lora": {"rank": 4, "quantize": "nf4"}}
+    changes = {**lora, "learner.steps": 2, "checkpoint": {"every": 1, "keep": 5}}
     whole = write_recipe(tmp_path / "whole", changes)
     assert children.run(whole)[0] == 0
     final = weights(tmp_path / "whole" / "run" / "checkpoints" / "step_000002")

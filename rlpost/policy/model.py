@@ -24,7 +24,7 @@ from rlpost.policy.loading import (
     verify_head,
     without_progress_bars,
 )
-from rlpost.policy.quantized import quantization_note, saved_unquantized
+from rlpost.policy.quantized import quantization_note, refuse_misread, saved_unquantized
 from rlpost.policy.rows import Layout, spare_rows, to_device
 from rlpost.policy.sequence_parallel import SequenceParallel, take_turns
 from rlpost.policy.weights import Gather, gather_nothing, module_weights, named_weights
@@ -202,6 +202,7 @@ def load_policy(
     with plain_attention(config):
         verify_head(causal_lm, policy.rule, policy.precision() if flash else nullcontext())
     if model.quantized:
+        refuse_misread(causal_lm)
         policy.notes = (*notes, quantization_note(causal_lm))
     if model.lora is not None:
         policy.model = add_lora(causal_lm, model.lora)

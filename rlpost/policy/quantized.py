@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,33 @@ def dequantized(parameter: Any) -> Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(parameter.data, parameter.quant_state)
+
+
+def refuse_misread(causal_lm: nn.Module) -> None:
+    """Raises RecipeError for packed layers that bitsandbytes would read wrongly: its kernel for CPUs with AVX-512 (0.50)
+    mixes up the scales of rows whose length is no multiple of a scale's block."""
+    for name, parameter in causal_lm.named_parameters():
+        if not is_quantized(parameter) or parameter.device.type != "cpu":
+            continue
+        width, block = parameter.quant_state.shape[-1], parameter.quant_state.blocksize
+        if width % block and not _reads_rows(width, block):
+            raise RecipeError(
+                f"model.lora.quantize: {name} has {width} inputs, no multiple of {block}, and bitsandbytes unpacks such "
+                f"layers wrongly on this CPU. Set model.lora.quantize to none, or train on a GPU"
+            )
+
+
+@cache
+def _reads_rows(width: int, block: int) -> bool:
+    """Whether rows of this length are unpacked on the CPU as one long row of the same numbers is."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    rows = torch.linspace(-1, 1, block * width).view(block, width)  # as many scales as a row has numbers
+    found, wanted = (
+        dequantize_4bit(*quantize_4bit(shaped, blocksize=block, quant_type="nf4"))
+        for shaped in (rows, rows.view(1, -1))
+    )
+    return torch.equal(found.view(1, -1), wanted)
 
 
 def quantization_note(causal_lm: nn.Module) -> str:
