@@ -52,7 +52,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     except KeyboardInterrupt:
         conclude_at_once(loaded.recipe.run_dir, launched)
         raise typer.Exit(130) from None
-    conclude(result, recipe, launched)
+    conclude(result, recipe, launched, report=loaded.recipe.tracking.report)
     # The main process alone says so: the launcher kills the others when one ends with an error, report or not.
     if result.interrupted and os.environ.get("RANK", "0") == "0":
         raise typer.Exit(130)

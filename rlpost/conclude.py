@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from rlpost.loop import RunResult
 
 
-def conclude(result: RunResult, recipe_path: Path, launched: Sequence[str]) -> None:
-    """Draws the report and prints the closing lines; on the main process only. `launched`: see `launch_command`."""
+def conclude(result: RunResult, recipe_path: Path, launched: Sequence[str], *, report: bool = True) -> None:
+    """Draws the report if wanted and prints the closing lines; on the main process only. `launched`: see `launch_command`."""
     if int(os.environ.get("RANK", "0")) != 0:
         return
-    for line in closing_lines(result, recipe_path, draw_report(result), launched):
+    drawn = draw_report(result) if report else f"not drawn (tracking.report=false); {command()} report {result.run_dir}"
+    for line in closing_lines(result, recipe_path, drawn, launched):
         print(line, flush=True)
 
 

@@ -120,7 +120,7 @@ def write_recipe(tiny_model):
             "method": {"preset": "grpo"},
             "learner": {"steps": 4, "learning_rate": 1e-3},
             "evaluation": {"prompts": 4},
-            "tracking": {"wandb": {"mode": "disabled"}, "console": False},
+            "tracking": {"wandb": {"mode": "disabled"}, "console": False, "report": False},  # pictures take seconds
         }
         for path, value in (changes or {}).items():
             *above, last = path.split(".")

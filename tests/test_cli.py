@@ -33,7 +33,7 @@ def calls(monkeypatch):
     loop = ModuleType("rlpost.loop")
     loop.train = lambda loaded: made.append(loaded) or SimpleNamespace(interrupted=False)
     monkeypatch.setitem(sys.modules, "rlpost.loop", loop)
-    monkeypatch.setattr("rlpost.conclude.conclude", lambda result, recipe_path, launched: None)
+    monkeypatch.setattr("rlpost.conclude.conclude", lambda result, recipe_path, launched, *, report: None)
     return made
 
 

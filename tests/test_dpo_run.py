@@ -50,7 +50,7 @@ def pair_recipe(folder: Path, tiny_model: str, **changes) -> Path:
         "rollout": {"prompts_per_step": 4, "max_completion_tokens": 16},
         "method": {"preset": "rpo", "pairs": {"beta": 0.5}},
         "learner": {"steps": 6, "learning_rate": 3e-3},
-        "tracking": {"wandb": {"mode": "disabled"}, "console": False},
+        "tracking": {"wandb": {"mode": "disabled"}, "console": False, "report": False},
     }
     for path, value in changes.items():
         *above, last = path.split("__")

@@ -34,7 +34,7 @@ def test_a_phase_that_hangs_is_named_with_its_stack_and_ends_the_process(write_r
 def test_a_second_process_is_kept_out_of_a_live_runs_folder(write_recipe, children, tmp_path, capsys):
     go, run = tmp_path / "go", tmp_path / "run"
     waiting = f"    import pathlib, time\n    while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.05)\n"
-    changes = {"learner.steps": 1, "evaluation.prompts": 0, "rewards.0.deadline_s": 600.0}
+    changes = {"learner.steps": 1, "evaluation.prompts": 0, "rewards.0.deadline_s": 600.0, "tracking.report": True}
     recipe = write_recipe(tmp_path, changes, REWARD.replace("    texts =", waiting + "    texts ="))
     child = children.start(recipe)
     deadline = time.monotonic() + 240
@@ -55,3 +55,4 @@ def test_a_second_process_is_kept_out_of_a_live_runs_folder(write_recipe, childr
     printed, _ = child.communicate(timeout=240)
     assert child.returncode == 0, printed
     assert [row["step"] for row in rows(run, "train")] == [1]
+    assert f"Report: {run}/report/index.html" in printed and (run / "report" / "index.html").is_file()

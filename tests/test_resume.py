@@ -13,6 +13,7 @@ import torch
 from conftest import REWARD, rows, weights
 
 from rlpost.cli import main
+from rlpost.conclude import command as rlpost_command
 from rlpost.loop import train
 from rlpost.recipe.load import load_recipe
 
@@ -149,6 +150,10 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_run_goes_on(number, write_recipe
     printed, _ = child.communicate(timeout=120)
     assert child.returncode == 130, printed
     assert "Traceback" not in printed
+    assert (
+        f"not drawn (tracking.report=false); {rlpost_command()} report {run}" in printed
+        and not (run / "report").exists()
+    )
     done = len(rows(run))
     assert 2 <= done < 16
     command = [sys.executable, "-m", "rlpost", str(recipe), "learner.steps=8", "resume=auto"]

@@ -111,3 +111,5 @@ class TrackingSection(Section):
     """Live progress in the terminal; plain lines where there is none."""
     show_completion_every: NonNegativeInt = 10
     """Print one sampled completion every so many rollouts; 0: never."""
+    report: bool = True
+    """Draw the report at the end, a few seconds of work. `rlpost report RUN_DIR` draws it at any time."""
