@@ -50,7 +50,16 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize(
-    ("layout", "launch"), [*((layout, "cpu2.yaml") for layout in LAYOUTS), ("shared trees", "cpu-zero2.yaml")]
+    ("layout", "launch"),
+    [
+        ("own rows", "cpu2.yaml"),
+        ("many micro-batches", "cpu2.yaml"),
+        ("many micro-batches", "cpu-zero3.yaml"),
+        pytest.param("shared rows", "cpu2.yaml", marks=pytest.mark.slow),
+        ("shared trees", "cpu2.yaml"),
+        pytest.param("shared trees", "cpu-zero2.yaml", marks=pytest.mark.slow),
+        ("shared trees", "cpu-zero3.yaml"),
+    ],
 )
 def test_two_processes_are_one_run(layout, launch, single, write_recipe, children, tmp_path):
     recipe = write_recipe(tmp_path, {**CHANGES, "data.max_prompt_tokens": 24, **LAYOUTS[layout]})

@@ -40,7 +40,7 @@ SECTION = LearnerSection(
     learning_rate=3e-3,
     warmup_steps=3,
     schedule="linear",
-    micro_batch_tokens=48,
+    micro_batch_tokens=16,  # so that a step has several on every process, whose gradients must add up
     weight_decay=0.1,
     max_grad_norm=0.5,
 )
@@ -125,7 +125,8 @@ def run(learner, *, first: int = 0, last: int = STEPS, method=METHOD, section=SE
             token_logprobs(learner.policy, updater.rows(buffer, None), buffer.tokens)
         metrics = updater.update(buffer, step)
         names = ("loss", "grad_norm", "learning_rate", "skipped")
-        found.append({name: metrics[f"optimizer/{name}"] for name in names})
+        micro_batches = {"micro_batches": metrics["tokens/micro_batches"]}
+        found.append({name: metrics[f"optimizer/{name}"] for name in names} | micro_batches)
     return found
 
 
@@ -308,8 +309,7 @@ def count_gathers(path: str, folder: Path, processes: Processes) -> dict:
     run(learner, last=1)
     setattr(Coordinator, name, counting)
     hook = learner.policy.register_forward_pre_hook(count_pass)
-    small = SECTION.model_copy(update={"micro_batch_tokens": 24})
-    updater = Updater(learner, METHOD, small, "tree", 0, None, 0)
+    updater = Updater(learner, METHOD, SECTION, "tree", 0, None, 0)
     for step in (1, 2):
         buffer = rollout(step // 2, processes.rank, processes.world)
         buffer.updates_done = step % 2

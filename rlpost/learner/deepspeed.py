@@ -56,6 +56,9 @@ class DeepSpeedLearner:
             )
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
+        # The engine's forward would do this, but the loop calls the policy itself. Without it ZeRO-3 takes every micro-batch
+        # for the step's first, and writes its gradient over those before instead of adding it to them.
+        self._engine.optimizer.clear_backward_seen_flag()
         self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed averages over processes; our losses have global denominators and are to be summed.
         self._engine.backward(loss * self.processes.world, scale_wrt_gas=False)

@@ -325,11 +325,6 @@ def _sequence_parallel(r: Recipe, setting: Setting) -> Iterator[str]:
             f"learner.sequence_parallel={size} does not divide the {setting.processes} process(es) of the run: choose a "
             f"divisor, or start a multiple of {size} (accelerate's --num_processes)"
         )
-    if setting.zero_stage == 3:  # measured: gradients come out wrong there; at stage 2 they are right
-        yield (
-            f"learner.sequence_parallel={size} with DeepSpeed ZeRO-3, which loses gradients of passes that processes share: "
-            "use ZeRO-2 (launch/zero2.yaml) or plain processes (launch/gpus.yaml), or learner.sequence_parallel=1"
-        )
     if r.model.attention == "eager":
         yield (
             f"learner.sequence_parallel={size} with model.attention=eager, which cannot share heads between processes: use "
