@@ -10,6 +10,9 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile
 # One GPU where launch/install.sh sees one too, else the CPU.
 TOPOLOGY ?= $(if $(shell nvidia-smi -L 2>/dev/null),launch/gpu.yaml,launch/cpu.yaml)
 
+# Of `make bench`: full, medium or small.
+SCALE ?= full
+
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow test-gpu check format bench docs clean
 
@@ -35,8 +38,10 @@ test-gpu: install  ## the tests that need a CUDA device
 check: install  ## the fast inner loop: format, lint, types, quick tests
 	@$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/mypy && $(PYTEST) -q -m "not slow and not gpu and not engine" $(ARGS)
 
-bench: install  ## compare with TRL on frozen rollouts: make bench MODEL=folder (hours at full scale; ARGS="--scale small")
-	@$(RUN)/python -m benchmarks.trl_parity --model $(MODEL) && $(RUN)/python -m benchmarks.trl --model $(MODEL) $(ARGS)
+bench: install  ## on frozen rollouts, beside TRL and by itself: make bench MODEL=folder (hours; SCALE=small: less)
+	@$(RUN)/python -m benchmarks.trl_parity --model $(MODEL) && \
+	$(RUN)/python -m benchmarks.trl --model $(MODEL) --scale $(SCALE) $(ARGS) && \
+	$(RUN)/python -m benchmarks.learner --model $(MODEL) --scale $(SCALE)
 
 docs: install  ## regenerate the recipe reference and its JSON schema
 	@$(RUN)/rlpost schema > recipes/schema.json && $(RUN)/rlpost recipe-docs > docs/recipe.md

@@ -31,6 +31,13 @@ class RolloutSpec:
         return asdict(self)
 
 
+FULL = RolloutSpec(prompts=4, completions=8, prompt_tokens=96, max_completion_tokens=384, mean_tokens=128)
+# A third of the lengths: for a CPU on which a step of TRL at full scale takes minutes.
+MEDIUM = RolloutSpec(prompts=4, completions=8, prompt_tokens=32, max_completion_tokens=96, mean_tokens=32)
+SMALL = RolloutSpec(prompts=2, completions=8, prompt_tokens=32, max_completion_tokens=96, mean_tokens=32)
+SCALES = {"full": FULL, "medium": MEDIUM, "small": SMALL}
+
+
 @dataclass(frozen=True, slots=True)
 class FrozenRollout:
     """Scored groups. `old_logprobs` [group][completion][token] stand for a policy some updates ago, where given."""

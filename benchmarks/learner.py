@@ -20,15 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.frozen import RolloutSpec, make_rollout
+from benchmarks.frozen import SCALES, RolloutSpec, make_rollout
 from benchmarks.measure import fresh_process, machine, show, spread, table, write_result
 from benchmarks.models import QWEN, make_qwen, vocabulary_of
 from benchmarks.worker import Job
 
 # Dense bfloat16 peaks in TFLOP/s by what the device's name contains, from the makers' data sheets.
 PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
-FULL = RolloutSpec(prompts=4, completions=8, prompt_tokens=96, max_completion_tokens=384, mean_tokens=128)
-SMALL = RolloutSpec(prompts=2, completions=8, prompt_tokens=32, max_completion_tokens=96, mean_tokens=32)
 GPU = RolloutSpec(prompts=16, completions=8, prompt_tokens=256, max_completion_tokens=2048, mean_tokens=768)
 
 
@@ -144,7 +142,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder in Hugging Face layout")
     parser.add_argument("--gpu", choices=list(QWEN), help="random weights of this size, long completions; needs CUDA")
-    parser.add_argument("--scale", choices=["full", "small"], default="full")
+    parser.add_argument("--scale", choices=list(SCALES), default="full")
     parser.add_argument("--part", choices=["layouts", "ablation"], help="only this part")
     parser.add_argument("--dead", type=float, nargs="+", default=[0.0, 0.5], help="shares of dead groups")
     parser.add_argument(
@@ -169,7 +167,7 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         model = str(make_qwen(args.gpu, Path(folder))) if args.gpu else str(Path(args.model).resolve())
-        scale = GPU if args.gpu else FULL if args.scale == "full" else SMALL
+        scale = GPU if args.gpu else SCALES[args.scale]
         base = replace(scale, vocabulary=vocabulary_of(model))
         budget = args.micro_batch_tokens or (16384 if args.gpu else 4096)
         cases = [case for case in cases_of(budget, args.dead, args.precisions) if args.part in (None, case.part)]

@@ -27,16 +27,11 @@ if not __package__:  # run as a file: this folder's `trl.py` must not stand in f
 from dataclasses import asdict, dataclass, replace  # noqa: E402
 from typing import Any  # noqa: E402
 
-from benchmarks.frozen import RolloutSpec, make_rollout  # noqa: E402
+from benchmarks.frozen import FULL, SCALES, RolloutSpec, make_rollout  # noqa: E402
 from benchmarks.measure import fresh_process, machine, show, spread, table, update_share, write_result  # noqa: E402
 from benchmarks.trl_parity import TOLERANCE, Agreement, report  # noqa: E402
 from benchmarks.worker import Job  # noqa: E402
 
-FULL = RolloutSpec(prompts=4, completions=8, prompt_tokens=96, max_completion_tokens=384, mean_tokens=128)
-# A third of the lengths: for a CPU on which a step of TRL at full scale takes minutes.
-MEDIUM = RolloutSpec(prompts=4, completions=8, prompt_tokens=32, max_completion_tokens=96, mean_tokens=32)
-SMALL = RolloutSpec(prompts=2, completions=8, prompt_tokens=32, max_completion_tokens=96, mean_tokens=32)
-SCALES = {"full": FULL, "medium": MEDIUM, "small": SMALL}
 MICRO_BATCHES = (2, 4, 8)
 
 

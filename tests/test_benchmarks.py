@@ -163,10 +163,15 @@ def test_layouts_skipping_and_heads_change_no_gradient(tiny):
 
 def test_steps_with_and_without_the_mask_share_policy_and_rollout(tiny):
     from benchmarks.mask_overhead import MASK, measure
+    from rlpost.methods.capo import CurvatureTracker
 
+    predict = CurvatureTracker.predict
     found = measure(tiny, make_rollout(SPEC), {**MASK, "top_k": 5}, pairs=2, tokens=512)
     assert found["share"]["count"] == 2 and len(found["raw"]["with"]) == 2
     assert min(found["raw"]["with"] + found["raw"]["without"]) > 0
+    assert CurvatureTracker.predict is predict, "counting was for the steps alone"
+    assert all(part["count"] == 2 and part["low"] > 0 for part in found["own_calls_s"].values()), "every part is met"
+    assert 0 < found["share_of_own_calls"]["median"] < 0.9
 
 
 @pytest.mark.parametrize("kind", ["trunk", "separate"])
