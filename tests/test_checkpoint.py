@@ -230,6 +230,9 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
         for launch, resume in ((first, "never"), (second, f"{run}/checkpoints/step_000002")):
             if launch is None and resume != "never":
                 assert_refused(recipe, run, "saved by 2 processes in the middle of a rollout", capsys)
+            if launch is None:
+                train(load_recipe(recipe, [f"resume={resume}"]))
+                continue
             code, printed = children.run(recipe, f"resume={resume}", launch=launch)
             assert code == 0, printed
         for row, theirs in zip(rows(run), rows(expected), strict=True):
