@@ -206,7 +206,7 @@ def _blocks(part: slice, chunk: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Cuts a chunk [c, V] of the tokens `part` into views of a few rows. On a CPU they stay in the cache from one operation
     to the next, and what is made of them is small enough that memory is not asked of the system each time. Fused kernels
     take all at once: nothing of a chunk's size lies between them."""
-    step = max(1, chunk.shape[0]) if fuses(chunk.device) else 16 if chunk.device.type == "cpu" else 256
+    step = max(1, chunk.shape[0]) if fuses(chunk.device) else 8 if chunk.device.type == "cpu" else 256
     for start in range(0, chunk.shape[0], step):
         some = chunk[start : start + step]
         yield slice(part.start + start, part.start + start + some.shape[0]), some
