@@ -276,6 +276,19 @@ def _raw_gradient(
     return fused(score_gradient)(scores, normalizer, target, entropy, *scaled, dtype)
 
 
+def _add_weight_gradient(total: Tensor | None, raw: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """`total` [V, d] and raw [c, V] transposed times hidden [c, d], in `dtype`. By parts of the vocabulary: the product as a
+    whole is as large as the weight, which comes at a pass's peak of memory."""
+    vocabulary, first = raw.shape[1], total is None
+    if total is None:
+        total = torch.empty(vocabulary, hidden.shape[1], dtype=dtype, device=raw.device)
+    for start in range(0, vocabulary, 8192):
+        part = slice(start, start + 8192)
+        share = raw[:, part].t() @ hidden
+        total[part] = share if first else total[part].add_(share)
+    return total
+
+
 class _ChunkedHead(torch.autograd.Function):
     """See `chunked_head`.
 
@@ -327,7 +340,7 @@ class _ChunkedHead(torch.autograd.Function):
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if to_hidden else None
         grad_bias = torch.zeros(weight.shape[0], dtype=normalizer.dtype, device=hidden.device) if to_bias else None
-        grad_weight: Tensor | None = None  # of the first chunk, to which the others are added: no zeros to fill and add
+        grad_weight: Tensor | None = None  # filled with the first chunk's: no zeros to add the others to
         # Asking makes a GPU wait, which costs more there than the terms that it saves.
         without_entropy = hidden.device.type == "cpu" and not bool(grads[1].any())
         with torch.autocast(hidden.device.type, enabled=False):
@@ -351,9 +364,7 @@ class _ChunkedHead(torch.autograd.Function):
                 if grad_hidden is not None:
                     grad_hidden[whole] = (raw @ columns).to(hidden.dtype)
                 if to_weight:
-                    share = raw.t() @ hidden[whole].to(product)
-                    grad_weight = share.to(normalizer.dtype) if grad_weight is None else grad_weight.add_(share)
-                    del share
+                    grad_weight = _add_weight_gradient(grad_weight, raw, hidden[whole].to(product), normalizer.dtype)
             if to_weight and grad_weight is None:  # no tokens
                 grad_weight = torch.zeros(weight.shape, dtype=normalizer.dtype, device=hidden.device)
         bias_out = grad_bias.to(bias.dtype) if grad_bias is not None else None
