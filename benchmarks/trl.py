@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -190,8 +191,8 @@ def draw(summary: dict[str, Any], path: Path) -> None:
         colours = ["#9aa5b1" if n.startswith("trl") else "#2f6fde" for n in names]
         axis.barh(names, medians, xerr=[below, above], color=colours, capsize=3)
         axis.invert_yaxis()
-        axis.set_title("\n".join(part["title"].rsplit(", ", 1)), fontsize=9)
-        axis.set_xlabel(f"{clock().removesuffix('_s')} s a step (median, range)", fontsize=8)
+        axis.set_title(textwrap.fill(part["title"], 34), fontsize=9)
+        axis.set_xlabel(f"{'CPU s' if clock() == 'cpu_s' else 'wall s'} a step (median, range)", fontsize=8)
         axis.tick_params(labelsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
