@@ -285,7 +285,10 @@ def _add_weight_gradient(total: Tensor | None, raw: Tensor, hidden: Tensor, dtyp
     for start in range(0, vocabulary, 8192):
         part = slice(start, start + 8192)
         share = raw[:, part].t() @ hidden
-        total[part] = share if first else total[part].add_(share)
+        if first:
+            total[part] = share
+        else:
+            total[part].add_(share)
     return total
 
 
