@@ -83,16 +83,18 @@ def measure(cases: list[Case], base: RolloutSpec, model: str, args: argparse.Nam
     return found
 
 
-def summarise(case: Case, results: list[dict[str, Any]], useful: float, peak_tflops: float | None) -> dict[str, Any]:
-    """Medians and ranges over processes, and rates from the median wall time."""
-    wall = spread([sum(r["wall_s"]) / len(r["wall_s"]) for r in results])
-    first, seconds = results[0], wall["median"]
+def summarise(
+    case: Case, results: list[dict[str, Any]], useful: float, peak_tflops: float | None, clock: str
+) -> dict[str, Any]:
+    """Medians and ranges over processes, and rates from the median of `clock`: cpu_s or wall_s."""
+    cpu, wall = (spread([sum(r[name]) / len(r[name]) for r in results]) for name in ("cpu_s", "wall_s"))
+    first, seconds = results[0], (cpu if clock == "cpu_s" else wall)["median"]
     summary: dict[str, Any] = {
         "part": case.part,
         "name": case.name,
         "dead_share": case.dead_share,
         "setting": case.setting,
-        "cpu_s": spread([sum(r["cpu_s"]) / len(r["cpu_s"]) for r in results]),
+        "cpu_s": cpu,
         "wall_s": wall,
         "peak_mib": spread([r["peak_mib"] for r in results]),
         "useful_per_s": useful / seconds,
@@ -173,8 +175,8 @@ def main() -> int:
         cases = [case for case in cases_of(budget, args.dead, args.precisions) if args.part in (None, case.part)]
         found = measure(cases, base, model, args)
     useful = make_rollout(base).counts()["completion"]
-    rows = [summarise(case, results, useful, peak) for case, results in zip(cases, found, strict=True)]
     clock = "wall_s" if args.gpu else "cpu_s"
+    rows = [summarise(case, results, useful, peak, clock) for case, results in zip(cases, found, strict=True)]
     for part in dict.fromkeys(case.part for case in cases):
         print(f"\n{part}\n{render(rows, part, clock)}")
     result = {

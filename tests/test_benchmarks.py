@@ -133,10 +133,12 @@ def test_the_learner_benchmark_takes_one_mechanism_away_at_a_time():
     cases = cases_of(4096, [0.0, 0.5])
     assert len([c for c in cases if c.part == "layouts"]) == 2 * 3 * 2
     result = {"cpu_s": [2.0], "wall_s": [2.0], "peak_mib": 1024.0, "real": 90.0, "padded": 100.0, "micro_batches": 1.0}
-    rows = [summarise(c, [{**result, "parameters": 1e9}], 80.0, 1.0) for c in cases]
+    rows = [summarise(c, [{**result, "cpu_s": [1.0], "parameters": 1e9}], 80.0, 1.0, "wall_s") for c in cases]
+    by_cpu = summarise(cases[0], [{**result, "cpu_s": [1.0], "parameters": 1e9}], 80.0, None, "cpu_s")
+    assert by_cpu["useful_per_s"] == 80 and "mfu" not in by_cpu
     assert rows[0]["useful_per_s"] == 40 and rows[0]["padding_share"] == pytest.approx(0.1)
     assert rows[0]["mfu"] == pytest.approx(6e9 * 45 / 1e12)
-    assert "| dead groups not skipped | 50% | 2.00 (2.00-2.00) | 1.00 |" in render(rows, "ablation", "cpu_s")
+    assert "| dead groups not skipped | 50% | 2.00 (2.00-2.00) | 1.00 |" in render(rows, "ablation", "wall_s")
 
 
 @pytest.fixture(scope="module")
