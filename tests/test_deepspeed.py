@@ -305,5 +305,6 @@ def test_zero_3_trains_the_quickstart_model_as_one_process_does(children, tmp_pa
     for mine, theirs in zip(two, one, strict=True):
         for key in ("optimizer/grad_norm", "policy/entropy", "reward/mean"):
             assert mine[key] == pytest.approx(theirs[key], rel=1e-5), (mine["step"], key)
-        # A sum of terms that cancel, each of which this model's float32 log-probs (mismatch/mean_abs_gap) blur by 1e-5.
-        assert mine["optimizer/loss"] == pytest.approx(theirs["optimizer/loss"], rel=1e-5, abs=1e-6), mine["step"]
+        # A sum of terms of order 1 that cancel, each of which this model's float32 log-probs (mismatch/mean_abs_gap) blur by
+        # 1e-5; how much of that is left depends on the CPU (1e-7 to 3e-6 seen).
+        assert mine["optimizer/loss"] == pytest.approx(theirs["optimizer/loss"], rel=1e-5, abs=1e-5), mine["step"]
