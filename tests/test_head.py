@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
+from live_bytes import LiveBytes
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 import rlpost.policy.fused as fused_module
 import rlpost.policy.head as head_module
@@ -150,35 +147,6 @@ def test_statistics_leave_the_numbers_as_they_are(v):
     plain = layer(hidden, HeadRequest(target, LogitRule(), chunk=4))
     with_them = layer(hidden, HeadRequest(target, LogitRule(), chunk=4, statistics=StatisticsRequest(5, powers=True)))
     assert torch.equal(plain[0], with_them[0]) and torch.equal(plain[1], with_them[1])
-
-
-class LiveBytes(TorchDispatchMode):
-    """The largest tensor made, and the most bytes alive at once, of all tensors made inside."""
-
-    def __init__(self):
-        super().__init__()
-        self.largest = self.live = self.peak = 0
-        self.known = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for tensor in tree_flatten(out)[0]:
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage):
-        key = storage._cdata
-        if key in self.known:
-            return
-        size = storage.nbytes()
-        self.known[key] = size
-        self.live += size
-        self.largest, self.peak = max(self.largest, size), max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key)
-
-    def _free(self, key):
-        self.live -= self.known.pop(key, 0)
 
 
 def head_memory(n, v, chunk, d=16):

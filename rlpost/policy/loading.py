@@ -13,6 +13,7 @@ from torch import nn
 from rlpost.errors import RecipeError
 from rlpost.policy.attention import allow_many_shapes, choose_attention
 from rlpost.policy.head import HeadRequest, LogitRule, ScoringLinear
+from rlpost.policy.linear import recast_linear
 from rlpost.policy.quantized import loading_options
 from rlpost.policy.rows import Layout
 from rlpost.recipe.model import LoraSection, ModelSection
@@ -111,6 +112,7 @@ def prepare(causal_lm: PreTrainedModel, *, gradient_checkpointing: bool = False)
             f"model.path: the output layer of model type {causal_lm.config.model_type} is {type(head).__name__}, not a"
             " plain linear layer, so token log-probs cannot be computed in chunks; use an unquantised causal LM"
         )
+    recast_linear(causal_lm)
     for module in causal_lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
