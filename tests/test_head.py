@@ -224,6 +224,14 @@ def test_a_whole_step_with_statistics_holds_no_more_than_chunks(autocast):
     assert once < n * v * 4 / 2, "all scores at once would be more than twice that"
 
 
+def test_a_chunk_of_bfloat16_products_is_never_held_in_float32():
+    n, v = 256, 5000
+    narrow, wide = (step_memory(n, words, chunk=n, autocast=True) for words in (v, 2 * v))
+    assert narrow.largest == n * v * 2
+    blocks = 5 * 8 * v * 4  # a few rows at a time are
+    assert n * v * 2 < wide.peak - narrow.peak <= n * v * 2 + blocks + 3 * v * 8 * 4
+
+
 @pytest.fixture
 def fused_kernels(monkeypatch):
     """The path of a GPU, on whatever device there is: TorchInductor compiles for a CPU, too."""

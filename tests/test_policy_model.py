@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from live_bytes import LiveBytes
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -95,6 +96,20 @@ def test_autocast_and_storage_precision(path):
     mixed = load_policy(section(autocast="bfloat16"), path)
     scores(mixed)[1].logp.sum().backward()
     assert {p.grad.dtype for p in mixed.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_all_layers_share_one_mask(path, autocast):
+    """Attention would make a mask of its own of a boolean one, in every layer, and keep it for the backward pass."""
+    policy = load_policy(section(autocast=autocast), path)
+    groups = [RowGroup((3, 4), tuple((i, 40 * i, tuple(range(5, 45))) for i in range(5)))]
+    (rows,) = build_rows(groups, layout="tree", micro_batch_tokens=1000, pad_id=0)
+    positions = rows.input_ids.numel()
+    square = positions**2 * (2 if autocast == "bfloat16" else 4)
+    with LiveBytes() as memory:
+        out = policy(rows)
+        assert sum(size == square for size in memory.known.values()) == 1
+    assert out.logp.requires_grad and policy.config.num_hidden_layers > 1
 
 
 def test_gradient_checkpointing_changes_nothing(path):

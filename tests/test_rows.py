@@ -105,10 +105,14 @@ def test_single_branches_are_causal_and_trees_are_not():
 def test_masks_of_all_implementations_agree():
     (rows,) = build_rows(make_groups([4, 3], [[3, 1, 5], [2, 2]]), layout="tree", micro_batch_tokens=200, pad_id=0)
     assert rows.input_ids.shape[0] == 2
-    boolean = attention_mask(rows, "sdpa")
+    boolean = tree_mask(rows)[:, None]
     assert boolean.any(-1).all()  # also padding attends to something
+    for dtype in (torch.float32, torch.bfloat16):
+        additive = attention_mask(rows, "sdpa", dtype)
+        assert additive.dtype == dtype and torch.equal(additive == 0, boolean)
+        assert (additive[~boolean] == -torch.inf).all()
     additive = attention_mask(rows, "eager")
-    assert torch.equal(additive == 0, boolean)
+    assert torch.equal(additive == 0, boolean) and additive.isfinite().all()
     blocks = attention_mask(rows, "flex_attention")
     r, q, k = torch.meshgrid(*(torch.arange(n) for n in tree_mask(rows).shape), indexing="ij")
     assert torch.equal(blocks.mask_mod(r, torch.zeros_like(r), q, k), boolean[:, 0])

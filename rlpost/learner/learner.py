@@ -14,6 +14,7 @@ from rlpost.errors import CheckpointError
 from rlpost.experience import TokenRows
 from rlpost.learner.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
 from rlpost.learner.process import Processes
+from rlpost.policy.accumulation import accumulate_in_place
 from rlpost.policy.model import Policy
 from rlpost.policy.weights import Gather, gather_nothing
 from rlpost.recipe.learner import LearnerSection
@@ -85,6 +86,7 @@ class DataParallelLearner:
         self.processes = processes
         self._section = section
         self._parameters = [p for p in policy.parameters() if p.requires_grad]
+        accumulate_in_place(self._parameters)
         critic = policy.critic
         self._critic = [] if critic is None else [p for p in critic.parameters() if p.requires_grad]
         own = {id(p) for p in self._critic}

@@ -14,7 +14,7 @@ from rlpost.policy.rows import Layout
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Model types whose layers are plain causal softmax attention over rotary positions, and whose transformers code takes a
 # ready 4-D mask and position ids. tests/test_policy_layouts.py compares trees with plain rows for the common ones.
@@ -55,11 +55,21 @@ _FLEX_SMALLEST_HEAD = 16  # torch's kernel refuses smaller ones
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # frequencies change with the longest position of a micro-batch
 
 
-def attention_mask(rows: TokenRows, implementation: str) -> Tensor | BlockMask | None:
+def mask_for(model: PreTrainedModel, rows: TokenRows) -> Tensor | BlockMask | None:
+    """`attention_mask` for a model, in the precision that its attention computes in, here and now."""
+    device = rows.tree.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return attention_mask(rows, model.config._attn_implementation, dtype)
+
+
+def attention_mask(
+    rows: TokenRows, implementation: str, dtype: torch.dtype = torch.float32
+) -> Tensor | BlockMask | None:
     """What to pass to a transformers model as `attention_mask` so that it follows the rule of `TokenRows`.
 
-    None for causal rows: padding is at the right end, where no real token can see it. Else [R, 1, T, T]: boolean for
-    "sdpa" (True: may attend), additive float32 for "eager"; a BlockMask for "flex_attention", of causal rows too, since
+    None for causal rows: padding is at the right end, where no real token can see it. Else an additive mask [R, 1, T, T]:
+    0 or minus infinity in `dtype` for "sdpa", which would make one of a boolean mask in every layer, and keep each for the
+    backward pass; 0 or the smallest number in float32 for "eager". A BlockMask for "flex_attention", of causal rows too, since
     FlexAttention is compiled once more for every other kind of mask. Padding attends to itself alone, since a softmax over
     nothing is NaN. Raises ValueError for an implementation without masks.
     """
@@ -71,7 +81,7 @@ def attention_mask(rows: TokenRows, implementation: str) -> Tensor | BlockMask |
         raise ValueError(f"attention implementation {implementation!r} cannot take tree rows; use layout 'sorted'")
     allowed = tree_mask(rows)[:, None]
     if implementation == "sdpa":
-        return allowed
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)
     floor = torch.finfo(torch.float32).min
     return torch.zeros_like(allowed, dtype=torch.float32).masked_fill_(~allowed, floor)
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from rlpost.errors import RecipeError
 from rlpost.experience import TokenRows
 from rlpost.gradient.gae import first_tokens, last_tokens
-from rlpost.policy.attention import attention_mask
+from rlpost.policy.attention import mask_for
 from rlpost.recipe.critic import CriticSection
 from rlpost.recipe.model import ModelSection
 
@@ -68,7 +68,7 @@ class Critic(nn.Module):
             hidden = self.trunk(
                 input_ids=rows.input_ids,
                 position_ids=rows.position_ids,
-                attention_mask=attention_mask(rows, self.trunk.config._attn_implementation),
+                attention_mask=mask_for(self.trunk, rows),
                 use_cache=False,
             ).last_hidden_state
             picked = states_at(hidden, rows)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlpost.gradient.types import HeadStatistics, StatisticsRequest
+from rlpost.policy.accumulation import gradient_in_place
 from rlpost.policy.fused import fused, fuses, score_gradient, token_numbers
 
 
@@ -54,7 +55,8 @@ def chunked_head(
 
     hidden [N, d], weight [V, d], bias [V] or None, target [N] int64. Products run in autocast's precision where that is
     on, everything after them in float32 (float64 for float64 inputs). Forward and backward hold a few [chunk, V] and
-    [V, d] tensors, whatever N is: backward computes the scores again, but for the last chunk's, which forward leaves to it.
+    [V, d] tensors, whatever N is: backward computes the scores again, but for the last chunk's, whose products forward leaves
+    to it.
     With p = softmax(z) and H the entropy,
 
         d logp_t / dz_j = [j = t] - p_j        dH / dz_j = -p_j (log p_j + H)
@@ -80,8 +82,8 @@ def head_statistics(
     """
     rule, request = rule or LogitRule(), StatisticsRequest(k)
     collected = _Collected(hidden, target, request, weight.shape[0])
-    for whole, chunk_scores in _score_chunks(hidden, weight, bias, rule, chunk, _product_dtype(hidden, weight)):
-        for part, scores in _blocks(whole, chunk_scores):
+    for whole, raw in _raw_chunks(hidden, weight, chunk, _product_dtype(hidden, weight)):
+        for part, scores in _score_blocks(whole, raw, bias, rule):
             collected.take_scores(part, scores)
             collected.take_probabilities(part, _token_numbers(scores, target[part])[3])
     return as_statistics(collected.tensors(), request)
@@ -161,11 +163,9 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-def _score_chunks(
+def _raw_chunks(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    rule: LogitRule,
     chunk: int,
     product: torch.dtype,
     cast: Tensor | None = None,
@@ -173,11 +173,11 @@ def _score_chunks(
     last_first: bool = False,
     last: Tensor | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yields (which tokens, z [c, V] in float32 or wider) chunk after chunk; the caller may overwrite z.
+    """Yields (which tokens, hidden times the weight [c, V] in the precision `product`) chunk after chunk; the caller may
+    overwrite the products.
 
-    `cast` is the weight in the precision of products, and `last` the last chunk's z, where the caller has them.
+    `cast` is the weight in that precision, and `last` the last chunk's products, where the caller has them.
     """
-    exact = torch.promote_types(product, torch.float32)
     starts = range(0, hidden.shape[0], chunk)
     with torch.autocast(hidden.device.type, enabled=False):
         columns = (weight.detach().to(product) if cast is None else cast).t()
@@ -187,10 +187,8 @@ def _score_chunks(
                 yield part, last
                 last = None
                 continue
-            raw = (hidden[part].detach().to(product) @ columns).to(exact)
-            if bias is not None:
-                raw.add_(bias.detach().to(exact))
-            yield part, rule.scores(raw)
+            raw = hidden[part].detach().to(product) @ columns
+            yield part, raw
             del raw  # before the next chunk's is made
 
 
@@ -202,14 +200,23 @@ def _cast_to_keep(weight: Tensor, product: torch.dtype) -> Tensor | None:
     return weight.detach().to(product)
 
 
-def _blocks(part: slice, chunk: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Cuts a chunk [c, V] of the tokens `part` into views of a few rows. On a CPU they stay in the cache from one operation
-    to the next, and what is made of them is small enough that memory is not asked of the system each time. Fused kernels
-    take all at once: nothing of a chunk's size lies between them."""
-    step = max(1, chunk.shape[0]) if fuses(chunk.device) else 8 if chunk.device.type == "cpu" else 256
-    for start in range(0, chunk.shape[0], step):
-        some = chunk[start : start + step]
-        yield slice(part.start + start, part.start + start + some.shape[0]), some
+def _score_blocks(
+    part: slice, raw: Tensor, bias: Tensor | None, rule: LogitRule, *, keep: bool = False
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yields (which tokens, z [b, V] in float32 or wider) of a chunk's raw products [c, V] of the tokens `part`, a few rows
+    after the other; the caller may overwrite z. Overwrites the products themselves unless they are to be kept.
+
+    On a CPU a few rows stay in the cache from one operation to the next, and what is made of them is small enough that
+    memory is not asked of the system each time. Fused kernels take all at once: nothing of a chunk's size lies between them.
+    """
+    exact = torch.promote_types(raw.dtype, torch.float32)
+    step = max(1, raw.shape[0]) if fuses(raw.device) else 8 if raw.device.type == "cpu" else 256
+    for start in range(0, raw.shape[0], step):
+        scores = raw[start : start + step].to(exact, copy=keep)
+        if bias is not None:
+            scores.add_(bias.detach().to(exact))
+        yield slice(part.start + start, part.start + start + scores.shape[0]), rule.scores(scores)
+        del scores
 
 
 def _token_numbers(
@@ -244,12 +251,12 @@ def _score_gradient(
 
 
 def _numbers(
-    scores: Tensor, target: Tensor, *, keep: bool, with_p: bool, largest: Tensor | None = None
+    scores: Tensor, target: Tensor, *, with_p: bool, largest: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As `_token_numbers`; z [c, V] is overwritten unless it is to be kept."""
+    """As `_token_numbers`; z [c, V] may be overwritten."""
     if fuses(scores.device):
         return fused(token_numbers)(scores, target, with_p)
-    return _token_numbers(scores.clone() if keep else scores, target, largest)
+    return _token_numbers(scores, target, largest)
 
 
 def _raw_gradient(
@@ -316,19 +323,19 @@ class _ChunkedHead(torch.autograd.Function):
         logp, entropy = torch.empty_like(normalizer), torch.empty_like(normalizer)
         cast = _cast_to_keep(weight, product)
         last = None
-        for whole, chunk_scores in _score_chunks(hidden, weight, bias, rule, chunk, product, cast):
-            # Backward begins with the last chunk, when all activations still live: it would hold these scores anyway.
+        for whole, raw in _raw_chunks(hidden, weight, chunk, product, cast):
+            # Backward begins with the last chunk, when all activations still live: it would hold these products anyway.
             if whole.stop >= hidden.shape[0] and any(ctx.needs_input_grad[:3]):
-                last = chunk_scores
-            for part, block in _blocks(whole, chunk_scores):
+                last = raw
+            for part, block in _score_blocks(whole, raw, bias, rule, keep=last is not None):
                 largest = None if collected is None else collected.take_scores(part, block)
                 with_p = collected is not None and bool(collected.powers)
-                found = _numbers(block, target[part], keep=last is not None, with_p=with_p, largest=largest)
+                found = _numbers(block, target[part], with_p=with_p, largest=largest)
                 normalizer[part], logp[part], entropy[part], p = found
                 if collected is not None and p is not None:
                     collected.take_probabilities(part, p)
                 del p, found, block
-            del chunk_scores  # before the next chunk's are made
+            del raw  # before the next chunk's is made
         ctx.save_for_backward(hidden, target, normalizer, entropy)
         ctx.weight, ctx.bias, ctx.rule, ctx.chunk, ctx.product, ctx.cast = weight, bias, rule, chunk, product, cast
         ctx.last = last
@@ -343,18 +350,16 @@ class _ChunkedHead(torch.autograd.Function):
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if to_hidden else None
         grad_bias = torch.zeros(weight.shape[0], dtype=normalizer.dtype, device=hidden.device) if to_bias else None
-        grad_weight: Tensor | None = None  # filled with the first chunk's: no zeros to add the others to
+        in_place = gradient_in_place(weight, normalizer.dtype) if to_weight else None
+        grad_weight = in_place  # None: filled with the first chunk's, without zeros to add the others to
         # Asking makes a GPU wait, which costs more there than the terms that it saves.
         without_entropy = hidden.device.type == "cpu" and not bool(grads[1].any())
         with torch.autocast(hidden.device.type, enabled=False):
             columns = weight.detach().to(product) if ctx.cast is None else ctx.cast
-            chunks = _score_chunks(
-                hidden, weight, bias, ctx.rule, ctx.chunk, product, columns, last_first=True, last=ctx.last
-            )
+            chunks = _raw_chunks(hidden, weight, ctx.chunk, product, columns, last_first=True, last=ctx.last)
             ctx.last = None  # will be overwritten: another backward pass computes it again
-            for whole, chunk_scores in chunks:
-                raw = chunk_scores if chunk_scores.dtype == product else torch.empty_like(chunk_scores, dtype=product)
-                for part, scores in _blocks(whole, chunk_scores):
+            for whole, raw in chunks:  # each block of products makes room for its gradient
+                for part, scores in _score_blocks(whole, raw, bias, ctx.rule):
                     by_entropy = None if without_entropy else grads[1][part]
                     dtype = product if grad_bias is None else normalizer.dtype
                     numbers = (target[part], normalizer[part], entropy[part])
@@ -363,15 +368,15 @@ class _ChunkedHead(torch.autograd.Function):
                         grad_bias += step.sum(0)
                     raw[part.start - whole.start : part.stop - whole.start] = step
                     del scores, step
-                del chunk_scores
                 if grad_hidden is not None:
                     grad_hidden[whole] = (raw @ columns).to(hidden.dtype)
                 if to_weight:
                     grad_weight = _add_weight_gradient(grad_weight, raw, hidden[whole].to(product), normalizer.dtype)
+                del raw  # before the next chunk's is made
             if to_weight and grad_weight is None:  # no tokens
                 grad_weight = torch.zeros(weight.shape, dtype=normalizer.dtype, device=hidden.device)
         bias_out = grad_bias.to(bias.dtype) if grad_bias is not None else None
-        weight_out = grad_weight.to(weight.dtype) if grad_weight is not None else None
+        weight_out = grad_weight.to(weight.dtype) if grad_weight is not None and in_place is None else None
         return grad_hidden, weight_out, bias_out, None, None, None, None
 
 

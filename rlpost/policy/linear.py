@@ -27,7 +27,7 @@ def _shared_cast(x: Tensor, product: torch.dtype) -> Tensor:
     global _last
     if x.dtype == product or not x.requires_grad:  # nothing is kept of a pass without gradients
         return x.detach().to(product)
-    if _last is not None and _last.x() is x and _last.version == x._version:
+    if _last is not None and _last.version == x._version and _last.x() is x:
         cast = _last.cast()
         if cast is not None and cast.dtype == product:
             return cast

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rlpost.errors import RecipeError
+from rlpost.policy.accumulation import accumulating_embedding
 from rlpost.policy.attention import allow_many_shapes, choose_attention
 from rlpost.policy.head import HeadRequest, LogitRule, ScoringLinear
 from rlpost.policy.linear import recast_linear
@@ -113,6 +114,7 @@ def prepare(causal_lm: PreTrainedModel, *, gradient_checkpointing: bool = False)
             " plain linear layer, so token log-probs cannot be computed in chunks; use an unquantised causal LM"
         )
     recast_linear(causal_lm)
+    accumulating_embedding(causal_lm)
     for module in causal_lm.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rlpost.errors import TrainingError
 from rlpost.experience import TokenRows
 from rlpost.gradient.types import HeadStatistics, StatisticsRequest
-from rlpost.policy.attention import attention_mask, plain_attention
+from rlpost.policy.attention import mask_for, plain_attention
 from rlpost.policy.critic import Critic, states_at
 from rlpost.policy.head import HeadRequest, LogitRule, as_statistics
 from rlpost.policy.loading import (
@@ -126,7 +126,7 @@ class Policy(nn.Module):
         return self.causal_lm.base_model(
             input_ids=rows.input_ids[:, columns].contiguous(),
             position_ids=rows.position_ids[:, columns].contiguous(),  # of several rows a slice lies scattered
-            attention_mask=attention_mask(rows, self.causal_lm.config._attn_implementation),
+            attention_mask=mask_for(self.causal_lm, rows),
             use_cache=False,
         ).last_hidden_state
 
