@@ -5,7 +5,7 @@ export RLPOST_VENV := $(VENV)
 RUN := $(VENV)/bin
 # Two test processes, each with one thread: the tests start processes of their own, and threads that spin against each
 # other are many times slower than threads that take turns.
-PYTEST := OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # One GPU where launch/install.sh sees one too, else the CPU.
 TOPOLOGY ?= $(if $(shell nvidia-smi -L 2>/dev/null),launch/gpu.yaml,launch/cpu.yaml)
@@ -36,7 +36,7 @@ test-gpu: install  ## the tests that need a CUDA device
 	@$(RUN)/python -m pytest -m gpu $(ARGS)
 
 check: install  ## the fast inner loop: format, lint, types, quick tests
-	@$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/mypy && $(PYTEST) -q -m "not slow and not gpu and not engine" $(ARGS)
+	@$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/mypy && $(PYTEST) -q -m "not slow and not gpu and not engine and not thorough" $(ARGS)
 
 bench: install  ## on frozen rollouts, beside TRL and by itself: make bench MODEL=folder (hours; SCALE=small: less)
 	@$(RUN)/python -m benchmarks.trl_parity --model $(MODEL) && \

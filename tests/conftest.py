@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,13 @@ def reward(completions, **columns):
     texts = [completion[-1]["content"] for completion in completions]
     return [sum(" " <= c <= "~" for c in text) / max(1, len(text)) for text in texts]
 '''
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most tests that start engines come first: with two workers that take file after file, a long file at
+    the end would leave one of them idle."""
+    engines = Counter(item.path for item in items if item.get_closest_marker("engine"))
+    items.sort(key=lambda item: -engines[item.path])
 
 
 def save_tiny_model(folder: Path, *, seed: int = 0, spread: float = 0.2, intermediate: int = 96):

@@ -78,6 +78,7 @@ def mean_of_five(rates: list[float]) -> list[float]:
     return [sum(rates[i : i + 5]) / 5 for i in range(len(rates) - 4)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("rules", [("kl",), ("objective",), ("kl", "objective")])
 @pytest.mark.parametrize("step", ["adam", "sgd"])
 def test_the_full_size_schedule_rejects_the_target_at_its_peak_and_less_later(rules: tuple, step: str) -> None:
@@ -92,6 +93,7 @@ def test_the_full_size_schedule_rejects_the_target_at_its_peak_and_less_later(ru
     assert sum(rates[60:]) / 40 < 0.02 and rates[-1] == 0.0
 
 
+@pytest.mark.thorough
 def test_a_constant_rate_reaches_the_target_when_adams_correction_has_grown() -> None:
     section = LearnerSection(steps=60, learning_rate=1e-4)
     rates = rejected(CurvatureMask.model_validate({}), section)

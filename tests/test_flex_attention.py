@@ -53,6 +53,7 @@ def test_what_the_recipe_says_is_taken(wanted):
     assert choose(wanted=wanted) == (wanted, None)
 
 
+@pytest.mark.thorough
 def test_the_choice_reaches_the_model_and_the_notes(tmp_path, monkeypatch):
     raised = []  # the compiler's limit; importing the compiler takes its time, so not here
     monkeypatch.setattr("rlpost.policy.loading.allow_many_shapes", lambda: raised.append(True))

@@ -178,6 +178,7 @@ def test_a_second_backward_pass_gives_the_same():
     assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.thorough
 def test_memory_is_bounded_by_the_chunk():
     chunk, v, d, n = 32, 4000, 16, 512
     once, twice = head_memory(n, v, chunk), head_memory(2 * n, v, chunk)
@@ -206,6 +207,7 @@ def step_memory(n, v, *, chunk=32, d=8, autocast):
     return memory
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 def test_a_whole_step_with_statistics_holds_no_more_than_chunks(autocast):
     """Peaks over tokens x vocabulary, doubled one by one and together: no term of one times the other."""

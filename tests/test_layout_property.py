@@ -179,6 +179,7 @@ def policies():
     return {kind: make_policy(kind, temperature=0.8) for kind in MODELS}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", MODELS)
 @given(
     drawn=st.lists(shapes(), min_size=1, max_size=4),
@@ -197,6 +198,7 @@ def test_a_step_has_one_gradient_in_all_layouts(policies, kind, drawn, name, bud
     assert_one_gradient(policy, method, buffer, exact, budget, minibatches)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", MODELS)
 @given(
     drawn=st.lists(shapes(fewest=3), min_size=1, max_size=4),

@@ -112,6 +112,7 @@ def test_the_saved_recipe_is_the_recipe(finished):
     assert load_recipe(run / "recipe.yaml").recipe == load_recipe(recipe).recipe
 
 
+@pytest.mark.thorough
 def test_the_report_is_a_page(finished):
     page = write_report(finished[0])
     text = page.read_text()
@@ -145,6 +146,7 @@ def gradients(write_recipe, folder, **changes):
     return [row["optimizer/grad_norm"] for row in found], [row["tokens/micro_batches"] for row in found]
 
 
+@pytest.mark.thorough
 def test_layouts_and_micro_batches_do_not_change_the_gradient(write_recipe, tmp_path):
     norms, batches = {}, {}
     for layout, tokens in (("tree", 4096), ("tree", 64), ("sorted", 64), ("padded", 4096)):

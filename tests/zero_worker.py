@@ -93,9 +93,12 @@ def rollout(step: int, rank: int, world: int) -> RolloutBuffer:
 
 
 def policy(path: str, dtype: str = "float32", lora: bool = False, checkpointing: bool = False):
-    """The tiny model, with adapters that are not zero if wanted."""
+    """The tiny model, with adapters that are not zero if wanted. `dtype` "mixed": bfloat16 products of float32 weights."""
     torch.manual_seed(0)
-    section = ModelSection(path=path, dtype=dtype, autocast="none", lora=LORA if lora else None)
+    precision = (
+        {"dtype": "float32", "autocast": "bfloat16"} if dtype == "mixed" else {"dtype": dtype, "autocast": "none"}
+    )
+    section = ModelSection(path=path, **precision, lora=LORA if lora else None)
     made = load_policy(section.model_copy(update={"gradient_checkpointing": checkpointing}), path)
     for name, parameter in made.named_parameters():
         if "lora_B" in name:
@@ -239,7 +242,7 @@ def compare(
     """One configuration: the trajectory, the same with a restart in the middle, and the weights of both."""
     launch_settings(stage, offload, folder)
     # Rounding of many small bfloat16 gradients would hide that of the weights, which is what is compared there.
-    section = SECTION if dtype == "float32" or lora else SECTION.model_copy(update={"micro_batch_tokens": 48})
+    section = SECTION if dtype != "bfloat16" or lora else SECTION.model_copy(update={"micro_batch_tokens": 48})
     plain = DataParallelLearner(policy(path, dtype, lora), section, Alone())
     start = weights(plain)
     expected = run(plain, section=section)
@@ -364,6 +367,10 @@ CONFIGURATIONS = {
     "zero3-bf16": (3, False, "bfloat16", False),
     "zero2-lora-bf16": (2, False, "bfloat16", True),
     "zero3-lora-bf16": (3, False, "bfloat16", True),
+    "zero2-mixed": (2, False, "mixed", False),
+    "zero3-mixed": (3, False, "mixed", False),
+    "zero3-lora-mixed": (3, False, "mixed", True),
+    "zero3-mixed-checkpointing": (3, False, "mixed", False, True),
     "zero2-checkpointing": (2, False, "float32", False, True),
     "zero3-checkpointing": (3, False, "float32", False, True),
 }

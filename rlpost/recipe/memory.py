@@ -111,7 +111,8 @@ def _weights(recipe: Recipe, size: ModelSize, trained: int, processes: int, stag
     else:
         lines.append(line("AdamW state", trained, 2 * width, stage >= 1))
     if recipe.model.dtype == "float32" and recipe.model.autocast != "none":
-        lines.append(line("autocast copies", size.parameters - packed, 2, False))
+        # The head's, and a layer's at a time (`policy/linear.py`).
+        lines.append(line("autocast copies", size.vocabulary * size.hidden + size.hidden * size.intermediate, 2, False))
     pairs = recipe.method.pairs
     live = pairs is not None and (pairs.reference == "live" or not recipe.data.has_pairs)
     if (recipe.method.kl_place is not None or live) and recipe.model.lora is None:
