@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
+import torch
+from live_bytes import LiveBytes
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlpost import rehearse
+from rlpost.policy.model import load_policy
+from rlpost.policy.rows import RowGroup, build_rows
 from rlpost.recipe.load import load_recipe
 from rlpost.recipe.memory import GIB, ModelSize, estimate, find_model_size, guess_from_name
+from rlpost.recipe.model import ModelSection
 from rlpost.recipe.plan import make_plan, print_plan
 
 SIZE = ModelSize(1_000_000, 2, 64, 128, 32, 1000, exact=True)
@@ -79,9 +85,28 @@ def test_one_threshold_for_all(loaded):
 def test_memory_adds_up(loaded):
     lines = {line.what: line.bytes for line in estimate(loaded().recipe, SIZE)}
     assert (lines["weights"], lines["gradients"], lines["AdamW state"]) == (4_000_000, 4_000_000, 8_000_000)
-    assert lines["activations"] == 500 * 2 * 2 * (8 * 64 + 2 * 32 + 4 * 128)
+    assert lines["activations"] == 500 * 2 * 2 * (16 * 64 + 4 * 128)  # float32 weights under autocast
     assert lines["rollout engine KV cache"] == GIB
     assert "reference model" not in lines
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize(("dtype", "autocast"), [("float32", "none"), ("float32", "bfloat16"), ("bfloat16", "none")])
+def test_activations_are_what_a_pass_keeps(loaded, tmp_path, kind, dtype, autocast):
+    shape = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(kind, **shape, intermediate_size=192, vocab_size=61, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    policy = load_policy(ModelSection(path=str(tmp_path), dtype=dtype, autocast=autocast), str(tmp_path))
+    branches = tuple((i, 40 * i, tuple(range(5, 45))) for i in range(5))
+    (rows,) = build_rows([RowGroup((3, 4), branches)], layout="tree", micro_batch_tokens=1000, pad_id=0)
+    tokens = rows.input_ids.numel()
+    with LiveBytes() as memory, policy.precision():
+        states = policy._states(rows)
+    assert states.requires_grad
+    settings = (f"model.dtype={dtype}", f"model.autocast={autocast}", f"learner.micro_batch_tokens={tokens}")
+    size = replace(SIZE, layers=4, hidden=64, intermediate=192, kv_width=32)
+    lines = {line.what: line.bytes for line in estimate(loaded(*settings).recipe, size)}
+    assert lines["activations"] == pytest.approx(memory.live, rel=0.1)
 
 
 def test_critics_and_reward_models_are_counted(loaded, classifier):

@@ -121,15 +121,21 @@ def _weights(recipe: Recipe, size: ModelSize, trained: int, processes: int, stag
 
 
 def _activations(recipe: Recipe, size: ModelSize) -> MemoryLine:
-    width = _BYTES["bfloat16"] if recipe.model.autocast != "none" else _BYTES[recipe.model.dtype]
+    """What layers keep for the backward pass (counted for Llama and Qwen2, see tests/test_recipe_plan.py): residual stream,
+    normalised and scaled states, queries, repeated keys and values; gate, up, activation and product of the MLP. Under
+    autocast the first two stay in float32."""
+    mixed = recipe.model.dtype == "float32" and recipe.model.autocast != "none"
+    width = 2 if mixed else _BYTES[recipe.model.dtype]
+    states = 16 if mixed else 11 if width == 4 else 14
     tokens = recipe.learner.micro_batch_tokens
-    one_layer = tokens * width * (8 * size.hidden + 2 * size.kv_width + 4 * size.intermediate)
+    one_layer = tokens * width * (states * size.hidden + 4 * size.intermediate)
     if recipe.model.gradient_checkpointing:
-        kept = tokens * width * size.hidden * size.layers
+        stream = _BYTES[recipe.model.dtype]
+        kept = tokens * stream * size.hidden * size.layers
         return MemoryLine(
-            "activations", kept + one_layer, f"{tokens} tokens x {width} bytes x h x layers, plus one layer"
+            "activations", kept + one_layer, f"{tokens} tokens x {stream} bytes x h x layers, plus one layer"
         )
-    formula = f"{tokens} tokens x {size.layers} layers x {width} bytes x (8h + 2h_kv + 4h_mlp)"
+    formula = f"{tokens} tokens x {size.layers} layers x {width} bytes x ({states}h + 4h_mlp)"
     return MemoryLine("activations", one_layer * size.layers, formula)
 
 
