@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 from rlpost.errors import RecipeError
 from rlpost.gradient.gae import aggregate_values, value_coefficients, value_surrogate
+from rlpost.policy.accumulation import AccumulatingEmbedding
 from rlpost.policy.critic import ValueHead, make_critic, read_places, scale_gradient, states_at
+from rlpost.policy.linear import RecastLinear
 from rlpost.policy.model import load_policy
 from rlpost.policy.rows import RowGroup, build_rows
 from rlpost.recipe.critic import CriticSection, describe_critic
@@ -115,6 +118,12 @@ def test_a_separate_critic_leaves_the_policy_alone(model):
         "critic.head.heads.0.0.weight",
         "critic.head.heads.0.0.bias",
     }
+
+
+def test_a_separate_critics_layers_hold_less_in_a_pass_as_the_policys_do(model):
+    made = make_critic(critic(model="separate"), model, model.path, 64)
+    kinds = {type(m) for m in made.trunk.modules() if isinstance(m, nn.Linear | nn.Embedding)}
+    assert kinds == {RecastLinear, AccumulatingEmbedding} and made.trunk.training
 
 
 def test_heads_differ_are_repeatable_and_keep_their_precision():

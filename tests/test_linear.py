@@ -84,6 +84,37 @@ def test_no_cast_of_a_weight_outlives_its_layer():
     assert peak < peak_of_autocast - (needed - 1) * cast + TOKENS * WIDTH * 4
 
 
+def test_frozen_weights_keep_no_input():
+    """As under LoRA: the weight's gradient is not wanted, so its input's cast is not."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)).requires_grad_(
+        False
+    )
+    recast_linear(model)
+    x = torch.randn(TOKENS, WIDTH, requires_grad=True)
+    with LiveBytes() as memory, torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    assert memory.live == out.nbytes and out.requires_grad
+
+
+def test_unusual_inputs_are_treated_as_autocast_treats_them():
+    model, plain = stack(), stack(recast=False)
+    x = torch.randn(WIDTH)
+    (expected, gradients), (out, found) = run(plain, x), run(model, x)
+    assert torch.equal(out, expected) and all(torch.equal(a, b) for a, b in zip(found, gradients, strict=True))
+    for net in (model.double(), plain.double()):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert net(x.double()).dtype == torch.float64
+
+
+def test_a_second_derivative_is_refused():
+    model = stack()
+    x = torch.randn(TOKENS, WIDTH, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (gradient,) = torch.autograd.grad(model(x).float().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_passes_without_gradients_keep_nothing():
     model = stack(bias=False)
     with LiveBytes() as memory, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlpost.errors import RecipeError, TrainingError
 from rlpost.gradient.types import StatisticsRequest
+from rlpost.policy.accumulation import AccumulatingEmbedding
 from rlpost.policy.head import LogitRule, ScoringLinear
+from rlpost.policy.linear import RecastLinear
 from rlpost.policy.loading import prepare, verify_head
 from rlpost.policy.model import load_policy
 from rlpost.policy.rows import RowGroup, build_rows
@@ -98,14 +100,24 @@ def test_autocast_and_storage_precision(path):
     assert {p.grad.dtype for p in mixed.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
-def test_all_layers_share_one_mask(path, autocast):
+@pytest.mark.parametrize("adapter", [None, LoraSection(rank=4)])
+def test_layers_that_hold_less_in_a_pass(path, adapter):
+    policy = load_policy(section(autocast="bfloat16", lora=adapter), path)
+    layers = [m for name, m in policy.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
+    assert {type(m) for m in layers} == {RecastLinear, ScoringLinear}
+    assert [type(m) for m in policy.modules() if isinstance(m, nn.Embedding)] == [AccumulatingEmbedding]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "width"), [("float32", "none", 4), ("float32", "bfloat16", 2), ("bfloat16", "none", 2)]
+)
+def test_all_layers_share_one_mask(path, dtype, autocast, width):
     """Attention would make a mask of its own of a boolean one, in every layer, and keep it for the backward pass."""
-    policy = load_policy(section(autocast=autocast), path)
+    policy = load_policy(section(dtype=dtype, autocast=autocast), path)
     groups = [RowGroup((3, 4), tuple((i, 40 * i, tuple(range(5, 45))) for i in range(5)))]
     (rows,) = build_rows(groups, layout="tree", micro_batch_tokens=1000, pad_id=0)
     positions = rows.input_ids.numel()
-    square = positions**2 * (2 if autocast == "bfloat16" else 4)
+    square = positions**2 * width
     with LiveBytes() as memory:
         out = policy(rows)
         assert sum(size == square for size in memory.known.values()) == 1

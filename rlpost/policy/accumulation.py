@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 _MARK = "_accumulates_in_place"
 
@@ -41,6 +42,7 @@ class _Lookup(torch.autograd.Function):
         return torch.embedding(weight.detach(), ids, padding)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (ids,), weight, padding = ctx.saved_tensors, ctx.weight, ctx.padding
         grad = grads[0]
@@ -48,7 +50,7 @@ class _Lookup(torch.autograd.Function):
         if total is None:
             dense = torch.ops.aten.embedding_dense_backward(grad, ids, weight.shape[0], padding, False)
             return dense, None, None
-        rows, places = grad.flatten(0, -2), ids.flatten()
+        rows, places = grad.reshape(-1, grad.shape[-1]), ids.reshape(-1)
         if padding >= 0:
             rows = rows.masked_fill((places == padding)[:, None], 0.0)
         total.index_add_(0, places, rows)

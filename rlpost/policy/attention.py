@@ -56,7 +56,7 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # frequencies change with the 
 
 
 def mask_for(model: PreTrainedModel, rows: TokenRows) -> Tensor | BlockMask | None:
-    """`attention_mask` for a model, in the precision that its attention computes in, here and now."""
+    """`attention_mask` for a model, in the precision that its attention computes in: autocast's where it is on."""
     device = rows.tree.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
     return attention_mask(rows, model.config._attn_implementation, dtype)

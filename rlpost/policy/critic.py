@@ -126,7 +126,7 @@ def _load_trunk(model: ModelSection, path: str, device: torch.device | str) -> P
     from safetensors import SafetensorError
     from transformers import AutoModel
 
-    from rlpost.policy.loading import load_config, without_progress_bars
+    from rlpost.policy.loading import load_config, ready_to_train, without_progress_bars
 
     config, _notes = load_config(model, path, device=device)
     try:
@@ -149,12 +149,7 @@ def _load_trunk(model: ModelSection, path: str, device: torch.device | str) -> P
             f"method.critic.path: the model at {path} lacks weights ({', '.join(sorted(report['missing_keys'])[:3])}, ...), "
             "which would be made up at random; give a complete model"
         )
-    for module in trunk.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    if model.gradient_checkpointing:
-        trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return trunk.train()
+    return ready_to_train(trunk, gradient_checkpointing=model.gradient_checkpointing)
 
 
 def _head(width: int, inner: int) -> nn.Sequential:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from rlpost.gradient.types import HeadStatistics, StatisticsRequest
 from rlpost.policy.accumulation import gradient_in_place
@@ -193,8 +194,8 @@ def _raw_chunks(
 
 
 def _cast_to_keep(weight: Tensor, product: torch.dtype) -> Tensor | None:
-    """The weight in the precision of products, kept for the backward pass as autocast keeps its own casts, or None where
-    there is nothing to cast. None under ZeRO-3 too, which frees the gathered weight in between."""
+    """The weight in the precision of products, kept for the backward pass, which begins here and needs it chunk after chunk;
+    None where there is nothing to cast. None under ZeRO-3 too, which frees the gathered weight in between."""
     if product == weight.dtype or hasattr(weight, "ds_id"):
         return None
     return weight.detach().to(product)
@@ -344,6 +345,7 @@ class _ChunkedHead(torch.autograd.Function):
         return logp, entropy, *more
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, target, normalizer, entropy = ctx.saved_tensors
         weight, bias, product = ctx.weight, ctx.bias, ctx.product

@@ -1,4 +1,4 @@
-"""Linear layers whose weights are cast for autocast twice a pass instead of being kept in both precisions."""
+"""Linear layers whose weights are cast for autocast again in backward instead of being kept in both precisions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 
@@ -25,10 +26,13 @@ def _shared_cast(x: Tensor, product: torch.dtype) -> Tensor:
     """x in the precision `product`: the same tensor for layers that share their input one after the other (q, k and v; gate
     and up), where autocast would make and keep one each."""
     global _last
-    if x.dtype == product or not x.requires_grad:  # nothing is kept of a pass without gradients
+    if (
+        x.dtype == product or not x.requires_grad
+    ):  # in passes without gradients no cast lives until it is asked for again
         return x.detach().to(product)
-    if _last is not None and _last.version == x._version and _last.x() is x:
-        cast = _last.cast()
+    last = _last
+    if last is not None and last.version == x._version and last.x() is x:
+        cast = last.cast()
         if cast is not None and cast.dtype == product:
             return cast
     cast = x.detach().to(product)
@@ -52,6 +56,7 @@ class _RecastLinear(torch.autograd.Function):
             return functional.linear(cast, weight.detach().to(product), None if bias is None else bias.to(product))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad, weight, (of_x, of_bias) = grads[0], ctx.weight, ctx.dtypes
         to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
@@ -59,9 +64,9 @@ class _RecastLinear(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             if to_x:
                 x_grad = (grad @ weight.detach().to(ctx.product)).to(of_x)
-            flat = grad.flatten(0, -2)
+            flat = grad.reshape(-1, grad.shape[-1])
             if to_weight:
-                weight_grad = (flat.t() @ ctx.saved_tensors[0].flatten(0, -2)).to(weight.dtype)
+                weight_grad = (flat.t() @ ctx.saved_tensors[0].reshape(-1, weight.shape[1])).to(weight.dtype)
             if to_bias:
                 bias_grad = flat.sum(0).to(of_bias)
         return x_grad, weight_grad, bias_grad, None
@@ -71,7 +76,8 @@ class RecastLinear(nn.Linear):
     """A linear layer that, under autocast, does not keep its weight's cast for the backward pass.
 
     Autocast keeps all casts of a pass, half of the float32 weights' own size, and holds them when memory is at its peak.
-    Casting them again costs far less than the products. Same values and gradients as `nn.Linear` under autocast.
+    Casting them again costs far less than the products. Same values and gradients as `nn.Linear` under autocast, of weights
+    that stay as they are until backward.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -79,7 +85,7 @@ class RecastLinear(nn.Linear):
         if not torch.is_autocast_enabled(device):
             return super().forward(input)
         product = torch.get_autocast_dtype(device)
-        if product == self.weight.dtype:
+        if self.weight.dtype in (product, torch.float64) or input.dtype == torch.float64:  # no cast, as autocast has it
             return super().forward(input)
         return _RecastLinear.apply(input, self.weight, self.bias, product)
 

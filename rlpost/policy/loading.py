@@ -113,14 +113,19 @@ def prepare(causal_lm: PreTrainedModel, *, gradient_checkpointing: bool = False)
             f"model.path: the output layer of model type {causal_lm.config.model_type} is {type(head).__name__}, not a"
             " plain linear layer, so token log-probs cannot be computed in chunks; use an unquantised causal LM"
         )
-    recast_linear(causal_lm)
-    accumulating_embedding(causal_lm)
-    for module in causal_lm.modules():
+    return ready_to_train(causal_lm, gradient_checkpointing=gradient_checkpointing)
+
+
+def ready_to_train(model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> PreTrainedModel:
+    """Training mode without dropout, with layers that hold less in a pass. Changes and returns `model`."""
+    recast_linear(model)
+    accumulating_embedding(model)
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     if gradient_checkpointing:
-        causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return causal_lm.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
 
 
 def logit_rule(config: PreTrainedConfig, temperature: float) -> LogitRule:
