@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlpost.errors import RecipeError
-from rlpost.recipe.load import load_recipe, parse_values, save_resolved
+from rlpost.recipe.load import load_recipe, parse_values, recipe_files, save_resolved
 
 MINIMAL = """\
 name: tiny
@@ -100,6 +100,12 @@ def test_resolved_recipe_loads_to_the_same(recipe, tmp_path):
 def test_missing_file_lists_the_recipes_that_exist(recipe):
     text = message(recipe.with_name("tyni.yaml"))
     assert "no such recipe file" in text and "tiny.yaml" in text
+
+
+def test_hidden_files_are_no_recipes(tmp_path):
+    (tmp_path / ".pre-commit-config.yaml").write_text("repos: []\n")
+    found = [path.name for path in recipe_files(tmp_path)]
+    assert "quickstart.yaml" in found and ".pre-commit-config.yaml" not in found
 
 
 @pytest.mark.parametrize(

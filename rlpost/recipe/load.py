@@ -85,10 +85,10 @@ def leaves(section: Section, prefix: str = "") -> dict[str, Any]:
 
 
 def recipe_files(folder: Path) -> list[Path]:
-    """The recipes in a folder, or next to the package if the folder has none."""
+    """The recipes in a folder (not its hidden files), or next to the package if the folder has none."""
     shipped = Path(__file__).resolve().parents[1] / "_shipped" / "recipes"
     for place in (folder, Path("recipes"), Path(__file__).resolve().parents[2] / "recipes", shipped):
-        if found := sorted(place.glob("*.yaml")) if place.is_dir() else []:
+        if found := sorted(f for f in place.glob("*.yaml") if not f.name.startswith(".")):
             return found
     return []
 
