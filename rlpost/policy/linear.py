@@ -26,10 +26,8 @@ def _shared_cast(x: Tensor, product: torch.dtype) -> Tensor:
     """x in the precision `product`: the same tensor for layers that share their input one after the other (q, k and v; gate
     and up), where autocast would make and keep one each."""
     global _last
-    if (
-        x.dtype == product or not x.requires_grad
-    ):  # in passes without gradients no cast lives until it is asked for again
-        return x.detach().to(product)
+    if x.dtype == product or not x.requires_grad:
+        return x.detach().to(product)  # in a pass without gradients no cast lives until it is asked for again
     last = _last
     if last is not None and last.version == x._version and last.x() is x:
         cast = last.cast()
@@ -62,11 +60,14 @@ class _RecastLinear(torch.autograd.Function):
         to_x, to_weight, to_bias = ctx.needs_input_grad[:3]
         x_grad = weight_grad = bias_grad = None
         with torch.autocast(grad.device.type, enabled=False):
+            # First: with activation checkpointing the saved input may come from running the layers again, after which ZeRO-3
+            # has emptied the weight.
             if to_x:
                 x_grad = (grad @ weight.detach().to(ctx.product)).to(of_x)
             flat = grad.reshape(-1, grad.shape[-1])
             if to_weight:
-                weight_grad = (flat.t() @ ctx.saved_tensors[0].reshape(-1, weight.shape[1])).to(weight.dtype)
+                (x,) = ctx.saved_tensors
+                weight_grad = (flat.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
             if to_bias:
                 bias_grad = flat.sum(0).to(of_bias)
         return x_grad, weight_grad, bias_grad, None
