@@ -1,0 +1,8 @@
+"""Checks of the cases about runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+CHECKS: dict[str, Callable[[Path], None]] = {}
