@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from case_checks import answers, data, models, rewards, runs, sampling
 
 CASES = Path(__file__).with_name("cases")
