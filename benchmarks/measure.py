@@ -102,7 +102,7 @@ def machine() -> dict[str, Any]:
     }
     import torch
 
-    from rlpost.precision import has_bfloat16
+    from rlpost.policy.precision import has_bfloat16
 
     info["bfloat16_instructions"] = has_bfloat16()
     if torch.cuda.is_available():

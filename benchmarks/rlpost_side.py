@@ -23,12 +23,12 @@ from rlpost.methods.estimator import compute_coefficients
 from rlpost.policy.critic import make_critic
 from rlpost.policy.head import HeadRequest, ScoringLinear
 from rlpost.policy.model import load_policy
-from rlpost.recipe.critic import CriticSection
-from rlpost.recipe.learner import LearnerSection
-from rlpost.recipe.method import MethodSection, PpoClip
-from rlpost.recipe.model import ModelSection
-from rlpost.recipe.reward import RewardSection
-from rlpost.weigh import open_buffer, weigh
+from rlpost.recipe.sections.critic import CriticSection
+from rlpost.recipe.sections.learner import LearnerSection
+from rlpost.recipe.sections.method import MethodSection, PpoClip
+from rlpost.recipe.sections.model import ModelSection
+from rlpost.recipe.sections.reward import RewardSection
+from rlpost.run.weigh import open_buffer, weigh
 
 Step = Callable[[int], dict[str, float]]
 

@@ -68,8 +68,15 @@ def train(recipe: Path, *overrides: str, launch: str | None = None) -> None:
     if launch:
         accelerate = str(Path(sys.executable).with_name("accelerate"))
         head = [sys.executable, accelerate, "launch", "--config_file", f"launch/{launch}", "-m", "rlpost"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run([*head, str(recipe), *overrides], capture_output=True, text=True, env=environment, check=False)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": str(Path.cwd()),
+    }
+    done = subprocess.run(
+        [*head, str(recipe), *overrides], capture_output=True, text=True, env=environment, check=False
+    )
     if done.returncode:
         raise SystemExit(f"{recipe} {' '.join(overrides)} failed:\n{done.stdout}\n{done.stderr}")
 
@@ -87,10 +94,13 @@ def outcome(run: Path) -> dict[str, Any]:
 
 def record(folder: Path, *, quickstart: bool, resume_from: Path | None) -> None:
     """Makes all runs and writes `results.json` into `folder`."""
-    from benchmarks.models import make_tiny
+    sys.path.insert(0, str(Path("tests").resolve()))
+    from conftest import save_tiny_model
 
     folder.mkdir(parents=True, exist_ok=True)
-    model = str(make_tiny(folder / "model")) if resume_from is None else str(resume_from / "model")
+    model = str((resume_from or folder) / "model")
+    if resume_from is None:
+        save_tiny_model(folder / "model")
     (folder / "graded.py").write_text(REWARD)
     base = base_recipe(model, folder)
     recipe, pairs = folder / "recipe.yaml", folder / "pairs.yaml"
@@ -120,7 +130,13 @@ def record(folder: Path, *, quickstart: bool, resume_from: Path | None) -> None:
     run("two-processes", recipe, launch="cpu2.yaml")
     run("zero3", recipe, launch="cpu-zero3.yaml")
     if quickstart:
-        run("quickstart", Path("recipes/quickstart.yaml"), f"output_dir={folder}", "learner.steps=5", "evaluation.prompts=16")
+        run(
+            "quickstart",
+            Path("recipes/quickstart.yaml"),
+            f"output_dir={folder}",
+            "learner.steps=5",
+            "evaluation.prompts=16",
+        )
     (folder / "results.json").write_text(json.dumps(results, indent=1))
 
 
@@ -132,7 +148,9 @@ def compare(before: Path, after: Path) -> int:
         if name not in one or name not in two:
             said = "only in one of the two"
         elif one[name] == two[name]:
-            print(f"{name:16} same metrics ({len(one[name]['metrics'])} rows), same weights {one[name]['weights'][:12]}")
+            print(
+                f"{name:16} same metrics ({len(one[name]['metrics'])} rows), same weights {one[name]['weights'][:12]}"
+            )
             continue
         else:
             said = difference(one[name], two[name])
@@ -150,7 +168,9 @@ def difference(one: dict[str, Any], two: dict[str, Any]) -> str:
         for key in a.keys() | b.keys()
         if a.get(key) != b.get(key) and not (a.get(key) != a.get(key) and b.get(key) != b.get(key))
     })  # fmt: skip
-    rows = f"{len(one['metrics'])} and {len(two['metrics'])} rows; " if len(one["metrics"]) != len(two["metrics"]) else ""
+    rows = (
+        f"{len(one['metrics'])} and {len(two['metrics'])} rows; " if len(one["metrics"]) != len(two["metrics"]) else ""
+    )
     weights = "same weights" if one["weights"] == two["weights"] else "other weights"
     return f"{rows}{weights}; metrics {', '.join(keys[:8]) or 'the same'}"
 
@@ -166,7 +186,11 @@ def main() -> None:
     if arguments.action == "compare":
         sys.exit(compare(*folders) > 0)
     shutil.rmtree(folders[0], ignore_errors=True)
-    record(folders[0], quickstart=arguments.quickstart, resume_from=arguments.resume_from and arguments.resume_from.resolve())
+    record(
+        folders[0],
+        quickstart=arguments.quickstart,
+        resume_from=arguments.resume_from and arguments.resume_from.resolve(),
+    )
 
 
 if __name__ == "__main__":

@@ -214,10 +214,10 @@ def run_rlpost(policy: str, reference: str, pairs: Path, setting: Setting, layou
     from rlpost.learner.process import Processes
     from rlpost.methods import StepContext, compute_coefficients
     from rlpost.policy.model import load_policy
-    from rlpost.preference_loop import open_pairs, pair_group
-    from rlpost.recipe.data import DataSection
-    from rlpost.recipe.method import MethodSection
-    from rlpost.recipe.model import ModelSection
+    from rlpost.recipe.sections.data import DataSection
+    from rlpost.recipe.sections.method import MethodSection
+    from rlpost.recipe.sections.model import ModelSection
+    from rlpost.source.pairs import open_pairs, pair_group
 
     method = MethodSection.model_validate({"preset": "dpo", "pairs": {"beta": BETA, **setting.rlpost}})
     source = {"type": "preference", "path": str(pairs), "plain": not setting.chat}

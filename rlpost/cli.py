@@ -14,8 +14,8 @@ from typing import Annotated
 import typer
 
 from rlpost import errors
-from rlpost.ending import ends_at_once
 from rlpost.errors import RecipeError, RlpostError
+from rlpost.run.ending import ends_at_once
 
 app = typer.Typer(
     name="rlpost",
@@ -38,15 +38,15 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Train. Usually started by `accelerate launch --config_file launch/<topology>.yaml -m rlpost RECIPE`."""
-    from rlpost.conclude import conclude, conclude_at_once, launch_command
     from rlpost.recipe.load import load_recipe
-    from rlpost.recipe.rules import refuse_unsound
+    from rlpost.recipe.rules.check import refuse_unsound
+    from rlpost.run.conclude import conclude, conclude_at_once, launch_command
 
     loaded = load_recipe(recipe, overrides or ())
     launched = launch_command()
     try:
         refuse_unsound(loaded)
-        from rlpost.loop import train as run  # imports torch: only for a recipe that is sound
+        from rlpost.run.loop import train as run  # imports torch: only for a recipe that is sound
 
         result = run(loaded)
     except KeyboardInterrupt:
@@ -68,7 +68,7 @@ def plan(
 ) -> None:
     """Show what a recipe means: every value and its origin, the batch arithmetic, memory. Fails on any problem."""
     from rlpost.recipe.load import load_recipe
-    from rlpost.recipe.plan import make_plan, print_plan
+    from rlpost.recipe.plan.describe import make_plan, print_plan
 
     made = make_plan(load_recipe(recipe, overrides or ()), processes=processes, zero_stage=zero)
     print_plan(made, as_json=as_json)
@@ -84,16 +84,16 @@ def evaluate(
 ) -> None:
     """Judge a checkpoint on the recipe's held-out prompts: pass@k and avg@k."""
     from rlpost.recipe.load import load_recipe
-    from rlpost.recipe.rules import refuse_unsound
+    from rlpost.recipe.rules.check import refuse_unsound
 
     loaded = load_recipe(recipe, overrides or ())
     refuse_unsound(loaded)
     if loaded.recipe.data.has_pairs:
-        from rlpost.pair_evaluation import evaluate_pairs
+        from rlpost.evaluation.pairs import evaluate_pairs
 
         evaluate_pairs(loaded, checkpoint)
         return
-    from rlpost.evaluate import evaluate_checkpoint
+    from rlpost.evaluation.checkpoint import evaluate_checkpoint
 
     evaluate_checkpoint(loaded, checkpoint)
 

@@ -30,7 +30,7 @@ def slower(place, name: str, seconds: float) -> None:
 
 def telling(file: Path, held: bool) -> None:
     """Has this process write a file when its first step begins, or with `held` wait there to be killed."""
-    from rlpost.loop import Loop
+    from rlpost.run.loop import Loop
 
     original = Loop.step
 
@@ -46,8 +46,8 @@ def telling(file: Path, held: bool) -> None:
 
 def run(recipe: str, resume: str, started: Path, held: bool) -> int:
     """Forks a run; returns its process."""
-    from rlpost.loop import train
     from rlpost.recipe.load import load_recipe
+    from rlpost.run.loop import train
 
     pid = os.fork()
     if pid == 0:

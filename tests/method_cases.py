@@ -10,7 +10,7 @@ from torch import Tensor
 from rlpost.gradient.reduction import count_batch
 from rlpost.gradient.types import Counts, HeadStatistics, TokenView
 from rlpost.methods import StepContext
-from rlpost.recipe.method import MethodSection
+from rlpost.recipe.sections.method import MethodSection
 
 LENGTHS = (3, 5, 2, 6, 1, 4)
 PROMPT = (0, 0, 0, 1, 1, 1)

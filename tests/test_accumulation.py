@@ -14,8 +14,8 @@ from rlpost.learner.process import Processes
 from rlpost.policy.accumulation import AccumulatingEmbedding, accumulate_in_place, accumulating_embedding
 from rlpost.policy.head import HeadRequest, LogitRule, ScoringLinear
 from rlpost.policy.model import load_policy
-from rlpost.recipe.learner import LearnerSection
-from rlpost.recipe.model import LoraSection, ModelSection
+from rlpost.recipe.sections.learner import LearnerSection
+from rlpost.recipe.sections.model import LoraSection, ModelSection
 
 WORDS, WIDTH, TOKENS = 300, 8, 12
 

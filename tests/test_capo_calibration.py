@@ -16,8 +16,8 @@ from rlpost.methods import compute_coefficients
 from rlpost.methods.calibration import BINS, joint_limits
 from rlpost.methods.capo import CurvatureTracker
 from rlpost.methods.context import StepContext
-from rlpost.recipe.learner import LearnerSection
-from rlpost.recipe.masks import CurvatureMask
+from rlpost.recipe.sections.learner import LearnerSection
+from rlpost.recipe.sections.masks import CurvatureMask
 from rlpost.tracking.advice import advise
 
 FULL_SIZE = LearnerSection(steps=100, learning_rate=1.5e-5, schedule="cosine", warmup_steps=10)

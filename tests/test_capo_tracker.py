@@ -19,7 +19,7 @@ from rlpost.learner.update import Updater
 from rlpost.methods import compute_coefficients
 from rlpost.methods.capo import CurvatureTracker, make_tracker
 from rlpost.policy.head import LogitRule
-from rlpost.recipe.method import MethodSection
+from rlpost.recipe.sections.method import MethodSection
 
 
 def test_capped_logits_against_a_real_step_of_the_head() -> None:
@@ -142,8 +142,8 @@ def test_the_sgd_form_is_refused_for_a_model_with_capped_logits_before_it_is_loa
     from transformers import Gemma2Config
 
     from rlpost.recipe.load import load_recipe
-    from rlpost.recipe.model_rules import capped_logits
-    from rlpost.recipe.rules import RULES, Setting
+    from rlpost.recipe.rules.check import RULES, Setting
+    from rlpost.recipe.rules.model import capped_logits
 
     Gemma2Config(vocab_size=64, hidden_size=8, final_logit_softcapping=30.0).save_pretrained(tmp_path / "gemma")
     recipe = write_recipe(tmp_path, {"model.path": str(tmp_path / "gemma")})

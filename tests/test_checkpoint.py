@@ -17,8 +17,8 @@ from rlpost.cli import main
 from rlpost.errors import CheckpointError
 from rlpost.learner.checkpoint import CheckpointStore, file_writer, verify
 from rlpost.learner.process import Processes
-from rlpost.loop import train
 from rlpost.recipe.load import load_recipe
+from rlpost.run.loop import train
 
 WORKER = Path(__file__).with_name("kill_worker.py")
 

@@ -30,10 +30,10 @@ def recipe(tmp_path, monkeypatch):
 def calls(monkeypatch):
     """Stands in for the loop, so that no model is loaded."""
     made: list[LoadedRecipe] = []
-    loop = ModuleType("rlpost.loop")
+    loop = ModuleType("rlpost.run.loop")
     loop.train = lambda loaded: made.append(loaded) or SimpleNamespace(interrupted=False)
-    monkeypatch.setitem(sys.modules, "rlpost.loop", loop)
-    monkeypatch.setattr("rlpost.conclude.conclude", lambda result, recipe_path, launched, *, report: None)
+    monkeypatch.setitem(sys.modules, "rlpost.run.loop", loop)
+    monkeypatch.setattr("rlpost.run.conclude.conclude", lambda result, recipe_path, launched, *, report: None)
     return made
 
 
@@ -50,7 +50,7 @@ def test_train_and_its_shorthand(recipe, calls, head):
 
 
 def test_an_interrupted_run_says_so(recipe, calls, monkeypatch):
-    monkeypatch.setattr(sys.modules["rlpost.loop"], "train", lambda loaded: SimpleNamespace(interrupted=True))
+    monkeypatch.setattr(sys.modules["rlpost.run.loop"], "train", lambda loaded: SimpleNamespace(interrupted=True))
     assert run("r.yaml") == 130
 
 
@@ -85,7 +85,7 @@ def test_errors_and_exit_codes(recipe, calls, monkeypatch, capsys, raised, rank,
     def fail(_loaded):
         raise raised
 
-    monkeypatch.setattr(sys.modules["rlpost.loop"], "train", fail)
+    monkeypatch.setattr(sys.modules["rlpost.run.loop"], "train", fail)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr("rlpost.errors.LAST_WORD_S", 0.0)
     assert run("r.yaml") == code
@@ -96,7 +96,7 @@ def test_other_errors_keep_their_traceback(recipe, calls, monkeypatch):
     def fail(_loaded):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(sys.modules["rlpost.loop"], "train", fail)
+    monkeypatch.setattr(sys.modules["rlpost.run.loop"], "train", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["r.yaml"])
 
@@ -111,11 +111,11 @@ def test_plan_fails_on_problems_and_lists_all(recipe, capsys):
 
 def test_eval_and_report_hand_over(recipe, monkeypatch, capsys):
     seen = []
-    evaluate = ModuleType("rlpost.evaluate")
+    evaluate = ModuleType("rlpost.evaluation.checkpoint")
     evaluate.evaluate_checkpoint = lambda loaded, checkpoint: seen.append((loaded.recipe.name, str(checkpoint)))
     report = ModuleType("rlpost.tracking.report")
     report.write_report = lambda run_dir: f"{run_dir}/report/index.html"
-    monkeypatch.setitem(sys.modules, "rlpost.evaluate", evaluate)
+    monkeypatch.setitem(sys.modules, "rlpost.evaluation.checkpoint", evaluate)
     monkeypatch.setitem(sys.modules, "rlpost.tracking.report", report)
     assert run("eval", "r.yaml", "--checkpoint", "runs/r/checkpoints/step_1") == 0
     assert seen == [("r", "runs/r/checkpoints/step_1")]

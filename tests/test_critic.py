@@ -14,8 +14,8 @@ from rlpost.policy.critic import ValueHead, make_critic, read_places, scale_grad
 from rlpost.policy.linear import RecastLinear
 from rlpost.policy.model import load_policy
 from rlpost.policy.rows import RowGroup, build_rows
-from rlpost.recipe.critic import CriticSection, describe_critic
-from rlpost.recipe.model import ModelSection
+from rlpost.recipe.sections.critic import CriticSection, describe_critic
+from rlpost.recipe.sections.model import ModelSection
 
 GROUPS = [
     RowGroup((5, 6, 7), ((0, 0, (8, 9, 10)), (1, 3, (11,)), (2, 4, (12, 13)))),
@@ -190,8 +190,8 @@ def test_a_separate_critic_must_be_whole(model, tmp_path):
 
 
 def test_a_critic_of_another_tokenizer_is_refused_before_anything_is_loaded(tiny_model, write_recipe, tmp_path):
-    from rlpost.assemble import check_critic
     from rlpost.recipe.load import load_recipe
+    from rlpost.run.assemble import check_critic
 
     method = {"preset": "ppo", "critic": {"model": "separate", "path": tiny_model}}
     recipe = load_recipe(write_recipe(tmp_path, {"method": method})).recipe
@@ -201,7 +201,7 @@ def test_a_critic_of_another_tokenizer_is_refused_before_anything_is_loaded(tiny
 
 
 def test_rows_suit_the_critics_model_too(model):
-    from rlpost.assemble import layout_for
+    from rlpost.run.assemble import layout_for
 
     policy = load_policy(model, model.path)
     assert layout_for(policy, "tree", 256) == ("tree", None)

@@ -10,8 +10,8 @@ from rlpost.data.packaged import resolve_model_path
 from rlpost.data.prompts import build_prompts
 from rlpost.data.tokenizer import load_tokenizer
 from rlpost.errors import DataError, RecipeError
-from rlpost.recipe.data import ArithmeticSource, DataSection, DatasetSource
-from rlpost.recipe.model import ModelSection
+from rlpost.recipe.sections.data import ArithmeticSource, DataSection, DatasetSource
+from rlpost.recipe.sections.model import ModelSection
 
 WORDS = ["<unk>", "<eos>", "<user>", "<system>", "<assistant>", "What", "is", "+", "-", "?", *map(str, range(100))]
 TEMPLATE = (

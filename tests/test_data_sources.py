@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from rlpost.data.arithmetic import worked_solution
 from rlpost.data.sources import Row, load_rows
 from rlpost.errors import DataError
-from rlpost.recipe.base import Section
-from rlpost.recipe.data import ArithmeticSource, DatasetSource, ReasoningGymSource
+from rlpost.recipe.sections.base import Section
+from rlpost.recipe.sections.data import ArithmeticSource, DatasetSource, ReasoningGymSource
 
 GSM = [
     {"question": "2 apples and 3 apples?", "answer": "5", "solution": "2 + 3 = 5", "level": 1},

@@ -16,9 +16,9 @@ from conftest import REPOSITORY, rows, weights
 from rlpost.cli import main
 from rlpost.errors import RecipeError
 from rlpost.learner.deepspeed import zero_config
-from rlpost.loop import train
-from rlpost.recipe.learner import LearnerSection
 from rlpost.recipe.load import load_recipe
+from rlpost.recipe.sections.learner import LearnerSection
+from rlpost.run.loop import train
 
 WORKER = Path(__file__).with_name("zero_worker.py")
 NAN_STEP, EMPTY_STEP, RESUMED_AT = 3, 4, 5

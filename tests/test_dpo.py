@@ -14,7 +14,7 @@ from rlpost.gradient.loss import coefficient_loss
 from rlpost.gradient.metrics import values
 from rlpost.gradient.types import Counts, TokenView
 from rlpost.methods.dpo import pair_coefficients, preference_loss, preference_slope, read_pairs
-from rlpost.recipe.preference import PairsSection
+from rlpost.recipe.sections.preference import PairsSection
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 # Three pairs; the order of the two sides differs, and lengths too.

@@ -12,7 +12,7 @@ from test_dpo_run import pair_recipe, run, same
 from rlpost.data.pairs import build_pairs
 from rlpost.data.tokenizer import load_tokenizer
 from rlpost.recipe.load import load_recipe
-from rlpost.recipe.plan import make_plan
+from rlpost.recipe.plan.describe import make_plan
 
 pytestmark = pytest.mark.engine
 
@@ -84,8 +84,8 @@ def test_responses_of_a_column_are_held_up(tmp_path, tiny_model, initial, one_th
 
 
 def test_without_a_column_they_are_sampled_once_and_kept(tmp_path, tiny_model, initial, one_thread, monkeypatch):
-    import rlpost.assemble
-    from rlpost.pair_evaluation import evaluate_pairs
+    import rlpost.run.assemble
+    from rlpost.evaluation.pairs import evaluate_pairs
 
     recipe = recipe_with(tmp_path / "a", tiny_model, checkpoint__every=1, checkpoint__keep=9)
     assert make_plan(load_recipe(recipe)).order[0].startswith("once, before training: a greedy response")
@@ -102,7 +102,7 @@ def test_without_a_column_they_are_sampled_once_and_kept(tmp_path, tiny_model, i
         raise AssertionError("an engine was started")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rlpost.assemble, "start_engine", refuse)
+        patch.setattr(rlpost.run.assemble, "start_engine", refuse)
         whole, last = rows(result.run_dir), weights(result.checkpoint)
         again = run(recipe, f"resume={tmp_path / 'a' / 'run' / 'checkpoints' / 'step_000001'}")
         assert rows(again.run_dir) == whole and same(weights(again.checkpoint), last)

@@ -12,9 +12,9 @@ import yaml
 from conftest import rows, save_tiny_model, weights
 
 from rlpost.errors import RecipeError
-from rlpost.loop import train
 from rlpost.recipe.load import load_recipe
-from rlpost.recipe.rules import Setting, check
+from rlpost.recipe.rules.check import Setting, check
+from rlpost.run.loop import train
 
 pytestmark = pytest.mark.engine
 
@@ -114,7 +114,7 @@ def test_resume_without_the_cache_computes_the_same_reference(tmp_path, tiny_mod
 
 
 def test_the_reference_is_computed_once(tmp_path, tiny_model, one_thread):
-    from rlpost.preference_loop import PairLoop
+    from rlpost.source.pairs import PairLoop
 
     first = rows(run(pair_recipe(tmp_path, tiny_model)).run_dir)
     kept = sorted((tmp_path / "cache" / "reference").iterdir())
@@ -130,7 +130,7 @@ def test_the_reference_is_computed_once(tmp_path, tiny_model, one_thread):
 
 
 def test_the_cache_tells_models_apart_and_mends_itself(tmp_path, tiny_model, one_thread):
-    from rlpost.preference_loop import PairLoop
+    from rlpost.source.pairs import PairLoop
 
     def kept() -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in (tmp_path / "cache" / "reference").iterdir()}
@@ -315,7 +315,7 @@ def test_slots_that_cannot_act_on_pairs_are_refused(tmp_path, tiny_model, slot):
 
 
 def test_eval_judges_a_checkpoint_as_the_run_did(tmp_path, tiny_model, one_thread, monkeypatch):
-    from rlpost.pair_evaluation import evaluate_pairs
+    from rlpost.evaluation.pairs import evaluate_pairs
 
     recipe = pair_recipe(tmp_path, tiny_model)
     result = run(recipe)

@@ -11,7 +11,7 @@ from conftest import REPOSITORY
 
 SCRIPT = """
 import sys
-from rlpost.ending import ends_at_once
+from rlpost.run.ending import ends_at_once
 
 class Finalised:
     def __del__(self, write=print):

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlpost.errors import DataError, RecipeError
-from rlpost.evaluation import evaluate, evaluation_rows, pass_at_k, select_prompts, summarise, verdict
+from rlpost.evaluation.accuracy import evaluate, evaluation_rows, pass_at_k, select_prompts, summarise, verdict
 from rlpost.experience import Completion, Group, Outcome, Prompt, Score
-from rlpost.recipe.learner import EvaluationSection
-from rlpost.recipe.rollout import RolloutSection
+from rlpost.recipe.sections.learner import EvaluationSection
+from rlpost.recipe.sections.rollout import RolloutSection
 
 RIGHT, WRONG = Score(Outcome.SCORED, 1.0), Score(Outcome.SCORED, 0.0)
 CRASHED, ABSENT = Score(Outcome.CRASHED, detail="ZeroDivisionError"), Score(Outcome.NOT_APPLICABLE)

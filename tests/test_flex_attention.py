@@ -13,8 +13,8 @@ from rlpost.policy.loading import load_config
 from rlpost.policy.model import load_policy
 from rlpost.policy.rows import build_rows
 from rlpost.recipe.load import load_recipe
-from rlpost.recipe.plan import make_plan
-from rlpost.recipe.rules import Setting, check
+from rlpost.recipe.plan.describe import make_plan
+from rlpost.recipe.rules.check import Setting, check
 
 LLAMA = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
 

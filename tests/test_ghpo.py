@@ -11,12 +11,12 @@ from method_cases import method
 
 from rlpost.experience import Completion, Demonstration, Group, Outcome, Prompt, Score
 from rlpost.gradient.metrics import values
-from rlpost.guide import SEED_LEVEL, guide, remember
 from rlpost.methods import compute_advantages
 from rlpost.methods.ghpo import is_hard, is_solved, level_ratios, next_first_level
-from rlpost.recipe.guidance import HintGuidance
-from rlpost.recipe.method import describe_order
-from rlpost.verdict import accuracies
+from rlpost.recipe.sections.guidance import HintGuidance
+from rlpost.recipe.sections.method import describe_order
+from rlpost.teaching.guide import SEED_LEVEL, guide, remember
+from rlpost.teaching.verdict import accuracies
 
 G = 4
 RATIOS = (0.25, 0.5, 0.75)

@@ -13,7 +13,7 @@ def test_bfloat16_products_stay_near_float32_on_cuda(tiny_model):
     """The learner's forward and backward under autocast, against float32: log-probs and the gradient's direction."""
     from rlpost.policy.model import load_policy
     from rlpost.policy.rows import RowGroup, build_rows
-    from rlpost.recipe.model import ModelSection
+    from rlpost.recipe.sections.model import ModelSection
 
     group = RowGroup(tuple(range(5, 25)), ((0, 0, (30, 31, 32, 33)), (1, 4, (40, 41))))
     found = {}

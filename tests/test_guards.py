@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
 
 HANGING_SYNC = """
 import time
-from rlpost.loop import Loop
+from rlpost.run.loop import Loop
 def hangs_for_ever(self):
     time.sleep(1000)
 Loop.sync = hangs_for_ever

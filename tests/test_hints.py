@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from rlpost.data.hints import Hinter, cut_hint, safe_end, with_hint
 from rlpost.data.solutions import SOLVERS, worked_solution
 from rlpost.experience import Demonstration, Prompt
-from rlpost.recipe.guidance import HintGuidance
+from rlpost.recipe.sections.guidance import HintGuidance
 
 LATEX = r"We have $\frac{1}{2} + \sqrt[3]{x^{2}} = 3.14159$. Then 1{,}234 apples cost 50\%. So \boxed{\frac{3}{4}}."
 
@@ -216,7 +216,7 @@ def test_solutions_and_answers_from_the_shape_of_luffys_data(tmp_path) -> None:
 
     from rlpost.data.sources import load_rows
     from rlpost.errors import DataError
-    from rlpost.recipe.data import DatasetSource
+    from rlpost.recipe.sections.data import DatasetSource
 
     chat = [{"role": "system", "content": "Think."}, {"role": "user", "content": "1 + 1?"}]
     row = {

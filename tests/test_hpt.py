@@ -10,7 +10,6 @@ from method_cases import CONTEXT, LENGTHS, LIMIT, Case, cut, method
 from pydantic import ValidationError
 
 from rlpost.experience import Completion, Demonstration, Group, Outcome, Prompt, Score
-from rlpost.gate import gate
 from rlpost.gradient.loss import coefficient_loss
 from rlpost.gradient.metrics import values
 from rlpost.gradient.types import Counts
@@ -19,8 +18,9 @@ from rlpost.methods import compute_advantages, compute_coefficients
 from rlpost.methods.hpt import Route, gated_advantages, needs_samples, route
 from rlpost.methods.imitation import off_policy_slope
 from rlpost.policy.model import PolicyOutput
-from rlpost.recipe.guidance import LuffyGate, SftFirstGate, SoftGate, SolveRateGate, SrftGate
-from rlpost.weigh import open_buffer, weigh
+from rlpost.recipe.sections.guidance import LuffyGate, SftFirstGate, SoftGate, SolveRateGate, SrftGate
+from rlpost.run.weigh import open_buffer, weigh
+from rlpost.teaching.gate import gate
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 DEMONSTRATIONS = (2, 4)  # of Case's completions: one a prompt, taken for its worked solution
@@ -311,7 +311,7 @@ def group_of(name: str, right: int, n: int = 4, *, solution: str | None = "s", h
 
 
 def fill(groups, section, *, read=None, minibatches=1) -> tuple[RolloutBuffer, dict[str, float]]:
-    from rlpost.recipe.reward import RewardSection
+    from rlpost.recipe.sections.reward import RewardSection
 
     def tokens(prompts):
         return [None if p.demonstration is None else (7, 7, 7) for p in prompts]

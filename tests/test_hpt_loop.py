@@ -33,8 +33,8 @@ BASE = {
 
 
 def run(recipe: Path, *overrides: str):
-    from rlpost.loop import train
     from rlpost.recipe.load import load_recipe
+    from rlpost.run.loop import train
 
     return train(load_recipe(recipe, overrides))
 
@@ -112,10 +112,10 @@ def test_sft_is_evaluated_by_sampling(tmp_path, write_recipe) -> None:
 def test_the_first_step_is_the_mean_nll_of_the_solutions(tmp_path, write_recipe, tiny_model) -> None:
     from transformers import AutoModelForCausalLM
 
-    from rlpost.assemble import assemble
     from rlpost.learner.watch import Interrupt
-    from rlpost.loop import Loop
     from rlpost.recipe.load import load_recipe
+    from rlpost.run.assemble import assemble
+    from rlpost.run.loop import Loop
 
     recipe = write_recipe(tmp_path, {**BASE, "method": {"preset": "hpt", "gate": {"gamma": 1}}}, REWARD)
     parts = assemble(load_recipe(recipe))

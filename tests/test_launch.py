@@ -52,7 +52,7 @@ def test_both_flavours_of_vllm_are_pinned_to_one_version():
 
 
 def test_an_accuracy_that_nobody_knows_is_not_printed_as_a_number(tmp_path):
-    from rlpost.conclude import closing_lines
+    from rlpost.run.conclude import closing_lines
 
     result = SimpleNamespace(
         interrupted=False, accuracy_before=float("nan"), accuracy_after=float("nan"), checkpoint=None, run_dir=tmp_path

@@ -19,16 +19,16 @@ from hypothesis import strategies as st
 from test_policy_layouts import VOCABULARY, make_policy
 
 from rlpost.experience import Completion, Group, Outcome, Prompt, Score
-from rlpost.gate import gate
 from rlpost.learner.buffer import RolloutBuffer
 from rlpost.learner.learner import DataParallelLearner, StepReport, token_logprobs
 from rlpost.learner.process import Processes
 from rlpost.learner.update import Updater
-from rlpost.preference_loop import open_pairs
-from rlpost.recipe.learner import LearnerSection
-from rlpost.recipe.method import MethodSection
-from rlpost.recipe.reward import RewardSection
-from rlpost.weigh import open_buffer, weigh
+from rlpost.recipe.sections.learner import LearnerSection
+from rlpost.recipe.sections.method import MethodSection
+from rlpost.recipe.sections.reward import RewardSection
+from rlpost.run.weigh import open_buffer, weigh
+from rlpost.source.pairs import open_pairs
+from rlpost.teaching.gate import gate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

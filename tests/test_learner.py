@@ -20,8 +20,8 @@ from rlpost import errors
 from rlpost.errors import CheckpointError, RewardError, TrainingError
 from rlpost.learner.checkpoint import CheckpointStore, verify
 from rlpost.learner.process import Processes
-from rlpost.loop import train
 from rlpost.recipe.load import load_recipe
+from rlpost.run.loop import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,9 +47,9 @@ def test_the_critics_gradient_is_clipped_apart_and_the_brake_scales_both_rates(t
     from rlpost.learner.learner import DataParallelLearner
     from rlpost.policy.critic import make_critic
     from rlpost.policy.model import load_policy
-    from rlpost.recipe.critic import CriticSection
-    from rlpost.recipe.learner import LearnerSection
-    from rlpost.recipe.model import ModelSection
+    from rlpost.recipe.sections.critic import CriticSection
+    from rlpost.recipe.sections.learner import LearnerSection
+    from rlpost.recipe.sections.model import ModelSection
 
     model = ModelSection(path=tiny_model, autocast="none")
     policy = load_policy(model, tiny_model)

@@ -10,10 +10,10 @@ import torch
 from conftest import rows, weights
 
 from rlpost.errors import CheckpointError
-from rlpost.evaluate import evaluate_checkpoint, write_page
+from rlpost.evaluation.checkpoint import evaluate_checkpoint, write_page
 from rlpost.learner.checkpoint import verify
-from rlpost.loop import train
 from rlpost.recipe.load import load_recipe
+from rlpost.run.loop import train
 from rlpost.tracking.report import write_report
 
 pytestmark = pytest.mark.usefixtures("one_thread")

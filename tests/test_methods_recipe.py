@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from rlpost.errors import RecipeError
 from rlpost.methods import needs_reference, needs_statistics
-from rlpost.recipe.method import MethodSection, describe_order
-from rlpost.recipe.presets import fill_preset, preset_names
+from rlpost.recipe.sections.method import MethodSection, describe_order
+from rlpost.recipe.sections.presets import fill_preset, preset_names
 
 NAMES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_pp", "capo", "dr_capo", "rein_capo")
 NAMES += ("ppo", "safe", "safe_released")
@@ -105,5 +105,5 @@ def test_requests() -> None:
 
 
 def test_a_recipe_is_read_without_torch() -> None:
-    code = "import sys, rlpost.recipe.method, rlpost.recipe.presets; sys.exit('torch' in sys.modules)"
+    code = "import sys, rlpost.recipe.sections.method, rlpost.recipe.sections.presets; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,9 +17,9 @@ from rlpost.errors import DataError
 from rlpost.learner.pair_rows import pair_batches, tree_length
 from rlpost.methods.dpo import best_and_worst
 from rlpost.policy.rows import RowGroup
-from rlpost.recipe.data import DataSection
-from rlpost.recipe.model import ModelSection
-from rlpost.recipe.preference import PreferenceSource
+from rlpost.recipe.sections.data import DataSection
+from rlpost.recipe.sections.model import ModelSection
+from rlpost.recipe.sections.preference import PreferenceSource
 
 USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "2+2?"), ("assistant", "4"), ("assistant", "5")))
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -18,7 +18,7 @@ from rlpost.policy.linear import RecastLinear
 from rlpost.policy.loading import prepare, verify_head
 from rlpost.policy.model import load_policy
 from rlpost.policy.rows import RowGroup, build_rows
-from rlpost.recipe.model import LoraSection, ModelSection
+from rlpost.recipe.sections.model import LoraSection, ModelSection
 
 SIZES = {
     "vocab_size": 61,

@@ -33,7 +33,7 @@ from rlpost.methods.ppo import (
     whiten,
     whiten_advantage,
 )
-from rlpost.recipe.critic import CriticSection
+from rlpost.recipe.sections.critic import CriticSection
 
 NAN = float("nan")
 

@@ -7,8 +7,8 @@ import math
 import pytest
 from conftest import rows, weights
 
-from rlpost.loop import train
 from rlpost.recipe.load import load_recipe
+from rlpost.run.loop import train
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
 RELEASED = {"preset": "safe_released"}
@@ -74,7 +74,7 @@ def test_methods_resume_exactly(write_recipe, tmp_path, method):
 def test_a_stop_during_a_rollout_counts_its_rewards_once(write_recipe, tmp_path, monkeypatch):
     """The rollout is drawn again on resume: whitening, crash counter and a controller that acts on rewards must not have
     seen it before."""
-    from rlpost.loop import Loop
+    from rlpost.run.loop import Loop
 
     changes = {**SMALL, "method": {"preset": "safe", "controller": {"term": "reward"}}}
     whole = run(write_recipe(tmp_path / "whole", changes))

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import rows, weights
 
-from rlpost.recipe.presets import preset_names
+from rlpost.recipe.sections.presets import preset_names
 
 pytestmark = pytest.mark.engine
 
 
 def run(recipe: Path, *overrides: str):
-    from rlpost.loop import train
     from rlpost.recipe.load import load_recipe
+    from rlpost.run.loop import train
 
     return train(load_recipe(recipe, overrides))
 

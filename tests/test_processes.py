@@ -9,8 +9,8 @@ import time
 import pytest
 from conftest import REWARD, rows, weights
 
-from rlpost.loop import train
 from rlpost.recipe.load import load_recipe
+from rlpost.run.loop import train
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
 

@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM
 
 import rlpost.policy.quantized as quantized_module
 from rlpost.errors import RecipeError
-from rlpost.loop import train
 from rlpost.policy.head import ScoringLinear
 from rlpost.policy.model import load_policy
 from rlpost.policy.quantized import is_quantized
 from rlpost.recipe.load import load_recipe
-from rlpost.recipe.memory import ModelSize, estimate
-from rlpost.recipe.model import LoraSection
-from rlpost.recipe.rules import Setting, advise, check, refuse_unsound
-from rlpost.reference import cache_path
+from rlpost.recipe.plan.memory import ModelSize, estimate
+from rlpost.recipe.rules.check import Setting, advise, check, refuse_unsound
+from rlpost.recipe.sections.model import LoraSection
+from rlpost.run.loop import train
+from rlpost.source.reference import cache_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NF4 = "model.lora={rank: 4, quantize: nf4}"

@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 from rlpost.recipe.load import leaves, load_recipe
-from rlpost.recipe.method import MethodSection
-from rlpost.recipe.plan import make_plan
-from rlpost.recipe.presets import preset_names
-from rlpost.recipe.root import Recipe
-from rlpost.recipe.rules import Setting, check
+from rlpost.recipe.plan.describe import make_plan
+from rlpost.recipe.rules.check import Setting, check
 from rlpost.recipe.schema import json_schema, reference, sections_of
+from rlpost.recipe.sections.method import MethodSection
+from rlpost.recipe.sections.presets import preset_names
+from rlpost.recipe.sections.root import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -59,8 +59,8 @@ def test_the_reference_lists_every_preset():
 @pytest.mark.parametrize("name", ["safe_hh.yaml", "ppo_hh.yaml"])
 def test_the_hh_recipes_fit_one_large_gpu_with_their_reward_model(name, monkeypatch):
     """And their controls, as the recipe's head names them, are sound."""
-    from rlpost.recipe.memory import GIB
-    from rlpost.recipe.plan import make_plan
+    from rlpost.recipe.plan.describe import make_plan
+    from rlpost.recipe.plan.memory import GIB
 
     monkeypatch.chdir(ROOT)
     plan = make_plan(load_recipe(ROOT / "recipes" / name))
@@ -161,7 +161,7 @@ def test_every_section_can_be_reached():
 
 def test_recipes_import_no_heavy_package():
     code = (
-        "import sys, rlpost.recipe.load, rlpost.recipe.rules\n"
+        "import sys, rlpost.recipe.load, rlpost.recipe.rules.check\n"
         "print([m for m in ('torch', 'transformers', 'vllm', 'datasets', 'trl') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

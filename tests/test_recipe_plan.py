@@ -10,13 +10,13 @@ import torch
 from live_bytes import LiveBytes
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlpost import rehearse
 from rlpost.policy.model import load_policy
 from rlpost.policy.rows import RowGroup, build_rows
 from rlpost.recipe.load import load_recipe
-from rlpost.recipe.memory import GIB, ModelSize, estimate, find_model_size, guess_from_name
-from rlpost.recipe.model import ModelSection
-from rlpost.recipe.plan import make_plan, print_plan
+from rlpost.recipe.plan.describe import make_plan, print_plan
+from rlpost.recipe.plan.memory import GIB, ModelSize, estimate, find_model_size, guess_from_name
+from rlpost.recipe.sections.model import ModelSection
+from rlpost.run import rehearse
 
 SIZE = ModelSize(1_000_000, 2, 64, 128, 32, 1000, exact=True)
 

@@ -8,8 +8,8 @@ import pytest
 
 from rlpost.errors import RecipeError
 from rlpost.recipe.load import load_recipe
-from rlpost.recipe.path_rules import looks_local
-from rlpost.recipe.rules import Setting, advise, check, known_size, refuse_unsound, training_prompts
+from rlpost.recipe.rules.check import Setting, advise, check, known_size, refuse_unsound, training_prompts
+from rlpost.recipe.rules.paths import looks_local
 
 REWARD = "def reward(completions, **columns):\n    return [0.0 for _ in completions]\n"
 

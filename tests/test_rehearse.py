@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import save_tiny_model
 
-from rlpost import rehearse
 from rlpost.recipe.load import load_recipe
-from rlpost.recipe.plan import make_plan, print_plan
+from rlpost.recipe.plan.describe import make_plan, print_plan
+from rlpost.run import rehearse
 
 
 @pytest.fixture

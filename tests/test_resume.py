@@ -13,9 +13,9 @@ import torch
 from conftest import REWARD, rows, weights
 
 from rlpost.cli import main
-from rlpost.conclude import command as rlpost_command
-from rlpost.loop import train
 from rlpost.recipe.load import load_recipe
+from rlpost.run.conclude import command as rlpost_command
+from rlpost.run.loop import train
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
 
@@ -192,7 +192,10 @@ def test_ctrl_c_in_a_terminal_reaches_launcher_and_run_alike(script, write_recip
 
 def test_ctrl_c_before_the_first_step_says_that_nothing_is_saved(write_recipe, children, tmp_path):
     recipe = write_recipe(tmp_path, {"evaluation.prompts": 0})
-    before = "import os, signal, rlpost.assemble as place\nplace.load_prompts = lambda *_: os.kill(os.getpid(), signal.SIGINT)"
+    before = (
+        "import os, signal, rlpost.run.assemble as place\n"
+        "place.load_prompts = lambda *_: os.kill(os.getpid(), signal.SIGINT)"
+    )
     code, printed = children.run(recipe, before=before)
     assert code == 130 and "Traceback" not in printed, printed
     assert "nothing has been saved yet. Run the same command to start again." in printed

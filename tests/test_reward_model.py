@@ -10,7 +10,7 @@ import torch
 
 from rlpost.errors import RewardError
 from rlpost.experience import Completion, Group, Outcome, Prompt
-from rlpost.recipe.reward import RewardModelSection, RewardSection, ScoringSection
+from rlpost.recipe.sections.reward import RewardModelSection, RewardSection, ScoringSection
 from rlpost.scoring.factory import JoinedScorers, make_scorer
 from rlpost.scoring.reward_model import RewardModel
 from rlpost.scoring.scorer import Scorer
@@ -210,10 +210,10 @@ def test_a_recipe_trains_on_a_reward_model(classifier, write_recipe, tmp_path):
     """From a recipe to the weights: the model's scores are the rewards, in training and in evaluation."""
     from conftest import rows
 
-    from rlpost.evaluate import evaluate_checkpoint
-    from rlpost.loop import train
+    from rlpost.evaluation.checkpoint import evaluate_checkpoint
     from rlpost.recipe.load import load_recipe
-    from rlpost.recipe.rules import refuse_unsound
+    from rlpost.recipe.rules.check import refuse_unsound
+    from rlpost.run.loop import train
 
     model = {"path": classifier, "dtype": "float32", "device": "cpu", "weight": 2.0, "accuracy": True}
     changes = {"rewards": [model], "learner.steps": 2, "evaluation.at_start": False}

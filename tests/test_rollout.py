@@ -13,8 +13,8 @@ from conftest import save_tiny_model
 
 from rlpost.errors import RolloutError
 from rlpost.experience import Completion, Prompt
-from rlpost.recipe.model import ModelSection
-from rlpost.recipe.rollout import TransformersEngine, VllmEngine
+from rlpost.recipe.sections.model import ModelSection
+from rlpost.recipe.sections.rollout import TransformersEngine, VllmEngine
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings
 from rlpost.rollout.factory import make_engine
 from rlpost.rollout.probe import ProbeResult, check, compare

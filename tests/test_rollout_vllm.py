@@ -9,8 +9,8 @@ import torch
 from test_rollout import EOS, direct, tiny
 
 from rlpost.errors import RolloutError
-from rlpost.recipe.model import ModelSection
-from rlpost.recipe.rollout import VllmEngine
+from rlpost.recipe.sections.model import ModelSection
+from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings
 from rlpost.rollout.factory import make_engine
 from rlpost.rollout.probe import check, compare

@@ -13,7 +13,7 @@ import pytest
 
 from rlpost.errors import RewardError
 from rlpost.experience import Completion, Demonstration, Group, Outcome, Prompt
-from rlpost.recipe.reward import RewardSection, ScoringSection
+from rlpost.recipe.sections.reward import RewardSection, ScoringSection
 from rlpost.scoring import Scorer
 
 pytestmark = pytest.mark.engine

@@ -8,7 +8,7 @@ import pytest
 
 from rlpost.errors import RewardError
 from rlpost.experience import Outcome
-from rlpost.recipe.reward import RewardSection, ScoringSection
+from rlpost.recipe.sections.reward import RewardSection, ScoringSection
 from rlpost.scoring import Scorer, check_signature, load_reward
 from rlpost.scoring.tryout import _read_samples, run_tryout, try_reward
 

@@ -11,7 +11,7 @@ from rlpost.policy.attention import tree_mask
 from rlpost.policy.rows import RowGroup, build_rows, spare_rows
 from rlpost.policy.sequence_parallel import padded, refuse_unshareable, take_turns
 from rlpost.recipe.load import load_recipe
-from rlpost.recipe.rules import Setting, check
+from rlpost.recipe.rules.check import Setting, check
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ import pytest
 
 from rlpost.errors import RlpostError, TrainingError
 from rlpost.experience import Completion, Group, Outcome, Prompt, Score
-from rlpost.recipe.learner import LearnerSection, TrackingSection, WandbSection
-from rlpost.recipe.reward import RewardSection
+from rlpost.recipe.sections.learner import LearnerSection, TrackingSection, WandbSection
+from rlpost.recipe.sections.reward import RewardSection
 from rlpost.tracking.completions import (
     ScoredRollout,
     completion_files,

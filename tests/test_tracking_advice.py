@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from rlpost.recipe.reward import RewardModelSection, RewardSection, reward_ceiling
+from rlpost.recipe.sections.reward import RewardModelSection, RewardSection, reward_ceiling
 from rlpost.tracking.advice import Doctor, advise
 
 HEALTHY = {

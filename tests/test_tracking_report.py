@@ -112,7 +112,7 @@ def test_metrics_with_a_picture_of_their_own_are_not_drawn_twice():
 def controlled(steps: int) -> list[dict]:
     """Rows of a SAFE controller's decisions on a reward that climbs and levels out, two updates a rollout."""
     from rlpost.methods.controllers import KlController, Observation
-    from rlpost.recipe.critic import SafeController
+    from rlpost.recipe.sections.critic import SafeController
 
     controller, rows = KlController(SafeController(window=10)), []
     for step in range(1, steps + 1):

@@ -8,7 +8,7 @@ import struct
 import pytest
 
 from rlpost.experience import Completion, Group, Outcome, Prompt, Score
-from rlpost.recipe.learner import WandbSection
+from rlpost.recipe.sections.learner import WandbSection
 from rlpost.tracking import wandb as tracking_wandb
 from rlpost.tracking.completions import ScoredRollout, records
 from rlpost.tracking.rundir import RunDirectory

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from peft import load_peft_weights, set_peft_model_state_dict
 
-from rlpost.ending import ends_at_once
 from rlpost.experience import Completion, Group, Prompt
 from rlpost.gradient.types import Counts
 from rlpost.learner.buffer import RolloutBuffer
@@ -28,9 +27,10 @@ from rlpost.learner.update import Updater
 from rlpost.methods.capo import make_tracker
 from rlpost.policy.critic import make_critic
 from rlpost.policy.model import load_policy
-from rlpost.recipe.learner import LearnerSection
-from rlpost.recipe.method import MethodSection
-from rlpost.recipe.model import LoraSection, ModelSection
+from rlpost.recipe.sections.learner import LearnerSection
+from rlpost.recipe.sections.method import MethodSection
+from rlpost.recipe.sections.model import LoraSection, ModelSection
+from rlpost.run.ending import ends_at_once
 
 STEPS = 8  # optimizer steps, two to a rollout
 NAN_STEP, EMPTY_STEP = 3, 4

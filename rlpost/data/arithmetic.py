@@ -10,7 +10,7 @@ from itertools import cycle, islice, zip_longest
 from rlpost.data.rows import Row
 from rlpost.errors import DataError
 from rlpost.experience import Demonstration
-from rlpost.recipe.data import ArithmeticSource
+from rlpost.recipe.sections.data import ArithmeticSource
 
 Question = tuple[int, str, int]
 

@@ -12,7 +12,7 @@ from typing import Any
 from rlpost.data.rows import Row, nearest
 from rlpost.errors import DataError
 from rlpost.experience import Demonstration, Message
-from rlpost.recipe.data import DatasetSource
+from rlpost.recipe.sections.data import DatasetSource
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 

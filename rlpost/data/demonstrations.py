@@ -10,9 +10,9 @@ from rlpost.data.hints import Hinter
 from rlpost.data.solutions import SOLVERS
 from rlpost.errors import DataError
 from rlpost.experience import Prompt
-from rlpost.recipe.data import DataSection, DatasetSource
-from rlpost.recipe.guidance import Gate, SftFirstGate, SolveRateGate
-from rlpost.recipe.method import MethodSection
+from rlpost.recipe.sections.data import DataSection, DatasetSource
+from rlpost.recipe.sections.guidance import Gate, SftFirstGate, SolveRateGate
+from rlpost.recipe.sections.method import MethodSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

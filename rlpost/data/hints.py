@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rlpost.experience import Message, Prompt
-from rlpost.recipe.guidance import HintGuidance
+from rlpost.recipe.sections.guidance import HintGuidance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

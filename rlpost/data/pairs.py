@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from rlpost.data.preferences import SAYS, SETTING, Preference, load_preferences, refusal
 from rlpost.errors import DataError
 from rlpost.experience import Completion, Message, Prompt
-from rlpost.recipe.data import DataSection
-from rlpost.recipe.preference import PreferenceSource
+from rlpost.recipe.sections.data import DataSection
+from rlpost.recipe.sections.preference import PreferenceSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -12,8 +12,8 @@ from rlpost.data.dataset import load_table
 from rlpost.data.rows import nearest
 from rlpost.errors import DataError
 from rlpost.experience import Message
-from rlpost.recipe.data import DatasetSource
-from rlpost.recipe.preference import PreferenceSource
+from rlpost.recipe.sections.data import DatasetSource
+from rlpost.recipe.sections.preference import PreferenceSource
 
 Reason = Literal["missing", "malformed", "no_baseline", "empty", "identical", "mismatch"]
 Question = str | tuple[Message, ...]

@@ -9,7 +9,7 @@ from rlpost.data.rows import Row, nearest
 from rlpost.data.solutions import worked_solution
 from rlpost.errors import DataError
 from rlpost.experience import Demonstration
-from rlpost.recipe.data import ReasoningGymSource
+from rlpost.recipe.sections.data import ReasoningGymSource
 
 
 def reasoning_gym_rows(source: ReasoningGymSource, where: str = "data.train") -> list[Row]:

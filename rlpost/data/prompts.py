@@ -14,7 +14,7 @@ from rlpost.data.rows import Row
 from rlpost.data.sources import load_rows
 from rlpost.errors import DataError
 from rlpost.experience import Message, Prompt
-from rlpost.recipe.data import DataSection
+from rlpost.recipe.sections.data import DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

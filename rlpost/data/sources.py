@@ -1,6 +1,6 @@
 """The registry of data sources: one recipe section and one function each.
 
-A new source is a section in `rlpost.recipe.data` (added to the union `Source`) and a function that turns it into rows:
+A new source is a section in `rlpost.recipe.sections.data` (added to the union `Source`) and a function that turns it into rows:
 
     load_rows.register(MySource, my_rows)       # my_rows(source: MySource, where: str) -> list[Row]
 """
@@ -15,7 +15,7 @@ from rlpost.data.dataset import dataset_rows
 from rlpost.data.procedural import reasoning_gym_rows
 from rlpost.data.rows import Row
 from rlpost.errors import DataError
-from rlpost.recipe.data import ArithmeticSource, DatasetSource, ReasoningGymSource
+from rlpost.recipe.sections.data import ArithmeticSource, DatasetSource, ReasoningGymSource
 
 __all__ = ["Row", "load_rows"]
 

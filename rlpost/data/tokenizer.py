@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlpost.data.packaged import resolve_model_path
 from rlpost.errors import RecipeError
-from rlpost.recipe.model import ModelSection
+from rlpost.recipe.sections.model import ModelSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

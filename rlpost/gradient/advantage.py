@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlpost.gradient.segments import count_by, spread_by, sum_by
-from rlpost.recipe.method import AdvantageSection
+from rlpost.recipe.sections.method import AdvantageSection
 
 
 def normalise(section: AdvantageSection, reward: Tensor, prompt: Tensor, groups: int) -> Tensor:

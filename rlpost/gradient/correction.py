@@ -9,7 +9,7 @@ from rlpost.gradient.metrics import Metric, max_of, mean_of
 from rlpost.gradient.ratio import MAX_LOG_RATIO
 from rlpost.gradient.segments import sum_by
 from rlpost.gradient.types import TokenView
-from rlpost.recipe.method import CorrectionSection
+from rlpost.recipe.sections.method import CorrectionSection
 
 
 def sampler_correction(section: CorrectionSection, view: TokenView) -> tuple[Tensor, dict[str, Metric]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlpost.recipe.critic import CriticSection, ValueLossSection
+from rlpost.recipe.sections.critic import CriticSection, ValueLossSection
 
 
 def generalised_advantage(

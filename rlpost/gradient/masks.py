@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlpost.gradient.segments import count_by, mean_by
 from rlpost.gradient.types import TokenView
-from rlpost.recipe.masks import OffPolicyMask
+from rlpost.recipe.sections.masks import OffPolicyMask
 
 _MASK32 = 0xFFFFFFFF
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlpost.gradient.segments import mean_by
 from rlpost.gradient.types import TokenView
-from rlpost.recipe.method import Clip, NoClip, PpoClip, RatioSection
+from rlpost.recipe.sections.method import Clip, NoClip, PpoClip, RatioSection
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: beyond any clip, but finite
 

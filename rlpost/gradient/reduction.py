@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlpost.gradient.segments import count_by, sum_by
 from rlpost.gradient.types import Counts, TokenView
-from rlpost.recipe.method import ReductionSection
+from rlpost.recipe.sections.method import ReductionSection
 
 
 def token_weights(section: ReductionSection, view: TokenView, counts: Counts, keep: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlpost.gradient.segments import spread_by
-from rlpost.recipe.method import MethodSection, OverlongSection
+from rlpost.recipe.sections.method import MethodSection, OverlongSection
 
 
 def overlong_penalty(section: OverlongSection, lengths: Tensor, max_completion_tokens: int) -> Tensor:

@@ -31,8 +31,8 @@ from rlpost.methods.ppo import (
 )
 from rlpost.policy.critic import read_places
 from rlpost.policy.model import Policy
-from rlpost.recipe.critic import CriticSection
-from rlpost.recipe.method import MethodSection
+from rlpost.recipe.sections.critic import CriticSection
+from rlpost.recipe.sections.method import MethodSection
 
 
 @dataclass(slots=True)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlpost.deepspeed_import import import_deepspeed
 from rlpost.errors import CheckpointError, RecipeError
+from rlpost.learner.deepspeed_import import import_deepspeed
 from rlpost.learner.learner import CRITIC, StepReport, collect_weights
 from rlpost.learner.optimizer import learning_rate, make_optimizer, set_learning_rate
 from rlpost.learner.process import Processes
 from rlpost.policy.model import Policy
-from rlpost.recipe.learner import LearnerSection
+from rlpost.recipe.sections.learner import LearnerSection
 
 
 class DeepSpeedLearner:

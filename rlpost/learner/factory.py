@@ -10,8 +10,8 @@ import torch
 from rlpost.learner.learner import DataParallelLearner, Learner, check_plain
 from rlpost.learner.process import Processes
 from rlpost.policy.model import Policy
-from rlpost.recipe.learner import LearnerSection
-from rlpost.recipe.model import ModelSection
+from rlpost.recipe.sections.learner import LearnerSection
+from rlpost.recipe.sections.model import ModelSection
 
 
 def make_learner(policy: Policy, section: LearnerSection, processes: Processes) -> Learner:

@@ -17,7 +17,7 @@ from rlpost.learner.process import Processes
 from rlpost.policy.accumulation import accumulate_in_place
 from rlpost.policy.model import Policy
 from rlpost.policy.weights import Gather, gather_nothing
-from rlpost.recipe.learner import LearnerSection
+from rlpost.recipe.sections.learner import LearnerSection
 
 OPTIMIZER, CRITIC = "optimizer.pt", "critic.pt"
 

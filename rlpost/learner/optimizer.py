@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rlpost.recipe.learner import LearnerSection
+from rlpost.recipe.sections.learner import LearnerSection
 
 
 def learning_rate(section: LearnerSection, step: int) -> float:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rlpost.errors import CheckpointError
-from rlpost.recipe.model import LoraSection
-from rlpost.recipe.root import Recipe
+from rlpost.recipe.sections.model import LoraSection
+from rlpost.recipe.sections.root import Recipe
 
 # Of a rollout in progress: between rollouts these may be changed freely.
 _IN_ROLLOUT = ("learner.minibatches", "learner.epochs", "method.kl", "method.pairs")

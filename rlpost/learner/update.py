@@ -20,9 +20,9 @@ from rlpost.methods.context import StepContext
 from rlpost.methods.controllers import Decision
 from rlpost.methods.estimator import compute_coefficients, needs_statistics
 from rlpost.policy.rows import spare_rows
-from rlpost.recipe.learner import LearnerSection
-from rlpost.recipe.method import MethodSection
-from rlpost.recipe.rollout import ProbeSection
+from rlpost.recipe.sections.learner import LearnerSection
+from rlpost.recipe.sections.method import MethodSection
+from rlpost.recipe.sections.rollout import ProbeSection
 from rlpost.rollout.probe import ProbeResult, check
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlpost.gradient.curvature import Curvature
 from rlpost.gradient.metrics import BINS_PER_DECADE, DECADES, log_bins, upper_edge
 from rlpost.methods.moments import AllReduce
-from rlpost.recipe.masks import CalibratedThresholds
+from rlpost.recipe.sections.masks import CalibratedThresholds
 
 BINS = BINS_PER_DECADE * DECADES + 1
 

@@ -14,8 +14,8 @@ from rlpost.gradient.types import Coefficients, HeadStatistics, TokenView
 from rlpost.methods.calibration import Calibration, Limits
 from rlpost.methods.context import StepContext
 from rlpost.methods.moments import AllReduce, MomentRows, RowMeans
-from rlpost.recipe.masks import CalibratedThresholds, CurvatureMask, FixedThresholds
-from rlpost.recipe.method import MethodSection
+from rlpost.recipe.sections.masks import CalibratedThresholds, CurvatureMask, FixedThresholds
+from rlpost.recipe.sections.method import MethodSection
 
 CPU_CHUNK_TOKENS = 16
 """On a CPU a chunk that stays in the cache takes a third of the time of one that does not."""

@@ -24,7 +24,7 @@ from rlpost.methods.safe import (
     relative_phase,
     threshold_penalty,
 )
-from rlpost.recipe.critic import (
+from rlpost.recipe.sections.critic import (
     AdaptiveKlController,
     AsymmetricPenalty,
     Controller,

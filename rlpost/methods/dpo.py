@@ -19,8 +19,8 @@ from rlpost.gradient.correction import sampler_correction
 from rlpost.gradient.metrics import Metric, mean_of
 from rlpost.gradient.segments import count_by, sum_by
 from rlpost.gradient.types import Coefficients, Counts, TokenView
-from rlpost.recipe.method import CorrectionSection
-from rlpost.recipe.preference import NoSft, PairsSection, SequenceMeanSft, SumSft
+from rlpost.recipe.sections.method import CorrectionSection
+from rlpost.recipe.sections.preference import NoSft, PairsSection, SequenceMeanSft, SumSft
 
 
 def preference_loss(section: PairsSection, difference: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from rlpost.methods.context import StepContext
 from rlpost.methods.dpo import pair_coefficients
 from rlpost.methods.imitation import demonstration_coefficient, demonstration_weights, loss_parts, sample_factor
 from rlpost.methods.masking import accepted_tokens
-from rlpost.recipe.method import MethodSection
+from rlpost.recipe.sections.method import MethodSection
 
 
 @dataclass(frozen=True, slots=True)

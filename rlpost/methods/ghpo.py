@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rlpost.recipe.guidance import HintGuidance
-from rlpost.verdict import is_right
+from rlpost.recipe.sections.guidance import HintGuidance
+from rlpost.teaching.verdict import is_right
 
 
 def is_wrong(value: float, section: HintGuidance) -> bool:

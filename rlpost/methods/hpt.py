@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rlpost.methods.estimator import AdvantageResult, compute_advantages
 from rlpost.methods.imitation import joins_group
-from rlpost.recipe.guidance import Gate, SftFirstGate, SoftGate, SolveRateGate, SrftGate
-from rlpost.recipe.method import MethodSection
-from rlpost.verdict import right_of_known
+from rlpost.recipe.sections.guidance import Gate, SftFirstGate, SoftGate, SolveRateGate, SrftGate
+from rlpost.recipe.sections.method import MethodSection
+from rlpost.teaching.verdict import right_of_known
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from rlpost.gradient.metrics import Metric, Total, mean_of
 from rlpost.gradient.segments import count_by, mean_by
 from rlpost.gradient.types import Counts, TokenView
-from rlpost.recipe.guidance import Gate, LuffyGate, SolveRateGate, SrftGate
+from rlpost.recipe.sections.guidance import Gate, LuffyGate, SolveRateGate, SrftGate
 
 
 def joins_group(gate: Gate) -> bool:

@@ -11,8 +11,8 @@ from rlpost.gradient.segments import count_by
 from rlpost.gradient.types import TokenView
 from rlpost.methods.capo import curvature_metrics, moved_tokens, probability_metrics
 from rlpost.methods.context import StepContext
-from rlpost.recipe.masks import CurvatureMask, Mask, OffPolicyMask, ProbabilityMask, RandomMask
-from rlpost.recipe.method import MethodSection
+from rlpost.recipe.sections.masks import CurvatureMask, Mask, OffPolicyMask, ProbabilityMask, RandomMask
+from rlpost.recipe.sections.method import MethodSection
 
 
 def accepted_tokens(method: MethodSection, view: TokenView, context: StepContext) -> tuple[Tensor, dict[str, Metric]]:

@@ -14,7 +14,7 @@ from rlpost.gradient.gae import ValueCoefficients, aggregate_values, first_token
 from rlpost.gradient.metrics import Metric, max_of, mean_of
 from rlpost.gradient.segments import sum_by
 from rlpost.gradient.types import Counts
-from rlpost.recipe.critic import CriticSection
+from rlpost.recipe.sections.critic import CriticSection
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from rlpost.errors import RecipeError
 from rlpost.experience import TokenRows
 from rlpost.gradient.gae import first_tokens, last_tokens
 from rlpost.policy.attention import mask_for
-from rlpost.recipe.critic import CriticSection
-from rlpost.recipe.model import ModelSection
+from rlpost.recipe.sections.critic import CriticSection
+from rlpost.recipe.sections.model import ModelSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,7 +17,7 @@ from rlpost.policy.head import HeadRequest, LogitRule, ScoringLinear
 from rlpost.policy.linear import recast_linear
 from rlpost.policy.quantized import loading_options
 from rlpost.policy.rows import Layout
-from rlpost.recipe.model import LoraSection, ModelSection
+from rlpost.recipe.sections.model import LoraSection, ModelSection
 
 if TYPE_CHECKING:
     from peft import PeftModel

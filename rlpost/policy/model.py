@@ -24,12 +24,12 @@ from rlpost.policy.loading import (
     verify_head,
     without_progress_bars,
 )
+from rlpost.policy.precision import autocast_of
 from rlpost.policy.quantized import quantization_note, refuse_misread, saved_unquantized
 from rlpost.policy.rows import Layout, spare_rows, to_device
 from rlpost.policy.sequence_parallel import SequenceParallel, take_turns
 from rlpost.policy.weights import Gather, gather_nothing, module_weights, named_weights
-from rlpost.precision import autocast_of
-from rlpost.recipe.model import ModelSection
+from rlpost.recipe.sections.model import ModelSection
 
 if TYPE_CHECKING:
     from peft import PeftModel

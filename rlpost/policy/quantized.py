@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from rlpost.errors import RecipeError
-from rlpost.precision import autocast_of
-from rlpost.recipe.model import ModelSection
+from rlpost.policy.precision import autocast_of
+from rlpost.recipe.sections.model import ModelSection
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel

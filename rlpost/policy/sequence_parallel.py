@@ -36,7 +36,7 @@ class SequenceParallel:
     """This process's place among the `size` neighbours that share rows. Making one is collective."""
 
     def __init__(self, size: int, *, rank: int, world: int) -> None:
-        from rlpost.deepspeed_import import import_deepspeed
+        from rlpost.learner.deepspeed_import import import_deepspeed
 
         import_deepspeed().init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         self.size = size

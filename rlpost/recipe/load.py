@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlpost.errors import RecipeError
-from rlpost.recipe.base import Section
-from rlpost.recipe.presets import fill_preset
 from rlpost.recipe.problems import describe_errors
-from rlpost.recipe.root import Recipe
+from rlpost.recipe.sections.base import Section
+from rlpost.recipe.sections.presets import fill_preset
+from rlpost.recipe.sections.root import Recipe
 
 COMMAND_LINE = "command line"
 
@@ -34,7 +34,7 @@ class LoadedRecipe:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """Reads and checks a recipe; raises RecipeError naming every problem at once.
 
-    What can only be judged with the machine at hand (files, processes, GPUs) is checked by `rlpost.recipe.rules`.
+    What can only be judged with the machine at hand (files, processes, GPUs) is checked by `rlpost.recipe.rules.check`.
     """
     path = Path(path).expanduser()
     given = [_split(override) for override in overrides]

@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from rlpost.recipe.base import Section, members
 from rlpost.recipe.schema import Place, field_in_words, locate, sections_of, type_names
+from rlpost.recipe.sections.base import Section, members
 
 if TYPE_CHECKING:
     from pydantic import ValidationError

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from rlpost.recipe.base import Section, members
+from rlpost.recipe.sections.base import Section, members
 
 _WORDS = {int: "whole number", float: "number", str: "text", bool: "true or false", NoneType: "null", Any: "any value"}
 _BOUNDS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
@@ -129,7 +129,7 @@ def default_in_words(field: FieldInfo) -> str:
 
 def json_schema() -> str:
     """The JSON schema of recipes, for editors."""
-    from rlpost.recipe.root import Recipe
+    from rlpost.recipe.sections.root import Recipe
 
     schema = Recipe.model_json_schema()
     schema["title"] = "rlpost recipe"
@@ -138,7 +138,7 @@ def json_schema() -> str:
 
 def reference() -> str:
     """docs/recipe.md: every key, its type, default and meaning. Written from the sections themselves."""
-    from rlpost.recipe.root import Recipe
+    from rlpost.recipe.sections.root import Recipe
 
     lines = [
         "# Recipe reference",

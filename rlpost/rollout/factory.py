@@ -6,8 +6,8 @@ import importlib.util
 import logging
 from typing import TYPE_CHECKING
 
-from rlpost.recipe.model import ModelSection
-from rlpost.recipe.rollout import TransformersEngine, VllmEngine
+from rlpost.recipe.sections.model import ModelSection
+from rlpost.recipe.sections.rollout import TransformersEngine, VllmEngine
 from rlpost.rollout.engine import RolloutEngine
 
 if TYPE_CHECKING:

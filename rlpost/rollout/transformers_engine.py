@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlpost.errors import RolloutError
 from rlpost.experience import Completion
-from rlpost.recipe.rollout import TransformersEngine
+from rlpost.recipe.sections.rollout import TransformersEngine
 from rlpost.rollout.drawing import Row, draw, make_warpers
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlpost.errors import RolloutError
 from rlpost.experience import Completion
-from rlpost.precision import sampler_dtype
-from rlpost.recipe.rollout import VllmEngine
+from rlpost.policy.precision import sampler_dtype
+from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
 from rlpost.rollout.process_state import memory_binding_kept, process_group_kept, random_state_kept, threads_kept
 from rlpost.rollout.vllm_errors import explain_startup

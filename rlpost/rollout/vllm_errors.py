@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rlpost.errors import RolloutError
-from rlpost.recipe.rollout import VllmEngine
+from rlpost.recipe.sections.rollout import VllmEngine
 
 
 def explain_startup(error: BaseException, model_path: str, section: VllmEngine, max_model_len: int) -> RolloutError:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from rlpost.errors import RewardError
 from rlpost.experience import Group, Outcome
-from rlpost.recipe.reward import Reward, RewardModelSection, RewardSection, ScoringSection
+from rlpost.recipe.sections.reward import Reward, RewardModelSection, RewardSection, ScoringSection
 from rlpost.scoring.scorer import Scorer
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlpost.errors import RewardError
 from rlpost.experience import Group, Outcome, Score
 from rlpost.policy.packing import stack_rows
-from rlpost.recipe.reward import RewardModelSection
+from rlpost.recipe.sections.reward import RewardModelSection
 from rlpost.scoring.scorer import FailureTally
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from rlpost.scoring.load import check_arguments, check_signature, load_reward
 from rlpost.scoring.pool import Died, Job, Killed, Result, WorkerPool
 
 if TYPE_CHECKING:
-    from rlpost.recipe.reward import RewardSection, ScoringSection
+    from rlpost.recipe.sections.reward import RewardSection, ScoringSection
 
 Sample = tuple[Group, Completion]
 Place = tuple[int, int]  # which of the flattened samples, which reward

@@ -39,7 +39,7 @@ def try_reward(
     Raises:
         RewardError: a line cannot be read, the function cannot be loaded, or it breaks its contract.
     """
-    from rlpost.recipe.reward import RewardSection, ScoringSection
+    from rlpost.recipe.sections.reward import RewardSection, ScoringSection
     from rlpost.scoring.scorer import Scorer
 
     lines, groups = zip(*_read_samples(samples_path), strict=True)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
 
-from rlpost.recipe.learner import LearnerSection, TrackingSection
-from rlpost.recipe.reward import Reward, reward_ceiling
+from rlpost.recipe.sections.learner import LearnerSection, TrackingSection
+from rlpost.recipe.sections.reward import Reward, reward_ceiling
 from rlpost.tracking.advice import Advice, Doctor
 from rlpost.tracking.completions import ScoredRollout, pick_sample, records, write_completions
 from rlpost.tracking.console import Console, make_console

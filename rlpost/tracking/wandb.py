@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlpost.recipe.learner import WandbSection
+from rlpost.recipe.sections.learner import WandbSection
 from rlpost.tracking.completions import CompletionRecord
 from rlpost.tracking.metrics import Kind, MetricRow, write_atomically
 from rlpost.tracking.rundir import RunDirectory

@@ -1,0 +1,134 @@
+"""`rlpost eval`: a checkpoint's held-out accuracy, without training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlpost.errors import CheckpointError, TrainingError
+from rlpost.learner.checkpoint import MANIFEST, verify
+from rlpost.learner.process import Processes
+from rlpost.learner.rng import seed_everything
+from rlpost.policy.precision import decide_precision
+from rlpost.recipe.sections.root import Recipe
+from rlpost.run.assemble import build_engine, build_policy, judge, load_prompts
+from rlpost.scoring.factory import make_scorer
+from rlpost.tracking.metrics import write_atomically
+
+if TYPE_CHECKING:
+    from rlpost.evaluation.accuracy import EvaluationResult
+    from rlpost.recipe.load import LoadedRecipe
+
+GREEDY = ("eval/greedy_accuracy", "eval/greedy_accuracy_stderr", "eval/greedy_reward")
+
+
+def evaluate_checkpoint(loaded: LoadedRecipe, checkpoint: Path) -> EvaluationResult:
+    """Samples, scores and judges the recipe's held-out prompts with the weights in `checkpoint`, prints the figures, and
+    writes them with every completion beside the checkpoint (see `write_page`). With `evaluation.samples` above 1 every prompt
+    is answered greedily too, so that one evaluation gives greedy accuracy and pass@k; what is returned are the samples.
+
+    Raises CheckpointError when there is no readable model in `checkpoint`, or nothing can be written beside it.
+    """
+    recipe, _ = decide_precision(loaded.recipe)
+    checkpoint = checkpoint.expanduser()
+    if not checkpoint.is_dir():
+        raise CheckpointError(
+            f"There is no folder {checkpoint}. Name a checkpoint such as runs/<name>/checkpoints/step_000010, or any folder "
+            f"with a model in Hugging Face layout."
+        )
+    if (checkpoint / MANIFEST).is_file():
+        verify(checkpoint)
+    processes = Processes()
+    seed_everything(recipe.seed)
+    with closing(make_scorer(recipe.rewards, recipe.scoring, loaded.path.parent)) as scorer:
+        tokenizer, sets = processes.together(lambda: load_prompts(recipe, scorer))
+        model_path, policy = processes.together(lambda: build_policy(recipe, checkpoint, processes))
+        engine = build_engine(recipe, model_path, tokenizer, processes)
+        try:
+            engine.load_weights(policy.named_weights())
+            result = judge(recipe, engine, scorer, sets.held_out, processes)
+            greedy = None
+            if recipe.evaluation.samples > 1:
+                greedy = judge(greedily(recipe), engine, scorer, sets.held_out, processes)
+        finally:
+            engine.close()
+            names = scorer.names
+    if processes.is_main:
+        report(recipe, checkpoint, result, greedy, names)
+    processes.close()
+    return result
+
+
+def greedily(recipe: Recipe) -> Recipe:
+    """The same evaluation with one greedy answer a prompt."""
+    section = recipe.evaluation.model_copy(update={"samples": 1, "k": (1,)})
+    return recipe.model_copy(update={"evaluation": section})
+
+
+def report(
+    recipe: Recipe, checkpoint: Path, result: EvaluationResult, greedy: EvaluationResult | None, names: Sequence[str]
+) -> None:
+    """Prints the figures, and writes them with every completion beside the checkpoint."""
+    from rlpost.evaluation.accuracy import evaluation_rows
+
+    metrics = result.metrics()
+    page: dict[str, Any] = {"settings": settings(recipe), "metrics": metrics}
+    page["completions"] = evaluation_rows(result, names)
+    if greedy is not None:
+        of_greedy = {key.replace("eval/", "eval/greedy_", 1): value for key, value in greedy.metrics().items()}
+        metrics |= {key: of_greedy[key] for key in GREEDY if key in of_greedy}
+        page["greedy_completions"] = evaluation_rows(greedy, names)
+    show(metrics, len(result.groups), checkpoint)
+    print(f"Every completion and its verdict: {write_page(checkpoint, page)}")
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """What the figures depend on beside the checkpoint."""
+    parts = recipe.model_dump(mode="json", include={"evaluation", "data", "rewards", "seed"})
+    sampling = {"max_completion_tokens", "top_p", "top_k", "stop"}
+    return parts | {"rollout": recipe.rollout.model_dump(mode="json", include=sampling)}
+
+
+def write_page(checkpoint: Path, page: Mapping[str, Any]) -> Path:
+    """Writes an evaluation as `<checkpoint>.eval.json`, or as `.eval-2.json` and so on where one with other `settings` lies
+    already: only the same evaluation made again replaces itself. Raises CheckpointError where that cannot be written."""
+    for number in count(1):
+        target = checkpoint.with_name(f"{checkpoint.name}.eval{'' if number == 1 else f'-{number}'}.json")
+        if not target.exists() or _settings_in(target) == page["settings"]:
+            break
+    try:
+        write_atomically(target, json.dumps(page, indent=1, ensure_ascii=False))
+    except TrainingError as error:
+        cause = getattr(error.__cause__, "strerror", None) or error
+        raise CheckpointError(
+            f"The evaluation cannot be written to {target}: {cause}. Its figures are above; for the "
+            f"completions make room or make the folder writable, or copy {checkpoint} to where you can write, and evaluate "
+            "again."
+        ) from error
+    return target
+
+
+def _settings_in(page: Path) -> Any:
+    try:
+        return json.loads(page.read_text(encoding="utf-8")).get("settings")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def show(metrics: Mapping[str, float], number: int, checkpoint: Path, what: str = "prompts") -> None:
+    """Prints the figures."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name.removeprefix("eval/"), f"{value:.4g}")
+    console = Console()
+    console.print(f"{checkpoint}: {number} held-out {what}", soft_wrap=True)
+    console.print(table)

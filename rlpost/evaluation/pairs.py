@@ -1,0 +1,89 @@
+"""`rlpost eval` for recipes on preference pairs: how well a checkpoint tells the held-out pairs apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlpost.data.pairs import Pair
+from rlpost.errors import CheckpointError
+from rlpost.evaluation.checkpoint import settings, show, write_page
+from rlpost.learner.checkpoint import MANIFEST, verify
+from rlpost.learner.learner import token_logprobs
+from rlpost.learner.pair_rows import pair_batches
+from rlpost.learner.process import Processes
+from rlpost.learner.rng import seed_everything
+from rlpost.policy.precision import decide_precision
+from rlpost.run.assemble import build_policy, layout_for, load_prompts, load_reference
+from rlpost.scoring.scorer import Scorer
+from rlpost.source.baseline import with_baselines
+from rlpost.source.pairs import judge_pairs, open_pairs, pair_group
+from rlpost.source.reference import ReferenceTable, cache_path, read_cache
+
+if TYPE_CHECKING:
+    from rlpost.policy.model import Policy
+    from rlpost.recipe.load import LoadedRecipe
+    from rlpost.recipe.sections.root import Recipe
+
+
+def evaluate_pairs(loaded: LoadedRecipe, checkpoint: Path) -> dict[str, float]:
+    """Judges the recipe's held-out pairs with the weights in `checkpoint`, prints the figures, and writes them beside the
+    checkpoint as `<checkpoint>.eval.json`. Reference log-probs come from the cache of the run, where there is one.
+
+    Raises CheckpointError when there is no readable model in `checkpoint`.
+    """
+    recipe, _ = decide_precision(loaded.recipe)
+    checkpoint = checkpoint.expanduser()
+    if not checkpoint.is_dir():
+        raise CheckpointError(
+            f"There is no folder {checkpoint}. Name a checkpoint such as runs/<name>/checkpoints/step_000010."
+        )
+    if (checkpoint / MANIFEST).is_file():
+        verify(checkpoint)
+    processes = Processes()
+    seed_everything(recipe.seed)
+    with Scorer((), recipe.scoring) as scorer:
+        tokenizer, sets = processes.together(lambda: load_prompts(recipe, scorer))
+    model_path, policy = processes.together(lambda: build_policy(recipe, checkpoint, processes))
+    sets, _ = with_baselines(recipe, sets, model_path, tokenizer, processes)  # of all pairs: as the run kept them
+    pairs = [pair for pair in sets.held_out if isinstance(pair, Pair)][: recipe.evaluation.prompts]
+    own = list(range(processes.rank, len(pairs), processes.world))
+    found = _judge(recipe, policy, model_path, pairs, own, tokenizer.pad_token_id, processes)
+    if processes.is_main:
+        show(found, len(pairs), checkpoint, "pairs")
+        page = {"settings": settings(recipe), "metrics": {f"eval/{k}": v for k, v in found.items()}}
+        print(f"The same as JSON: {write_page(checkpoint, page)}")
+    processes.close()
+    return found
+
+
+def _judge(
+    recipe: Recipe,
+    policy: Policy,
+    model_path: str,
+    pairs: list[Pair],
+    own: list[int],
+    pad_id: int,
+    processes: Processes,
+) -> dict[str, float]:
+    section = recipe.method.pairs
+    assert section is not None  # the rules ask for it
+    initial = section.baseline == "initial"
+    buffer = open_pairs(
+        [pair_group(pairs[i]) for i in own],
+        [pairs[i].baseline if initial else None for i in own],
+        step=0,
+        minibatches=1,
+        processes=processes,
+    )
+    layout, _ = layout_for(policy, recipe.learner.layout, recipe.longest_sequence)
+    rows = pair_batches(
+        buffer.row_groups(), layout=layout, micro_batch_tokens=recipe.learner.micro_batch_tokens, pad_id=pad_id
+    )
+    kept = read_cache(cache_path(recipe, model_path, pairs), sum(len(ids) for pair in pairs for ids in pair.responses))
+    if kept is not None:
+        buffer.ref_logp = ReferenceTable.of(pairs, kept).take(own)
+    else:
+        reference = load_reference(recipe, model_path, processes.device)
+        buffer.ref_logp = token_logprobs(reference, rows, buffer.tokens)
+    return judge_pairs(section, policy, buffer, rows, processes)

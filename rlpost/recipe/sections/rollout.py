@@ -1,0 +1,74 @@
+"""`rollout`: how completions are sampled."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from rlpost.recipe.sections.base import Section
+
+
+class VllmEngine(Section):
+    """vLLM inside the learner's process (colocated)."""
+
+    type: Literal["vllm"] = "vllm"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """The precision of the sampler. auto: bfloat16 where the device has instructions for it, else float32."""
+    memory_fraction: float = Field(0.4, gt=0, lt=1)
+    """The share of GPU memory that vLLM may take (weights and KV cache)."""
+    kv_cache_gib: float = Field(1.0, gt=0)
+    """The KV cache's size on CPU, in GiB."""
+    max_sequences: PositiveInt = 256
+    """How many sequences are decoded at once at the most."""
+    eager: bool | None = None
+    """Without CUDA graphs or compilation. Default: on CPU yes, on CUDA no."""
+    sleep: bool = False
+    """Give GPU memory back between rollouts (vLLM's sleep mode: weights to the host, KV cache dropped). CUDA only."""
+    tensor_parallel: PositiveInt = 1
+    """GPUs per engine. Only 1 in a colocated engine for now."""
+
+
+class TransformersEngine(Section):
+    """A sampling loop over transformers' forward: slow, works everywhere. The fallback where vLLM is not installed."""
+
+    type: Literal["transformers"] = "transformers"
+    batch_size: PositiveInt = 64
+    """How many sequences are decoded at once."""
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    """The precision of the sampler's own copy of the weights."""
+
+
+Engine = Annotated[VllmEngine | TransformersEngine, Field(discriminator="type")]
+
+
+class ProbeSection(Section):
+    """After a weight sync, a few tokens are scored by learner and engine; a jump stops the run with its cause named."""
+
+    every: PositiveInt = 1
+    """Compare on every so many-th rollout."""
+    max_mean_gap: float = Field(0.5, gt=0)
+    """Mean |learner log-prob - engine log-prob| (nats) above which the engine is held to have wrong weights."""
+
+
+class RolloutSection(Section):
+    """Sampling: P prompts a step, G completions a prompt."""
+
+    engine: Engine = Field(default_factory=VllmEngine)
+    """Who samples."""
+    prompts_per_step: PositiveInt = 8
+    """Prompts per rollout, over all processes."""
+    completions_per_prompt: PositiveInt = 8
+    """G, the group's size."""
+    max_completion_tokens: PositiveInt = 256
+    """Completions are cut (finish: length) here."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature. Log-probs are of the distribution sampled from."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus sampling; 1 is off."""
+    top_k: int = Field(-1, ge=-1)
+    """Top-k sampling; -1 is off."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a completion."""
+    probe: ProbeSection | None = Field(default_factory=ProbeSection)
+    """Verification of the engine's weights; null switches it off."""
