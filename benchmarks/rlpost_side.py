@@ -28,7 +28,7 @@ from rlpost.recipe.sections.learner import LearnerSection
 from rlpost.recipe.sections.method import MethodSection, PpoClip
 from rlpost.recipe.sections.model import ModelSection
 from rlpost.recipe.sections.reward import RewardSection
-from rlpost.run.weigh import open_buffer, weigh
+from rlpost.source.weigh import open_buffer, weigh
 
 Step = Callable[[int], dict[str, float]]
 

@@ -217,7 +217,7 @@ def run_rlpost(policy: str, reference: str, pairs: Path, setting: Setting, layou
     from rlpost.recipe.sections.data import DataSection
     from rlpost.recipe.sections.method import MethodSection
     from rlpost.recipe.sections.model import ModelSection
-    from rlpost.source.pairs import open_pairs, pair_group
+    from rlpost.source.pair_buffer import open_pairs, pair_group
 
     method = MethodSection.model_validate({"preset": "dpo", "pairs": {"beta": BETA, **setting.rlpost}})
     source = {"type": "preference", "path": str(pairs), "plain": not setting.chat}

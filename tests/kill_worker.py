@@ -32,16 +32,16 @@ def telling(file: Path, held: bool) -> None:
     """Has this process write a file when its first step begins, or with `held` wait there to be killed."""
     from rlpost.run.loop import Loop
 
-    original = Loop.step
+    original = Loop.rollout
 
     def step(self):
         if held:
             time.sleep(3600)
-        Loop.step = original
+        Loop.rollout = original
         file.touch()
         return original(self)
 
-    Loop.step = step
+    Loop.rollout = step
 
 
 def run(recipe: str, resume: str, started: Path, held: bool) -> int:

@@ -191,7 +191,7 @@ def test_a_separate_critic_must_be_whole(model, tmp_path):
 
 def test_a_critic_of_another_tokenizer_is_refused_before_anything_is_loaded(tiny_model, write_recipe, tmp_path):
     from rlpost.recipe.load import load_recipe
-    from rlpost.run.assemble import check_critic
+    from rlpost.run.checks import check_critic
 
     method = {"preset": "ppo", "critic": {"model": "separate", "path": tiny_model}}
     recipe = load_recipe(write_recipe(tmp_path, {"method": method})).recipe
@@ -201,7 +201,7 @@ def test_a_critic_of_another_tokenizer_is_refused_before_anything_is_loaded(tiny
 
 
 def test_rows_suit_the_critics_model_too(model):
-    from rlpost.run.assemble import layout_for
+    from rlpost.run.build import layout_for
 
     policy = load_policy(model, model.path)
     assert layout_for(policy, "tree", 256) == ("tree", None)

@@ -84,8 +84,8 @@ def test_responses_of_a_column_are_held_up(tmp_path, tiny_model, initial, one_th
 
 
 def test_without_a_column_they_are_sampled_once_and_kept(tmp_path, tiny_model, initial, one_thread, monkeypatch):
-    import rlpost.run.assemble
     from rlpost.evaluation.pairs import evaluate_pairs
+    from rlpost.rollout.transformers_engine import TransformersRolloutEngine
 
     recipe = recipe_with(tmp_path / "a", tiny_model, checkpoint__every=1, checkpoint__keep=9)
     assert make_plan(load_recipe(recipe)).order[0].startswith("once, before training: a greedy response")
@@ -98,11 +98,11 @@ def test_without_a_column_they_are_sampled_once_and_kept(tmp_path, tiny_model, i
     assert first["pairs/sft_loss"] == pytest.approx(printed("sum", found), rel=1e-4)
     (kept,) = (tmp_path / "cache" / "baseline").iterdir()
 
-    def refuse(*_arguments):
+    def refuse(*_arguments, **_keywords):
         raise AssertionError("an engine was started")
 
     with monkeypatch.context() as patch:
-        patch.setattr(rlpost.run.assemble, "start_engine", refuse)
+        patch.setattr(TransformersRolloutEngine, "from_path", refuse)
         whole, last = rows(result.run_dir), weights(result.checkpoint)
         again = run(recipe, f"resume={tmp_path / 'a' / 'run' / 'checkpoints' / 'step_000001'}")
         assert rows(again.run_dir) == whole and same(weights(again.checkpoint), last)

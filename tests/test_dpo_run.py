@@ -114,14 +114,14 @@ def test_resume_without_the_cache_computes_the_same_reference(tmp_path, tiny_mod
 
 
 def test_the_reference_is_computed_once(tmp_path, tiny_model, one_thread):
-    from rlpost.source.pairs import PairLoop
+    from rlpost.source.pairs import PairSource
 
     first = rows(run(pair_recipe(tmp_path, tiny_model)).run_dir)
     kept = sorted((tmp_path / "cache" / "reference").iterdir())
     assert len(kept) == 2  # training and held-out pairs
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PairLoop, "reference_logprobs", lambda self, buffer: calls.append(buffer))
+        patch.setattr(PairSource, "reference_logprobs", lambda self, buffer: calls.append(buffer))
         again = rows(run(pair_recipe(tmp_path / "again", tiny_model)).run_dir)
     assert calls == []
     assert again == first
@@ -130,7 +130,7 @@ def test_the_reference_is_computed_once(tmp_path, tiny_model, one_thread):
 
 
 def test_the_cache_tells_models_apart_and_mends_itself(tmp_path, tiny_model, one_thread):
-    from rlpost.source.pairs import PairLoop
+    from rlpost.source.pairs import PairSource
 
     def kept() -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in (tmp_path / "cache" / "reference").iterdir()}
@@ -148,9 +148,9 @@ def test_the_cache_tells_models_apart_and_mends_itself(tmp_path, tiny_model, one
     folder = tmp_path / "cache" / "reference"
     (folder / damaged[0]).write_bytes(one[damaged[0]][:-9])  # cut off
     (folder / damaged[1]).write_bytes(b"no safetensors")
-    computed = PairLoop.reference_logprobs
+    computed = PairSource.reference_logprobs
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PairLoop, "reference_logprobs", lambda loop, b: calls.append(b) or computed(loop, b))
+        patch.setattr(PairSource, "reference_logprobs", lambda loop, b: calls.append(b) or computed(loop, b))
         again = rows(run(pair_recipe(tmp_path / "c", tiny_model, **short)).run_dir)
     assert len(calls) == 2 and again == first
     assert kept() == both  # written anew, the same

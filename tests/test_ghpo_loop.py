@@ -91,10 +91,10 @@ def test_resumed_equals_uninterrupted(finished, step) -> None:
 
 def test_evaluation_never_shows_a_hint(tmp_path, write_recipe, monkeypatch) -> None:
     import rlpost.evaluation.accuracy
-    import rlpost.run.loop
+    import rlpost.source.sampled
 
     seen: dict[str, list] = {"train": [], "eval": []}
-    for place, name in ((rlpost.run.loop, "train"), (rlpost.evaluation.accuracy, "eval")):
+    for place, name in ((rlpost.source.sampled, "train"), (rlpost.evaluation.accuracy, "eval")):
         original = place.sample_groups
 
         def spy(engine, prompts, *rest, original=original, name=name, **keywords):
@@ -200,7 +200,7 @@ def test_log_probs_are_those_under_the_conditioning_prompt(tiny_model, condition
     from rlpost.learner.learner import token_logprobs
     from rlpost.policy.model import load_policy
     from rlpost.recipe.sections.model import ModelSection
-    from rlpost.run.weigh import open_buffer
+    from rlpost.source.weigh import open_buffer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     guided, hinter = guided_batch(tokenizer, condition)
@@ -242,17 +242,17 @@ def reward(prompts, completions, **columns):
 
 def test_with_dynamic_sampling_the_figures_are_of_what_is_trained_on(tmp_path, write_recipe, monkeypatch) -> None:
     """Guidance acts first; groups that are still flat are then replaced by unhinted ones, and counted as such."""
-    import rlpost.run.loop
+    import rlpost.source.sampled
     from rlpost.teaching.verdict import accuracies
 
     trained = []
-    original = rlpost.run.loop.open_buffer
+    original = rlpost.source.sampled.open_buffer
 
     def spy(groups, **keywords):
         trained.append(list(groups))
         return original(groups, **keywords)
 
-    monkeypatch.setattr(rlpost.run.loop, "open_buffer", spy)
+    monkeypatch.setattr(rlpost.source.sampled, "open_buffer", spy)
     method = {"preset": "dapo", "guidance": {"type": "hint", "wording": "HINT{hint}"}, "overlong": {"penalty": 0.0}}
     changes = {**GHPO, "method": method, "learner.steps": 5, "data.train": {"type": "arithmetic", "size": 60}}
     found = rows(run(write_recipe(tmp_path, changes, REWARD)).run_dir)

@@ -19,7 +19,7 @@ from rlpost.methods.hpt import Route, gated_advantages, needs_samples, route
 from rlpost.methods.imitation import off_policy_slope
 from rlpost.policy.model import PolicyOutput
 from rlpost.recipe.sections.guidance import LuffyGate, SftFirstGate, SoftGate, SolveRateGate, SrftGate
-from rlpost.run.weigh import open_buffer, weigh
+from rlpost.source.weigh import open_buffer, weigh
 from rlpost.teaching.gate import gate
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}

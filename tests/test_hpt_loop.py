@@ -112,16 +112,14 @@ def test_sft_is_evaluated_by_sampling(tmp_path, write_recipe) -> None:
 def test_the_first_step_is_the_mean_nll_of_the_solutions(tmp_path, write_recipe, tiny_model) -> None:
     from transformers import AutoModelForCausalLM
 
-    from rlpost.learner.watch import Interrupt
     from rlpost.recipe.load import load_recipe
     from rlpost.run.assemble import assemble
-    from rlpost.run.loop import Loop
+    from rlpost.source.factory import make_source
 
     recipe = write_recipe(tmp_path, {**BASE, "method": {"preset": "hpt", "gate": {"gamma": 1}}}, REWARD)
     parts = assemble(load_recipe(recipe))
     try:
-        with Interrupt() as interrupt:
-            buffer = Loop(parts, interrupt).roll_out()
+        buffer = make_source(parts).next(0)
         metrics = parts.updater.update(buffer, 0)
         model, losses = AutoModelForCausalLM.from_pretrained(tiny_model), []
         end = parts.tokenizer.eos_token_id

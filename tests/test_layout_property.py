@@ -26,8 +26,8 @@ from rlpost.learner.update import Updater
 from rlpost.recipe.sections.learner import LearnerSection
 from rlpost.recipe.sections.method import MethodSection
 from rlpost.recipe.sections.reward import RewardSection
-from rlpost.run.weigh import open_buffer, weigh
-from rlpost.source.pairs import open_pairs
+from rlpost.source.pair_buffer import open_pairs
+from rlpost.source.weigh import open_buffer, weigh
 from rlpost.teaching.gate import gate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

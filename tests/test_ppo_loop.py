@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 
 import pytest
 from conftest import rows, weights
@@ -74,18 +75,20 @@ def test_methods_resume_exactly(write_recipe, tmp_path, method):
 def test_a_stop_during_a_rollout_counts_its_rewards_once(write_recipe, tmp_path, monkeypatch):
     """The rollout is drawn again on resume: whitening, crash counter and a controller that acts on rewards must not have
     seen it before."""
-    from rlpost.run.loop import Loop
+    from rlpost.source.sampled import SampledSource
 
     changes = {**SMALL, "method": {"preset": "safe", "controller": {"term": "reward"}}}
     whole = run(write_recipe(tmp_path / "whole", changes))
-    original, calls = Loop.weigh, []
+    original, calls = SampledSource.next, []
 
-    def weigh(self, buffer):
-        original(self, buffer)
+    def next_and_stop(self, rollout):
+        buffer = original(self, rollout)
         calls.append(1)
-        self.interrupt.requested = len(calls) == 2
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return buffer
 
-    monkeypatch.setattr(Loop, "weigh", weigh)
+    monkeypatch.setattr(SampledSource, "next", next_and_stop)
     cut = write_recipe(tmp_path / "cut", changes)
     stopped = run(cut)
     assert stopped.interrupted and stopped.optimizer_steps == 2

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlpost.errors import CheckpointError, TrainingError
+from rlpost.evaluation.judge import judge
 from rlpost.learner.checkpoint import MANIFEST, verify
 from rlpost.learner.process import Processes
 from rlpost.learner.rng import seed_everything
 from rlpost.policy.precision import decide_precision
 from rlpost.recipe.sections.root import Recipe
-from rlpost.run.assemble import build_engine, build_policy, judge, load_prompts
+from rlpost.run.build import build_engine, build_policy
+from rlpost.run.checks import load_prompts
 from rlpost.scoring.factory import make_scorer
 from rlpost.tracking.metrics import write_atomically
 

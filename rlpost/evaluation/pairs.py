@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlpost.data.pairs import Pair
 from rlpost.errors import CheckpointError
 from rlpost.evaluation.checkpoint import settings, show, write_page
+from rlpost.evaluation.judge import judge_pairs
 from rlpost.learner.checkpoint import MANIFEST, verify
 from rlpost.learner.learner import token_logprobs
 from rlpost.learner.pair_rows import pair_batches
 from rlpost.learner.process import Processes
 from rlpost.learner.rng import seed_everything
 from rlpost.policy.precision import decide_precision
-from rlpost.run.assemble import build_policy, layout_for, load_prompts, load_reference
+from rlpost.run.build import build_policy, layout_for, load_reference, start_engine
+from rlpost.run.checks import load_prompts
 from rlpost.scoring.scorer import Scorer
 from rlpost.source.baseline import with_baselines
-from rlpost.source.pairs import judge_pairs, open_pairs, pair_group
+from rlpost.source.pair_buffer import open_pairs, pair_group
 from rlpost.source.reference import ReferenceTable, cache_path, read_cache
 
 if TYPE_CHECKING:
@@ -45,7 +48,8 @@ def evaluate_pairs(loaded: LoadedRecipe, checkpoint: Path) -> dict[str, float]:
     with Scorer((), recipe.scoring) as scorer:
         tokenizer, sets = processes.together(lambda: load_prompts(recipe, scorer))
     model_path, policy = processes.together(lambda: build_policy(recipe, checkpoint, processes))
-    sets, _ = with_baselines(recipe, sets, model_path, tokenizer, processes)  # of all pairs: as the run kept them
+    start = partial(start_engine, recipe, model_path, tokenizer, processes)
+    sets, _ = with_baselines(recipe, sets, model_path, start, processes)  # of all pairs: as the run kept them
     pairs = [pair for pair in sets.held_out if isinstance(pair, Pair)][: recipe.evaluation.prompts]
     own = list(range(processes.rank, len(pairs), processes.world))
     found = _judge(recipe, policy, model_path, pairs, own, tokenizer.pad_token_id, processes)

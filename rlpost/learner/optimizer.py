@@ -35,7 +35,7 @@ def later_rates(section: LearnerSection, step: int) -> tuple[float, ...]:
 
 def total_optimizer_steps(section: LearnerSection) -> int:
     """Optimizer steps of the whole run."""
-    return section.steps * section.minibatches * section.epochs
+    return section.steps * section.steps_per_rollout
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float, *, critic_only: bool = False) -> None:

@@ -6,19 +6,22 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from rlpost.experience import TokenRows
 from rlpost.gradient.loss import coefficient_loss
 from rlpost.gradient.metrics import Mean, Metric, Total, merge, values
 from rlpost.learner.actor_critic import ActorCritic, critic_loss
 from rlpost.learner.buffer import RolloutBuffer, micro_batches
 from rlpost.learner.curvature_check import CurvatureCheck
-from rlpost.learner.learner import Learner
+from rlpost.learner.learner import Learner, token_logprobs
 from rlpost.learner.optimizer import later_rates, learning_rate
 from rlpost.learner.pair_rows import pair_batches
 from rlpost.methods.capo import CurvatureTracker
 from rlpost.methods.context import StepContext
 from rlpost.methods.controllers import Decision
 from rlpost.methods.estimator import compute_coefficients, needs_statistics
+from rlpost.policy.model import Policy
 from rlpost.policy.rows import spare_rows
 from rlpost.recipe.sections.learner import LearnerSection
 from rlpost.recipe.sections.method import MethodSection
@@ -49,6 +52,10 @@ class Updater:
             micro_batch_tokens=self.section.micro_batch_tokens,
             pad_id=self.pad_id,
         )
+
+    def logprobs(self, buffer: RolloutBuffer, policy: Policy) -> Tensor:
+        """Log-probs [N] of the rollout under `policy`; 0 for the tokens of dead groups. Collective like `Policy.passes`."""
+        return token_logprobs(policy, self.rows(buffer, None), buffer.tokens)
 
     def update(self, buffer: RolloutBuffer, optimizer_step: int) -> dict[str, float]:
         """Takes optimizer step `optimizer_step` of the run from the buffer's next minibatch; returns its metrics.

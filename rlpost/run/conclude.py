@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rlpost.errors import RlpostError
 
 if TYPE_CHECKING:
-    from rlpost.run.loop import RunResult
+    from rlpost.run.result import RunResult
 
 
 def conclude(result: RunResult, recipe_path: Path, launched: Sequence[str], *, report: bool = True) -> None:

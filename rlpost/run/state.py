@@ -3,38 +3,58 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rlpost.errors import CheckpointError
+from rlpost.errors import CheckpointError, TrainingError
 from rlpost.learner.buffer import RolloutBuffer
 from rlpost.learner.checkpoint import file_writer, verify
 from rlpost.learner.rng import rng_state, set_rng_state
 from rlpost.learner.shape import run_shape
 
 if TYPE_CHECKING:
-    from rlpost.run.assemble import Parts
+    from rlpost.run.parts import Parts
+    from rlpost.source.source import Source
 
 
 @dataclass(slots=True)
 class RunState:
-    """Where a run stands. Model, optimizer and generators are saved beside it."""
+    """Where a run stands. Model, optimizer, generators and the source's state are saved beside it."""
 
     rollout: int = 0  # rollouts completely learned from
     optimizer_step: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    sampler: dict[str, Any] | None = None  # of the prompt sampler, after the rollout in `buffer`
     buffer: RolloutBuffer | None = None  # a rollout of which some optimizer steps are still to be taken
     accuracy_before: float | None = None
-    hint_levels: dict[str, int] = field(default_factory=dict)  # by prompt id: GHPO's memory of hard prompts
-    crashes: dict[str, Any] = field(default_factory=dict)  # of the reward: a `CrashState` as plain numbers
+
+    def count_step(self, *, skipped: bool) -> dict[str, float]:
+        """Takes note of an optimizer step, and of whether its loss or gradient was not finite; a metric."""
+        self.optimizer_step += 1
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        self.skipped_steps += skipped
+        return {"optimizer/skipped_total": float(self.skipped_steps)}
+
+    def too_many_skipped(self, parts: Parts) -> TrainingError | None:
+        """The error of a run that takes only skipped steps."""
+        limit = parts.recipe.learner.skip_nonfinite
+        if self.skipped_in_a_row < limit:
+            return None
+        return TrainingError(
+            f"The loss or its gradient was not finite in {limit} optimizer steps in a row (learner.skip_nonfinite); "
+            f"each was skipped, the weights are those of step {self.optimizer_step - limit}. "
+            f"The last checkpoint is {parts.store.latest() or 'none'}. Lower learner.learning_rate, look at the rewards in "
+            f"{parts.run.metrics}, or use model.dtype=float32; then start again with resume=auto."
+        )
 
 
-def save_checkpoint(parts: Parts, state: RunState) -> Path:
+COUNTERS = tuple(name for name in RunState.__dataclass_fields__ if name != "buffer")
+
+
+def save_checkpoint(parts: Parts, state: RunState, source: Source) -> Path:
     """Writes checkpoint `state.optimizer_step`; collective over all processes. Raises CheckpointError.
 
     With `checkpoint.asynchronous` everything is copied into memory here and written while the run goes on.
@@ -44,7 +64,7 @@ def save_checkpoint(parts: Parts, state: RunState) -> Path:
     own = {"rng": rng_state(), "buffer": state.buffer, "method": parts.updater.state_dict()}
     write_own = file_writer({f"rank_{processes.rank}.pt": own, **learner.own_state()}, snapshot=later)
     write_trainer = file_writer(learner.shared_state() if processes.is_main else {}, snapshot=later)
-    counters = {k: v for k, v in asdict_shallow(state).items() if k != "buffer"}
+    counters = {name: getattr(state, name) for name in COUNTERS} | source.state_dict()
     counters |= {"world": processes.world, "in_rollout": state.buffer is not None, "recipe": parts.recipe.name}
     counters["shape"] = run_shape(parts.recipe)
     counters_text = json.dumps(counters, indent=1)
@@ -57,7 +77,7 @@ def save_checkpoint(parts: Parts, state: RunState) -> Path:
     return parts.store.write(state.optimizer_step, write_shared, lambda folder: write_own(folder / "trainer"))
 
 
-def load_checkpoint(path: Path, parts: Parts) -> RunState:
+def load_checkpoint(path: Path, parts: Parts, source: Source) -> RunState:
     """Takes up the run saved in `path`: optimizer, generators, rollout in progress. The model's weights were loaded
     from the same folder when the policy was built.
 
@@ -70,7 +90,8 @@ def load_checkpoint(path: Path, parts: Parts) -> RunState:
         counters.pop(name, None)
     parts.processes.together(lambda: check_world(path, world, parts.processes.world, in_rollout=in_rollout))
     parts.learner.load(path, world=world)
-    state = RunState(**counters)
+    state = RunState(**{name: counters.pop(name) for name in COUNTERS})
+    source.load_state_dict(counters)
     # Buffers are the run's own nouns, so they are unpickled; the manifest has shown that they are what was saved.
     rank = parts.processes.rank if world == parts.processes.world else 0
     own = torch.load(path / "trainer" / f"rank_{rank}.pt", weights_only=False, map_location="cpu")
@@ -82,8 +103,6 @@ def load_checkpoint(path: Path, parts: Parts) -> RunState:
             f"{path} holds a rollout in progress that another version of rlpost saved. Resume with that version up to a "
             f"rollout's end, or begin a new run from its weights with model.path={path}."
         )
-    if state.sampler is not None:
-        parts.sampler.load_state_dict(state.sampler)
     return state
 
 
@@ -95,11 +114,6 @@ def check_world(path: Path, world: int, now: int, *, in_rollout: bool) -> None:
             f"process holds its own part. Start {world} processes, or resume from a checkpoint at a rollout's end (a "
             f"checkpoint.every that is a multiple of minibatches x epochs makes all of them such)."
         )
-
-
-def asdict_shallow(state: RunState) -> dict[str, Any]:
-    """The fields as they are; `dataclasses.asdict` would copy tensors."""
-    return {name: getattr(state, name) for name in state.__dataclass_fields__}
 
 
 def read_counters(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlpost.data.pairs import Pair, PairSets
-from rlpost.rollout.engine import SamplingRequest, SamplingSettings
+from rlpost.rollout.engine import RolloutEngine, SamplingRequest, SamplingSettings
 from rlpost.source.reference import load_tensors, model_identity, save_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from rlpost.data.prompts import PromptSets
     from rlpost.learner.process import Processes
     from rlpost.recipe.sections.root import Recipe
@@ -41,11 +39,12 @@ def with_baselines(
     recipe: Recipe,
     sets: PromptSets | PairSets,
     model_path: str,
-    tokenizer: PreTrainedTokenizerBase,
+    start_engine: Callable[[], RolloutEngine],
     processes: Processes,
 ) -> tuple[PromptSets | PairSets, str | None]:
     """The pairs with a response of the initial model each, and a line for the user; as they are, and None, where the method
-    needs none or the data set brings them (`data.train.baseline`). Collective.
+    needs none or the data set brings them (`data.train.baseline`). `start_engine` starts a rollout engine with the initial
+    model, which lives no longer than it samples. Collective.
 
     Raises RolloutError when the rollout engine cannot start.
     """
@@ -57,7 +56,7 @@ def with_baselines(
     found = processes.gather(read_responses(path, len(prompts)) if processes.is_main else None)[0]
     how = f"read from {path}"
     if found is None:
-        found = _sample(recipe, prompts, model_path, tokenizer, processes)
+        found = _sample(recipe, prompts, start_engine, processes)
         problem = write_responses(path, found) if processes.is_main else None
         how = f"sampled, kept in {path}" if problem is None else f"sampled, not kept: {problem}"
     response = dict(zip(prompts, found, strict=True))
@@ -101,15 +100,12 @@ def write_responses(path: Path, responses: Sequence[Tokens]) -> str | None:
 def _sample(
     recipe: Recipe,
     prompts: Sequence[Tokens],
-    model_path: str,
-    tokenizer: PreTrainedTokenizerBase,
+    start_engine: Callable[[], RolloutEngine],
     processes: Processes,
 ) -> list[Tokens]:
     """Greedy responses in the order of the prompts, each process its share, with an engine that lives no longer."""
-    from rlpost.run.assemble import start_engine
-
     own = prompts[processes.rank :: processes.world]
-    engine = start_engine(recipe, model_path, tokenizer, processes)
+    engine = start_engine()
     rollout = recipe.rollout
     settings = SamplingSettings(rollout.max_completion_tokens, temperature=0.0, stop=rollout.stop)
     try:

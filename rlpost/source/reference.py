@@ -35,6 +35,18 @@ class ReferenceTable:
         sizes = (sum(map(len, pair.responses)) for pair in pairs)
         return ReferenceTable(logp, tuple(accumulate(sizes, initial=0)))
 
+    @staticmethod
+    def joined(pairs: Sequence[Pair], parts: Sequence[Tensor]) -> ReferenceTable:
+        """The table of `pairs` from the parts of W processes, of which number r computed every W-th pair from pair r on."""
+        table = ReferenceTable.of(pairs, torch.zeros(sum(len(ids) for pair in pairs for ids in pair.responses)))
+        for rank, part in enumerate(parts):
+            start = 0
+            for i in range(rank, len(pairs), len(parts)):
+                size = table.offsets[i + 1] - table.offsets[i]
+                table.logp[table.offsets[i] : table.offsets[i + 1]] = part[start : start + size]
+                start += size
+        return table
+
     def take(self, indices: Sequence[int]) -> Tensor:
         """The log-probs of some pairs, in that order."""
         parts = [self.logp[self.offsets[i] : self.offsets[i + 1]] for i in indices]

@@ -48,7 +48,7 @@ class Tracker:
             return
         learner, tracking = recipe.learner, recipe.tracking
         self._run = run
-        self._steps_per_rollout = learner.minibatches * learner.epochs
+        self._steps_per_rollout = learner.steps_per_rollout
         self._show_every = tracking.show_completion_every
         self._metrics = MetricsWriter(run.metrics)
         self._doctor = Doctor(reward_ceiling=reward_ceiling(recipe.rewards))

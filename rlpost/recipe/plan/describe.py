@@ -153,7 +153,7 @@ def _batch(recipe: Recipe, processes: int) -> Batch:
         samplings=samplings,
         tokens_per_process_and_update=tokens,
         micro_batches_per_update=math.ceil(tokens / learner.micro_batch_tokens),
-        updates_per_rollout=learner.minibatches * learner.epochs,
+        updates_per_rollout=learner.steps_per_rollout,
         rollouts=learner.rollouts,
         optimizer_steps=recipe.optimizer_steps,
         training_prompts=available,
@@ -208,7 +208,7 @@ def _order(recipe: Recipe) -> tuple[str, ...]:
     steps += describe_order(recipe.method)
     if recipe.method.pairs is not None:
         return tuple(steps)
-    if recipe.learner.minibatches * recipe.learner.epochs == 1 and recipe.method.clip.type == "ppo":
+    if recipe.learner.steps_per_rollout == 1 and recipe.method.clip.type == "ppo":
         steps.append("(one update per rollout: the ratio is 1 and the clip never acts)")
     return tuple(steps)
 

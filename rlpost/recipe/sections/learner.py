@@ -55,6 +55,11 @@ class LearnerSection(Section):
         """How many rollouts are made: `steps`, or fewer where the run is stopped early."""
         return self.steps if self.stop_after is None else min(self.stop_after, self.steps)
 
+    @property
+    def steps_per_rollout(self) -> int:
+        """How many optimizer steps are taken on each rollout."""
+        return self.minibatches * self.epochs
+
 
 class CheckpointSection(Section):
     """What is saved."""

@@ -1,0 +1,99 @@
+"""What a run is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import Tensor
+
+from rlpost.experience import Prompt
+from rlpost.learner.buffer import RolloutBuffer
+from rlpost.learner.checkpoint import CheckpointStore
+from rlpost.learner.learner import Learner
+from rlpost.learner.process import Processes
+from rlpost.learner.update import Updater
+from rlpost.learner.watch import Phases
+from rlpost.policy.model import Policy
+from rlpost.recipe.sections.root import Recipe
+from rlpost.rollout.engine import RolloutEngine, SamplingSettings
+from rlpost.run.build import load_reference
+from rlpost.scoring.factory import GroupScorer
+from rlpost.tracking.rundir import RunDirectory
+from rlpost.tracking.tracker import Tracker
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlpost.data.sampler import PromptSampler
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Parts:
+    """What a run is made of."""
+
+    recipe: Recipe
+    processes: Processes
+    run: RunDirectory
+    tracker: Tracker
+    phases: Phases
+    store: CheckpointStore
+    resume_from: Path | None
+    tokenizer: PreTrainedTokenizerBase
+    prompts: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    sampler: PromptSampler
+    scorer: GroupScorer
+    engine: RolloutEngine
+    learner: Learner
+    updater: Updater
+    sampling: SamplingSettings
+    model_path: str
+    policy_changed: (
+        bool  # whether the policy may differ from the original model: resumed, or an optimizer step was taken
+    )
+    _reference: Policy | None = field(default=None)
+
+    def phase(self, name: str, action: Callable[[], T]) -> T:
+        """Runs `action` under a name, a clock and the watchdog."""
+        with self.phases(name):
+            return action()
+
+    @contextmanager
+    def reference(self) -> Iterator[Policy]:
+        """The policy before any training: the frozen model under an adapter, else a second copy, loaded when first used."""
+        policy = self.learner.policy
+        if policy.has_adapter:
+            with policy.disable_adapter():
+                yield policy
+            return
+        if self._reference is None:
+            self._reference = load_reference(self.recipe, self.model_path, self.processes.device)
+        yield self._reference
+
+    def forget_reference(self) -> None:
+        """Frees the second copy, where one was loaded."""
+        self._reference = None
+
+    def logprobs(self, buffer: RolloutBuffer) -> Tensor:
+        """Log-probs [N] of the rollout under the policy as it is; 0 for the tokens of dead groups."""
+        return self.updater.logprobs(buffer, self.learner.policy)
+
+    def reference_logprobs(self, buffer: RolloutBuffer) -> Tensor:
+        """Log-probs [N] of the rollout under the policy before any training."""
+        with self.reference() as reference:
+            return self.updater.logprobs(buffer, reference)
+
+    def close(self, status: str) -> None:
+        """Ends everything that was started."""
+        self.store.close()
+        self.scorer.close()
+        self.tracker.close("finished" if status == "finished" else "stopped" if status == "interrupted" else "failed")
+        self.engine.close()
+        self.run.close()
+        self.processes.close()

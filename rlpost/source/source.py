@@ -1,0 +1,33 @@
+"""What a run learns from: the protocol that the loop knows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rlpost.learner.buffer import RolloutBuffer
+    from rlpost.tracking.completions import ScoredRollout
+
+
+class Source(Protocol):
+    """Gives the loop one rollout after the other. All calls are collective: every process makes them alike."""
+
+    def next(self, rollout: int) -> RolloutBuffer:
+        """Rollout number `rollout` (from 0) on this process, ready for optimizer steps: rows, advantages, denominators."""
+        ...
+
+    def record(self, buffer: RolloutBuffer) -> ScoredRollout | None:
+        """What goes into `completions/` of a rollout that was just learned from for the first time; None: nothing."""
+        ...
+
+    def evaluate(self) -> tuple[float, dict[str, float]]:
+        """(accuracy, metrics) of the policy as it is on held-out data. The accuracy is NaN where it is not known."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the source stands, as plain JSON. It is small: the loop asks for it before every rollout."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes back to where `state_dict` was called: the same calls of `next` then give the same rollouts."""
+        ...
