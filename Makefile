@@ -36,7 +36,7 @@ test-gpu: install  ## the tests that need a CUDA device
 	@$(RUN)/python -m pytest -m gpu $(ARGS)
 
 check: install  ## the fast inner loop: format, lint, types, quick tests
-	@$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/mypy && $(PYTEST) -q -m "not slow and not gpu and not engine and not thorough" $(ARGS)
+	@$(RUN)/ruff format --check . && $(RUN)/ruff check . && $(RUN)/lint-imports --no-logo && $(RUN)/mypy && $(PYTEST) -q -m "not slow and not gpu and not engine and not thorough" $(ARGS)
 
 bench: install  ## on frozen rollouts, beside TRL and by itself: make bench MODEL=folder (hours; SCALE=small: less)
 	@$(RUN)/python -m benchmarks.trl_parity --model $(MODEL) && \

@@ -9,13 +9,12 @@ import torch
 from method_cases import LENGTHS, VOCABULARY, WIDTH, Case, cut, method
 
 import rlpost.methods.capo
-from rlpost.gradient.curvature import Curvature, rank_correlation, sgd_curvature, shift_curvature
+from rlpost.gradient.curvature import Curvature, Limits, rank_correlation, sgd_curvature, shift_curvature
 from rlpost.gradient.loss import coefficient_loss
 from rlpost.gradient.metrics import merge, values
+from rlpost.gradient.step import StepContext
 from rlpost.methods import compute_coefficients
-from rlpost.methods.calibration import Limits
 from rlpost.methods.capo import CurvatureTracker, make_tracker
-from rlpost.methods.context import StepContext
 from rlpost.methods.moments import MomentRows, RowMeans
 
 LR = 0.02

@@ -10,12 +10,12 @@ import torch
 from method_cases import VOCABULARY, WIDTH, Case, method
 
 from rlpost.gradient.metrics import log_bins, upper_edge
+from rlpost.gradient.step import StepContext
 from rlpost.gradient.types import Counts, HeadStatistics, TokenView
 from rlpost.learner.optimizer import later_rates, learning_rate
 from rlpost.methods import compute_coefficients
 from rlpost.methods.calibration import BINS, joint_limits
 from rlpost.methods.capo import CurvatureTracker
-from rlpost.methods.context import StepContext
 from rlpost.recipe.sections.learner import LearnerSection
 from rlpost.recipe.sections.masks import CurvatureMask
 from rlpost.tracking.advice import advise

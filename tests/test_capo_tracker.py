@@ -13,8 +13,10 @@ from zero_worker import CAPO, SECTION, Alone, flat, policy, rollout
 
 from rlpost.gradient.metrics import merge, values
 from rlpost.gradient.types import Counts, HeadStatistics, TokenView
-from rlpost.learner.curvature_check import CurvatureCheck, mask_share
+from rlpost.learner import curvature_step
+from rlpost.learner.curvature_step import CurvatureStep, mask_share
 from rlpost.learner.learner import DataParallelLearner
+from rlpost.learner.process import Processes
 from rlpost.learner.update import Updater
 from rlpost.methods import compute_coefficients
 from rlpost.methods.capo import CurvatureTracker, make_tracker
@@ -111,7 +113,7 @@ def test_moments_and_rejections_are_free_of_padding_layout_and_accumulation(tiny
 
 
 def test_the_masks_cost_is_a_mean_over_processes_and_a_share_of_the_whole_step() -> None:
-    check = CurvatureCheck(tracker_of(capo()), context())
+    check = CurvatureStep(tracker_of(capo()), context())
     check.mask_seconds = 0.25
     assert values(merge([check.cost(), check.cost()])) == {"time/mask_ms": 250.0}
     assert mask_share({"time/mask_ms": 250.0}, {"time/rollout": 4.0, "time/update": 1.0}) == {"time/mask_share": 0.05}
@@ -119,19 +121,27 @@ def test_the_masks_cost_is_a_mean_over_processes_and_a_share_of_the_whole_step()
 
 
 def test_only_the_mask_is_timed_and_a_gpu_is_waited_for(monkeypatch) -> None:
-    case, section = Case(6), capo()
+    case, section = Case(6), capo(verify_every=0)
     tracker, waited = tracker_of(section), []
     monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    check = CurvatureCheck(tracker, context(tracker))
-    view = case.view()
-    check.predict(None, view)
-    assert check.mask_seconds > 0 and not waited
+    check = CurvatureStep(tracker, context(tracker))
+    view, inside = case.view(), []
+    original = curvature_step.compute_coefficients
+
+    def untimed(*arguments, **keywords):
+        inside.append(check.mask_seconds)
+        found = original(*arguments, **keywords)
+        inside.append(check.mask_seconds)
+        return found
+
+    monkeypatch.setattr(curvature_step, "compute_coefficients", untimed)
+    found = check.coefficients(section, None, view, case.counts())
+    assert 0 < inside[0] == inside[1] < check.mask_seconds and not waited
     before = check.mask_seconds
-    coefficients = compute_coefficients(section, view, case.counts(), context=check.context)
-    assert check.mask_seconds == before
-    check.accumulate(view, coefficients)
-    check.finish(lambda x: x)
+    check.finish(None, Processes())
     assert check.mask_seconds > before and tracker.moments.steps == 1
+    alone = compute_coefficients(section, view, case.counts(), context=context(tracker_of(section)))
+    assert alone.coefficient.equal(found.coefficient)
     tracker.device = torch.device("cuda", 0)
     with check._clock():
         pass

@@ -7,9 +7,9 @@ import torch
 from method_cases import CONTEXT, LENGTHS, LIMIT, Case, cut, method
 
 from rlpost.gradient.loss import coefficient_loss
+from rlpost.gradient.step import StepContext
 from rlpost.methods import compute_coefficients
 from rlpost.methods.capo import make_tracker
-from rlpost.methods.context import StepContext
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 

@@ -9,6 +9,7 @@ p the policy, v = e_a - p, s = v.u (the predicted change of log pi(a)) and A the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,36 @@ class Curvature:
     shift: Tensor  # [N] s: change of the sampled token's log-prob
     kl: Tensor  # [N] m_F
     objective: Tensor  # [N] m_H
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """A token is kept when kl < max_kl and min_objective < objective < max_objective."""
+
+    max_kl: float = math.inf
+    max_objective: float = math.inf
+    min_objective: float = -math.inf
+
+    def kl_rejects(self, curvature: Curvature) -> Tensor:
+        """[N] bool. Written so that NaN is rejected."""
+        if self.max_kl == math.inf:
+            return torch.zeros_like(curvature.kl, dtype=torch.bool)
+        return ~(curvature.kl < self.max_kl)
+
+    def objective_rejects(self, curvature: Curvature) -> Tensor:
+        """[N] bool."""
+        if self.max_objective == math.inf and self.min_objective == -math.inf:
+            return torch.zeros_like(curvature.kl, dtype=torch.bool)
+        return ~((curvature.objective > self.min_objective) & (curvature.objective < self.max_objective))
+
+    def rejects(self, curvature: Curvature) -> Tensor:
+        """[N] bool: CAPO's decision, the tokens that its mask leaves out of the update."""
+        return self.kl_rejects(curvature) | self.objective_rejects(curvature)
+
+    @property
+    def rules(self) -> int:
+        """How many rules are in force."""
+        return (self.max_kl < math.inf) + (self.max_objective < math.inf or self.min_objective > -math.inf)
 
 
 def taylor_forms(shift: Tensor, variance: Tensor, advantage: Tensor, kl: Kl) -> Curvature:

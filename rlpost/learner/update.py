@@ -11,18 +11,17 @@ from torch import Tensor
 from rlpost.experience import TokenRows
 from rlpost.gradient.loss import coefficient_loss
 from rlpost.gradient.metrics import Mean, Metric, Total, merge, values
+from rlpost.gradient.step import StepContext
 from rlpost.learner.actor_critic import ActorCritic, critic_loss
 from rlpost.learner.buffer import RolloutBuffer, micro_batches
-from rlpost.learner.curvature_check import CurvatureCheck
+from rlpost.learner.curvature_step import CurvatureStep
 from rlpost.learner.learner import Learner, token_logprobs
 from rlpost.learner.optimizer import later_rates, learning_rate
 from rlpost.learner.pair_rows import pair_batches
 from rlpost.methods.capo import CurvatureTracker
-from rlpost.methods.context import StepContext
 from rlpost.methods.controllers import Decision
 from rlpost.methods.estimator import compute_coefficients, needs_statistics
 from rlpost.policy.model import Policy
-from rlpost.policy.rows import spare_rows
 from rlpost.recipe.sections.learner import LearnerSection
 from rlpost.recipe.sections.method import MethodSection
 from rlpost.recipe.sections.rollout import ProbeSection
@@ -66,8 +65,8 @@ class Updater:
         rows = self.rows(buffer, minibatch)
         decision = None if self.actor_critic is None else self.actor_critic.begin_step()
         context = self.context(optimizer_step, decision)
-        check_mask = None if self.curvature is None else CurvatureCheck(self.curvature, context)
-        parts = self._accumulate(buffer, rows, minibatch, context, check_mask)
+        mask = None if self.curvature is None else CurvatureStep(self.curvature, context)
+        parts = self._accumulate(buffer, rows, minibatch, context, mask)
         metrics = values(merge(self.learner.processes.gather(merge(parts))))
         if self.probe is not None and buffer.updates_done == 0 and buffer.step % self.probe.every == 0:
             self._check_engine(metrics, self.probe, buffer.step)
@@ -79,10 +78,10 @@ class Updater:
         if self.actor_critic is not None:
             self.actor_critic.end_step(metrics)
             metrics |= {} if decision is None else decision.metrics
-        if self.curvature is not None and report.skipped:  # back to the state before the step, without what was pending
-            self.curvature.load_state_dict(self.curvature.state_dict())
-        elif self.curvature is not None:
-            metrics |= self._finish_mask(check_mask)
+        if mask is not None and report.skipped:
+            mask.forget()
+        elif mask is not None:
+            metrics |= mask.finish(self.learner.policy, self.learner.processes)
         buffer.updates_done += 1
         metrics["optimizer/grad_norm"] = report.grad_norm
         metrics["optimizer/learning_rate"] = report.learning_rate
@@ -130,22 +129,13 @@ class Updater:
         result = ProbeResult(gap, largest, int(metrics["tokens/useful"]))
         self.learner.processes.together(lambda: check(result, probe.max_mean_gap, step=step, earlier=earlier))
 
-    def _finish_mask(self, check_mask: CurvatureCheck | None) -> dict[str, float]:
-        """Moves the curvature mask's state on, and reports what the mask cost and whether it predicted well."""
-        if self.curvature is None or check_mask is None:
-            return {}
-        processes = self.learner.processes
-        check_mask.finish(processes.sum_)
-        found = {**check_mask.cost(), **check_mask.compare(self.learner.policy, spare_rows())}
-        return {**values(merge(processes.gather(found))), **self.curvature.report()}
-
     def _accumulate(
         self,
         buffer: RolloutBuffer,
         rows: list[TokenRows],
         minibatch: int,
         context: StepContext,
-        check_mask: CurvatureCheck | None,
+        mask: CurvatureStep | None,
     ) -> list[dict[str, Metric]]:
         processes = self.learner.processes
         arrays = buffer.arrays(processes.device)
@@ -162,11 +152,10 @@ class Updater:
                 continue
             view, group_tokens = arrays.view(batch, output)
             counts = replace(buffer.counts[minibatch], prompt_tokens=group_tokens)
-            if check_mask is not None:
-                check_mask.predict(batch, view)
-            coefficients = compute_coefficients(self.method, view, counts, context=context)
-            if check_mask is not None:
-                check_mask.accumulate(view, coefficients)
+            if mask is None:
+                coefficients = compute_coefficients(self.method, view, counts, context=context)
+            else:
+                coefficients = mask.coefficients(self.method, batch, view, counts)
             loss = coefficient_loss(coefficients, output.logp, output.entropy)
             of_critic: dict[str, Metric] = {}
             if output.values is not None and self.method.critic is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlpost.methods.context import StepContext
+from rlpost.gradient.step import StepContext
 from rlpost.methods.estimator import (
     AdvantageResult,
     compute_advantages,

@@ -4,44 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlpost.gradient.curvature import Curvature
+from rlpost.gradient.curvature import Curvature, Limits
 from rlpost.gradient.metrics import BINS_PER_DECADE, DECADES, log_bins, upper_edge
 from rlpost.methods.moments import AllReduce
 from rlpost.recipe.sections.masks import CalibratedThresholds
 
 BINS = BINS_PER_DECADE * DECADES + 1
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """A token is kept when kl < max_kl and min_objective < objective < max_objective."""
-
-    max_kl: float = math.inf
-    max_objective: float = math.inf
-    min_objective: float = -math.inf
-
-    def kl_rejects(self, curvature: Curvature) -> Tensor:
-        """[N] bool. Written so that NaN is rejected."""
-        if self.max_kl == math.inf:
-            return torch.zeros_like(curvature.kl, dtype=torch.bool)
-        return ~(curvature.kl < self.max_kl)
-
-    def objective_rejects(self, curvature: Curvature) -> Tensor:
-        """[N] bool."""
-        if self.max_objective == math.inf and self.min_objective == -math.inf:
-            return torch.zeros_like(curvature.kl, dtype=torch.bool)
-        return ~((curvature.objective > self.min_objective) & (curvature.objective < self.max_objective))
-
-    @property
-    def rules(self) -> int:
-        """How many rules are in force."""
-        return (self.max_kl < math.inf) + (self.max_objective < math.inf or self.min_objective > -math.inf)
 
 
 class Calibration:

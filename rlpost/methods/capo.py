@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlpost.gradient.curvature import Curvature, sgd_curvature, shift_curvature
+from rlpost.gradient.curvature import Curvature, Limits, sgd_curvature, shift_curvature
 from rlpost.gradient.metrics import Mean, Metric, mean_of, quantiles_of
+from rlpost.gradient.step import StepContext
 from rlpost.gradient.types import Coefficients, HeadStatistics, TokenView
-from rlpost.methods.calibration import Calibration, Limits
-from rlpost.methods.context import StepContext
+from rlpost.methods.calibration import Calibration
 from rlpost.methods.moments import AllReduce, MomentRows, RowMeans
 from rlpost.recipe.sections.masks import CalibratedThresholds, CurvatureMask, FixedThresholds
 from rlpost.recipe.sections.method import MethodSection
@@ -47,18 +47,10 @@ class CurvatureTracker:
         self._pending = self._new_means()
         rule = mask.thresholds
         self._calibration = Calibration(rule) if isinstance(rule, CalibratedThresholds) else None
-        self._latest: tuple[TokenView, float, Curvature] | None = None
 
     def predict(self, view: TokenView, context: StepContext) -> Curvature:
         """m_F, m_H and s of the view's tokens for a step at the context's learning rate. Chunked: holds two tensors of
-        chunk_tokens x k x d at the most. The last view's answer is kept until `accumulate`, which asks again."""
-        if self._latest is not None and self._latest[0] is view and self._latest[1] == context.learning_rate:
-            return self._latest[2]
-        curvature = self._predict(view, context)
-        self._latest = (view, context.learning_rate, curvature)
-        return curvature
-
-    def _predict(self, view: TokenView, context: StepContext) -> Curvature:
+        chunk_tokens x k x d at the most."""
         statistics = _statistics(view)
         if self.mask.step == "sgd":
             if statistics.sum_p2 is None or statistics.sum_p3 is None:
@@ -101,12 +93,15 @@ class CurvatureTracker:
         low = -high if rule.min_objective is None else rule.min_objective
         return Limits(math.inf if rule.max_kl is None else rule.max_kl, high, low)
 
-    def accumulate(self, view: TokenView, coefficients: Coefficients, context: StepContext) -> None:
-        """Takes note of a micro-batch whose coefficients were computed; changes nothing before `finish_step`."""
+    def accumulate(
+        self, view: TokenView, coefficients: Coefficients, context: StepContext, predicted: Curvature | None = None
+    ) -> None:
+        """Takes note of a micro-batch whose coefficients were computed; changes nothing before `finish_step`. `predicted` is
+        what `predict` said of the view, where that is at hand."""
         counted = moved_tokens(view)
         if self.calibrating and self._calibration is not None and context.learning_rate > 0:
-            self._calibration.observe(self.predict(view, context), counted, self._largest_ahead(context))
-        self._latest = None
+            predicted = self.predict(view, context) if predicted is None else predicted
+            self._calibration.observe(predicted, counted, self._largest_ahead(context))
         if self.mask.step != "adam":
             return
         statistics, accepted = _statistics(view), coefficients.keep & counted
@@ -122,9 +117,14 @@ class CurvatureTracker:
         if self.mask.step == "adam":
             self.moments.apply(*self._pending.total(all_reduce))
             self._pending = self._new_means()
-        self._latest = None  # it was judged by the moments before this step
         if self.calibrating and self._calibration is not None and context.learning_rate > 0:
             self._calibration.finish_step(all_reduce, self.device)
+
+    def forget_step(self) -> None:
+        """Drops what was accumulated since the last `finish_step`: the optimizer skipped its step."""
+        self._pending = self._new_means()
+        if self._calibration is not None:
+            self._calibration.forget_step()
 
     @property
     def calibrating(self) -> bool:
@@ -172,7 +172,7 @@ class CurvatureTracker:
         self.moments.load_state_dict(state["moments"])
         if self._calibration is not None:
             self._calibration.load_state_dict(state["calibration"])
-        self._pending, self._latest = self._new_means(), None
+        self._pending = self._new_means()
 
 
 def make_tracker(
@@ -197,7 +197,7 @@ def moved_tokens(view: TokenView) -> Tensor:
 def curvature_metrics(view: TokenView, curvature: Curvature, limits: Limits, counted: Tensor) -> dict[str, Metric]:
     """Rejection by rule, quantiles of |m_F|, |m_H| and |s|, and how likely rejected and kept tokens were."""
     by_kl, by_objective = limits.kl_rejects(curvature), limits.objective_rejects(curvature)
-    rejected = by_kl | by_objective
+    rejected = limits.rejects(curvature)
     name = "mask/curvature"
     metrics: dict[str, Metric] = {
         f"{name}/predicted_share": mean_of(rejected.double(), counted),

@@ -15,8 +15,8 @@ from rlpost.gradient.metrics import Mean, Metric, max_of, mean_of, quantiles_of
 from rlpost.gradient.ratio import Limited, importance_ratio, limit_ratio
 from rlpost.gradient.reduction import token_weights
 from rlpost.gradient.shaping import equal_rewards, overlong_penalty, sum_rewards
+from rlpost.gradient.step import StepContext
 from rlpost.gradient.types import Coefficients, Counts, StatisticsRequest, TokenView
-from rlpost.methods.context import StepContext
 from rlpost.methods.dpo import pair_coefficients
 from rlpost.methods.imitation import demonstration_coefficient, demonstration_weights, loss_parts, sample_factor
 from rlpost.methods.masking import accepted_tokens

@@ -8,9 +8,9 @@ from torch import Tensor
 from rlpost.gradient.masks import off_policy_rejects, reject_lowest, token_uniform
 from rlpost.gradient.metrics import Metric, mean_of
 from rlpost.gradient.segments import count_by
+from rlpost.gradient.step import StepContext
 from rlpost.gradient.types import TokenView
 from rlpost.methods.capo import curvature_metrics, moved_tokens, probability_metrics
-from rlpost.methods.context import StepContext
 from rlpost.recipe.sections.masks import CurvatureMask, Mask, OffPolicyMask, ProbabilityMask, RandomMask
 from rlpost.recipe.sections.method import MethodSection
 
@@ -49,8 +49,7 @@ def _curvature_rejects(
     if tracker is None:
         raise ValueError("a curvature mask needs StepContext.curvature (see rlpost.methods.capo.make_tracker)")
     curvature, limits = tracker.predict(view, context), tracker.limits()
-    rejected = (limits.kl_rejects(curvature) | limits.objective_rejects(curvature)) & counted
-    return rejected, curvature_metrics(view, curvature, limits, counted)
+    return limits.rejects(curvature) & counted, curvature_metrics(view, curvature, limits, counted)
 
 
 def _rejects(mask: Mask, view: TokenView, counted: Tensor, predicted: Tensor, context: StepContext) -> Tensor:

@@ -33,12 +33,10 @@ _shared: weakref.WeakKeyDictionary[nn.Module, SequenceParallel] = weakref.WeakKe
 
 
 class SequenceParallel:
-    """This process's place among the `size` neighbours that share rows. Making one is collective."""
+    """This process's place among the `size` neighbours that share rows. Making one is collective; DeepSpeed's communication has
+    been initialised before."""
 
     def __init__(self, size: int, *, rank: int, world: int) -> None:
-        from rlpost.learner.deepspeed_import import import_deepspeed
-
-        import_deepspeed().init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         self.size = size
         self.rank = rank % size
         self.first = rank - self.rank  # the group's first process

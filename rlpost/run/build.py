@@ -80,6 +80,10 @@ def share_rows(recipe: Recipe, policy: Policy, processes: Processes) -> None:
     """Has processes share rows where the recipe says so (`learner.sequence_parallel`). Collective."""
     size = recipe.learner.sequence_parallel
     if size > 1:
+        from rlpost.learner.deepspeed_import import import_deepspeed  # seconds, and only for those who need it
+
+        backend = torch.distributed.get_backend()
+        import_deepspeed().init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         policy.sequence_parallel = SequenceParallel(size, rank=processes.rank, world=processes.world)
         policy.sequence_parallel.attach(policy.causal_lm)
 

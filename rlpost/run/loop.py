@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlpost.learner.curvature_check import mask_share
+from rlpost.learner.curvature_step import mask_share
 from rlpost.learner.watch import Interrupt
 from rlpost.run.assemble import assemble
 from rlpost.run.result import RunResult, end_run, finished_before

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rlpost.recipe.sections.root import Recipe
 
 if TYPE_CHECKING:
-    from rlpost.recipe.rules.check import Setting
+    from rlpost.recipe.rules.setting import Setting
 
 
 def kl_advice(r: Recipe, _: Setting) -> Iterator[str]:

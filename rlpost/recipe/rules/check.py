@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +14,7 @@ from rlpost.recipe.rules.actor import critic_advice, kl_advice
 from rlpost.recipe.rules.model import capped_logits, flex_problems, quantization_advice, quantization_problems
 from rlpost.recipe.rules.pairs import pair_problems
 from rlpost.recipe.rules.paths import model_problems
+from rlpost.recipe.rules.setting import Rule, Setting, processes_from_environment, zero_stage_from_environment
 from rlpost.recipe.sections.data import ArithmeticSource, DatasetSource, ReasoningGymSource, Source
 from rlpost.recipe.sections.preference import PreferenceSource
 from rlpost.recipe.sections.reward import RewardModelSection
@@ -26,32 +25,6 @@ if TYPE_CHECKING:
     from rlpost.recipe.load import LoadedRecipe
 
 _DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What a recipe is judged in: how many processes will run it, and the folder that it lies in."""
-
-    processes: int = 1
-    base: Path = Path()
-    zero_stage: int = 0  # DeepSpeed's, which keeps a float32 copy of bfloat16 weights; 0: without DeepSpeed
-
-
-Rule = Callable[[Recipe, Setting], Iterable[str]]
-
-
-def processes_from_environment() -> int:
-    """How many processes the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def zero_stage_from_environment() -> int:
-    """The ZeRO stage of the launch file; 0 without DeepSpeed. Raises RecipeError for a stage that does not exist."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-        return 0
-    from rlpost.learner.deepspeed import zero_stage  # imports torch
-
-    return zero_stage()
 
 
 def check(recipe: Recipe, setting: Setting) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rlpost.recipe.sections.root import Recipe
 
 if TYPE_CHECKING:
-    from rlpost.recipe.rules.check import Setting
+    from rlpost.recipe.rules.setting import Setting
 
 
 def quantization_problems(r: Recipe, setting: Setting) -> Iterator[str]:

@@ -9,7 +9,7 @@ from rlpost.recipe.sections.preference import PairsSection, PreferenceSource
 from rlpost.recipe.sections.root import Recipe
 
 if TYPE_CHECKING:
-    from rlpost.recipe.rules.check import Setting
+    from rlpost.recipe.rules.setting import Setting
 
 
 def pair_problems(r: Recipe, _: Setting) -> Iterator[str]:

@@ -11,7 +11,7 @@ from rlpost.recipe.sections.reward import RewardModelSection
 from rlpost.recipe.sections.root import Recipe
 
 if TYPE_CHECKING:
-    from rlpost.recipe.rules.check import Setting
+    from rlpost.recipe.rules.setting import Setting
 
 
 def model_problems(r: Recipe, _: Setting) -> Iterator[str]:

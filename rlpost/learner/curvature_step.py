@@ -1,29 +1,33 @@
-"""Does a curvature mask predict what the step then does? Compares predicted shifts with realised log-ratios."""
+"""Drives CAPO's curvature mask through an optimizer step, and measures what it costs and whether it predicted well."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rlpost.experience import TokenRows
 from rlpost.gradient.curvature import rank_correlation
-from rlpost.gradient.metrics import Mean, Metric
-from rlpost.gradient.types import Coefficients, TokenView
+from rlpost.gradient.metrics import Mean, Metric, merge, values
+from rlpost.gradient.step import Predicted, StepContext
+from rlpost.gradient.types import Coefficients, Counts, TokenView
+from rlpost.learner.process import Processes
 from rlpost.methods.capo import CurvatureTracker, moved_tokens
-from rlpost.methods.context import StepContext
-from rlpost.methods.moments import AllReduce
+from rlpost.methods.estimator import compute_coefficients
 from rlpost.policy.model import Policy
+from rlpost.policy.rows import spare_rows
+from rlpost.recipe.sections.method import MethodSection
 
 
 @dataclass(slots=True)
-class CurvatureCheck:
-    """Follows the curvature mask through one optimizer step: what it cost and, now and then, whether it was right.
+class CurvatureStep:
+    """One optimizer step of the curvature mask: `coefficients` for every micro-batch, then `finish` or `forget`.
 
+    Now and then (`verify_every`) it is looked at whether the mask was right.
     `mask/curvature/rank_correlation_shift` is Spearman's correlation of the predicted change of log pi, s, with the
     realised one on the first micro-batch; `..._kl` that of m_F with half the squared realised log-ratio. The prediction
     is for the token's own step alone, so what is realised also holds all other tokens' steps.
@@ -43,24 +47,29 @@ class CurvatureCheck:
         every = self.tracker.mask.verify_every
         return every > 0 and self.context.optimizer_step % every == 0 and self.context.learning_rate > 0
 
-    def predict(self, rows: TokenRows, view: TokenView) -> None:
-        """Asks the tracker, which then has its answer ready for the coefficients; keeps the step's first micro-batch."""
+    def coefficients(self, method: MethodSection, rows: TokenRows, view: TokenView, counts: Counts) -> Coefficients:
+        """`compute_coefficients` for a micro-batch of the method, with the tracker's predictions; the tracker takes note."""
         with self._clock():
             predicted = self.tracker.predict(view, self.context)
-        if not self.due or self.rows is not None:
-            return
-        self.rows, self.before, self.counted = rows, view.logp, moved_tokens(view)
-        self.shift, self.kl = predicted.shift, predicted.kl
-
-    def accumulate(self, view: TokenView, coefficients: Coefficients) -> None:
-        """Hands the tracker a micro-batch's coefficients."""
+        if self.due and self.rows is None:  # the step's first micro-batch is looked at again after the step
+            self.rows, self.before, self.counted = rows, view.logp, moved_tokens(view)
+            self.shift, self.kl = predicted.shift, predicted.kl
+        context = replace(self.context, curvature=Predicted(predicted, self.tracker.limits()))
+        coefficients = compute_coefficients(method, view, counts, context=context)
         with self._clock():
-            self.tracker.accumulate(view, coefficients, self.context)
+            self.tracker.accumulate(view, coefficients, self.context, predicted)
+        return coefficients
 
-    def finish(self, all_reduce: AllReduce) -> None:
-        """Moves the tracker on; collective."""
+    def finish(self, policy: Policy, processes: Processes) -> dict[str, float]:
+        """After the optimizer's step: moves the tracker on; what the mask cost, and whether it predicted well. Collective."""
         with self._clock():
-            self.tracker.finish_step(self.context, all_reduce)
+            self.tracker.finish_step(self.context, processes.sum_)
+        measured = {**self.cost(), **self.compare(policy, spare_rows())}
+        return {**values(merge(processes.gather(measured))), **self.tracker.report()}
+
+    def forget(self) -> None:
+        """In place of `finish`, where the optimizer skipped its step."""
+        self.tracker.forget_step()
 
     @torch.no_grad()
     def compare(self, policy: Policy, spare: TokenRows) -> dict[str, Metric]:
