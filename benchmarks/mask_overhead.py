@@ -37,7 +37,7 @@ TRACKER = "rlpost.methods.capo:CurvatureTracker"
 # Where the mask's time goes: (module[:class], function). The statistics' first read of the scores brings them into the cache,
 # which a step without the mask pays for elsewhere: so this is rather too much.
 PARTS: dict[str, tuple[tuple[str, str], ...]] = {
-    "statistics of the head": (("rlpost.policy.head:_Collected", "take_scores"),),
+    "statistics of the head": (("rlpost.policy.head:_Collected", "take_logits"),),
     "prediction": ((TRACKER, "predict"),),
     "limits and metrics": (("rlpost.methods.masking", "_curvature_rejects"),),
     "row gradients": ((TRACKER, "accumulate"),),

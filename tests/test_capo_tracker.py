@@ -32,7 +32,7 @@ def test_capped_logits_against_a_real_step_of_the_head() -> None:
     def capped(raw: torch.Tensor) -> torch.Tensor:
         return 2.0 * torch.tanh(raw * 1.5 / 2.0) / 0.8
 
-    scores = rule.scores(raw.clone())
+    scores = rule.logits(raw.clone())
     st = replace(case.statistics(), top_ids=torch.arange(VOCABULARY).expand(raw.shape), top_logits=scores)
     tracker = tracker_of(capo(top_k=VOCABULARY))
     got = tracker.predict(case.view(statistics=st), context(tracker, 1e-6, logit_slope=rule.slope))

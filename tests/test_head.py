@@ -123,7 +123,7 @@ def test_scoring_linear_is_a_linear_layer_without_a_request():
 def test_statistics_against_naive(rule, k, v):
     hidden, weight, bias, target = make(v=v)
     got = head_statistics(hidden, weight, target, k, chunk=4, bias=bias, rule=rule)
-    z = rule.scores(nn.functional.linear(hidden, weight, bias).detach())
+    z = rule.logits(nn.functional.linear(hidden, weight, bias).detach())
     p = z.softmax(-1)
     torch.testing.assert_close(got.sum_p2, (p**2).sum(-1))
     torch.testing.assert_close(got.sum_p3, (p**3).sum(-1))

@@ -48,10 +48,10 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def token_numbers(scores: Tensor, target: Tensor, with_p: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def fused_log_probs(logits: Tensor, target: Tensor, with_p: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(log of the normaliser [c], logp of `target` [c], entropy [c], probabilities [c, V] if wanted) of z [c, V], in nats."""
-    top = scores.amax(-1, keepdim=True)
-    centred = scores - top
+    top = logits.amax(-1, keepdim=True)
+    centred = logits - top
     powers = centred.exp()
     total = powers.sum(-1, keepdim=True)
     log_total = total.log()
@@ -61,8 +61,8 @@ def token_numbers(scores: Tensor, target: Tensor, with_p: bool) -> tuple[Tensor,
     return (top + log_total).squeeze(-1), logp.squeeze(-1), entropy.squeeze(-1), p
 
 
-def score_gradient(
-    scores: Tensor,
+def fused_grad_logits(
+    logits: Tensor,
     normalizer: Tensor,
     target: Tensor,
     entropy: Tensor,
@@ -70,9 +70,10 @@ def score_gradient(
     by_entropy: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The loss by z [c, V] in `dtype`, from z, its normaliser's log and entropy H [c], and the loss by logp and by H [c]."""
-    logq = scores - normalizer[:, None]
+    """The gradient of the loss with respect to z [c, V], in `dtype`. `logits` is z, `normalizer` [c] the log of its normaliser,
+    `entropy` [c] is H; `by_logp` and `by_entropy` [c] are the loss's gradients with respect to logp and H."""
+    logq = logits - normalizer[:, None]
     inner = by_entropy[:, None] * (logq + entropy[:, None]) + by_logp[:, None]
     step = -inner * logq.exp()
-    own = torch.arange(scores.shape[1], device=scores.device)[None] == target[:, None]
+    own = torch.arange(logits.shape[1], device=logits.device)[None] == target[:, None]
     return (step + torch.where(own, by_logp[:, None], 0.0)).to(dtype)

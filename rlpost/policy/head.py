@@ -12,12 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from rlpost.gradient.types import HeadStatistics, StatisticsRequest
 from rlpost.policy.accumulation import gradient_in_place
-from rlpost.policy.fused import fused, fuses, score_gradient, token_numbers
+from rlpost.policy.fused import fused, fused_grad_logits, fused_log_probs, fuses
 
 
 @dataclass(frozen=True, slots=True)
 class LogitRule:
-    """How a model's raw head output f becomes the scores z of the sampled distribution softmax(z).
+    """How a model's raw head output f becomes the logits z of the sampled distribution softmax(z).
 
     z = cap(f * scale) / temperature, where cap(x) = softcap * tanh(x / softcap), or x without a softcap (Gemma 2).
     """
@@ -26,18 +26,18 @@ class LogitRule:
     scale: float = 1.0
     softcap: float | None = None
 
-    def scores(self, raw: Tensor) -> Tensor:
+    def logits(self, raw: Tensor) -> Tensor:
         """z [c, V] from f [c, V], in place."""
         raw.mul_(self.scale if self.softcap is None else self.scale / self.softcap)
         if self.softcap is not None:
             raw.tanh_().mul_(self.softcap)
         return raw.div_(self.temperature)
 
-    def slope(self, scores: Tensor) -> Tensor | float:
+    def slope(self, logits: Tensor) -> Tensor | float:
         """dz / df, elementwise [c, V], from z; a plain number without a softcap."""
         if self.softcap is None:
             return self.scale / self.temperature
-        squashed = scores * (self.temperature / self.softcap)
+        squashed = logits * (self.temperature / self.softcap)
         return squashed.square_().neg_().add_(1.0).mul_(self.scale / self.temperature)
 
 
@@ -56,8 +56,7 @@ def chunked_head(
 
     hidden [N, d], weight [V, d], bias [V] or None, target [N] int64. Products run in autocast's precision where that is
     on, everything after them in float32 (float64 for float64 inputs). Forward and backward hold a few [chunk, V] and
-    [V, d] tensors, whatever N is: backward computes the scores again, but for the last chunk's, whose products forward leaves
-    to it.
+    [V, d] tensors, whatever N is. Backward computes the logits again, except those of the last chunk, which forward keeps.
     With p = softmax(z) and H the entropy,
 
         d logp_t / dz_j = [j = t] - p_j        dH / dz_j = -p_j (log p_j + H)
@@ -77,25 +76,29 @@ def head_statistics(
     bias: Tensor | None = None,
     rule: LogitRule | None = None,
 ) -> HeadStatistics:
-    """Sums of p^2 and p^3 over the vocabulary, and the k largest scores z with the sampled token always among them.
+    """Sums of p^2 and p^3 over the vocabulary, and the k largest logits z with the sampled token always among them.
 
-    Shapes as in `chunked_head`; k is cut to the vocabulary's size, and None leaves the scores out.
+    Shapes as in `chunked_head`; k is cut to the vocabulary's size, and None leaves the logits out.
     """
     rule, request = rule or LogitRule(), StatisticsRequest(k)
     collected = _Collected(hidden, target, request, weight.shape[0])
     for whole, raw in _raw_chunks(hidden, weight, chunk, _product_dtype(hidden, weight)):
-        for part, scores in _score_blocks(whole, raw, bias, rule):
-            collected.take_scores(part, scores)
-            collected.take_probabilities(part, _token_numbers(scores, target[part])[3])
+        for part, logits in _logit_blocks(whole, raw, bias, rule):
+            collected.take_logits(part, logits)
+            collected.take_probabilities(part, _log_probs_in_place(logits, target[part])[3])
     return as_statistics(collected.tensors(), request)
 
 
 def as_statistics(tensors: Sequence[Tensor], request: StatisticsRequest) -> HeadStatistics:
     """Names what a `ScoringLinear` returned, after logp and entropy, to a `HeadRequest` with these statistics."""
-    hidden, *more = tensors
-    powers = tuple(more[:2]) if request.powers else (None, None)
-    top = (None, None) if request.k is None else tuple(more[-2:])
-    return HeadStatistics(hidden, *powers, *top)
+    rest = iter(tensors)
+    return HeadStatistics(
+        hidden=next(rest),
+        sum_p2=next(rest) if request.powers else None,
+        sum_p3=next(rest) if request.powers else None,
+        top_ids=None if request.k is None else next(rest),
+        top_logits=None if request.k is None else next(rest),
+    )
 
 
 class _Collected:
@@ -109,11 +112,11 @@ class _Collected:
         self.ids = None if self.k is None else target.new_empty(n, self.k)
         self.top = None if self.k is None else hidden.new_empty(n, self.k, dtype=torch.float32)
 
-    def take_scores(self, part: slice, scores: Tensor) -> Tensor | None:
+    def take_logits(self, part: slice, logits: Tensor) -> Tensor | None:
         """z [c, V] of the tokens `part`; left as it is. Returns the largest z [c, 1] of each where it came to light."""
         if self.ids is None or self.top is None or self.k is None:
             return None
-        self.ids[part], self.top[part], largest = _top_with_target(scores, self.target[part], self.k)
+        self.ids[part], self.top[part], largest = _top_with_target(logits, self.target[part], self.k)
         return largest
 
     def take_probabilities(self, part: slice, p: Tensor) -> None:
@@ -129,30 +132,30 @@ class _Collected:
         return [tensor for tensor in everything if tensor is not None]
 
 
-def _top_with_target(scores: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids [c, k], scores [c, k], largest score [c, 1]): the largest first; the target takes the last place if it is not
+def _top_with_target(logits: Tensor, target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids [c, k], logits [c, k], largest logit [c, 1]): the largest first; the target takes the last place if it is not
     among them."""
-    top, ids = _largest(scores, k)
+    top, ids = _largest(logits, k)
     largest = top[:, :1].clone()
     absent = ~(ids == target[:, None]).any(-1)
     ids[:, -1] = torch.where(absent, target, ids[:, -1])
-    own = scores.gather(-1, target[:, None]).squeeze(-1)
+    own = logits.gather(-1, target[:, None]).squeeze(-1)
     top[:, -1] = torch.where(absent, own, top[:, -1])
     return ids, top, largest
 
 
-def _largest(scores: Tensor, k: int, fold: int = 8) -> tuple[Tensor, Tensor]:
+def _largest(logits: Tensor, k: int, fold: int = 8) -> tuple[Tensor, Tensor]:
     """(values [c, k], ids [c, k]) as `topk`, largest first. Folds the columns into V / 8 sets and searches only the k sets
-    with the largest maxima (and what filled no set), found in the same way: most scores are then read once."""
-    width = scores.shape[1] // fold
+    with the largest maxima (and what filled no set), found in the same way: most logits are then read once."""
+    width = logits.shape[1] // fold
     if width < 4 * k:
-        return scores.topk(k, dim=-1)
-    maxima = scores[:, : fold * width].unflatten(-1, (fold, width)).amax(-2)  # across rows: those are vector operations
+        return logits.topk(k, dim=-1)
+    maxima = logits[:, : fold * width].unflatten(-1, (fold, width)).amax(-2)  # across rows: those are vector operations
     sets = _largest(maxima, k, fold)[1]
-    ids = (sets[:, None] + torch.arange(0, fold * width, width, device=scores.device)[:, None]).flatten(1)
-    rest = torch.arange(fold * width, scores.shape[1], device=scores.device)
-    ids = torch.cat([ids, rest.expand(scores.shape[0], -1)], 1)
-    top, place = scores.gather(-1, ids).topk(k, dim=-1)
+    ids = (sets[:, None] + torch.arange(0, fold * width, width, device=logits.device)[:, None]).flatten(1)
+    rest = torch.arange(fold * width, logits.shape[1], device=logits.device)
+    ids = torch.cat([ids, rest.expand(logits.shape[0], -1)], 1)
+    top, place = logits.gather(-1, ids).topk(k, dim=-1)
     return top, ids.gather(-1, place)
 
 
@@ -201,7 +204,7 @@ def _cast_to_keep(weight: Tensor, product: torch.dtype) -> Tensor | None:
     return weight.detach().to(product)
 
 
-def _score_blocks(
+def _logit_blocks(
     part: slice, raw: Tensor, bias: Tensor | None, rule: LogitRule, *, keep: bool = False
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yields (which tokens, z [b, V] in float32 or wider) of a chunk's raw products [c, V] of the tokens `part`, a few rows
@@ -213,22 +216,22 @@ def _score_blocks(
     exact = torch.promote_types(raw.dtype, torch.float32)
     step = max(1, raw.shape[0]) if fuses(raw.device) else 8 if raw.device.type == "cpu" else 256
     for start in range(0, raw.shape[0], step):
-        scores = raw[start : start + step].to(exact, copy=keep)
+        logits = raw[start : start + step].to(exact, copy=keep)
         if bias is not None:
-            scores.add_(bias.detach().to(exact))
-        yield slice(part.start + start, part.start + start + scores.shape[0]), rule.scores(scores)
-        del scores
+            logits.add_(bias.detach().to(exact))
+        yield slice(part.start + start, part.start + start + logits.shape[0]), rule.logits(logits)
+        del logits
 
 
-def _token_numbers(
-    scores: Tensor, target: Tensor, largest: Tensor | None = None
+def _log_probs_in_place(
+    logits: Tensor, target: Tensor, largest: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log of the normaliser [c], logp of `target` [c], entropy [c], probabilities [c, V]) of z [c, V], which is overwritten.
     `largest`: max z [c, 1] where it is known.
 
     With x = z - max z and Z = sum exp x: logp_t = x_t - log Z, H = log Z - E[x]; both terms are small where H is."""
-    top = scores.amax(-1, keepdim=True) if largest is None else largest
-    centred = scores.sub_(top)
+    top = logits.amax(-1, keepdim=True) if largest is None else largest
+    centred = logits.sub_(top)
     p = centred.exp()
     total = p.sum(-1, keepdim=True)
     p.div_(total)
@@ -238,10 +241,9 @@ def _token_numbers(
     return top.add_(log_total).squeeze(-1), logp.squeeze(-1), entropy, p
 
 
-def _score_gradient(
-    logq: Tensor, target: Tensor, entropy: Tensor, by_logp: Tensor, by_entropy: Tensor | None
-) -> Tensor:
-    """The loss by z [c, V], from log softmax(z) [c, V] (overwritten), H [c], and the loss by logp and by H [c, 1]."""
+def _grad_logits(logq: Tensor, target: Tensor, entropy: Tensor, by_logp: Tensor, by_entropy: Tensor | None) -> Tensor:
+    """The gradient of the loss with respect to z [c, V]. `logq` [c, V] is log softmax(z) and is overwritten, `entropy` [c] is
+    H; `by_logp` and `by_entropy` [c, 1] are the loss's gradients with respect to logp and H."""
     by_logp = by_logp.to(logq.dtype)
     if by_entropy is None:
         step = logq.exp_().mul_(-by_logp)
@@ -251,17 +253,17 @@ def _score_gradient(
     return step.scatter_add_(-1, target[:, None], by_logp)
 
 
-def _numbers(
-    scores: Tensor, target: Tensor, *, with_p: bool, largest: Tensor | None = None
+def _log_probs(
+    logits: Tensor, target: Tensor, *, with_p: bool, largest: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """As `_token_numbers`; z [c, V] may be overwritten."""
-    if fuses(scores.device):
-        return fused(token_numbers)(scores, target, with_p)
-    return _token_numbers(scores, target, largest)
+    """As `_log_probs_in_place`; z [c, V] may be overwritten."""
+    if fuses(logits.device):
+        return fused(fused_log_probs)(logits, target, with_p)
+    return _log_probs_in_place(logits, target, largest)
 
 
-def _raw_gradient(
-    scores: Tensor,
+def _grad_raw(
+    logits: Tensor,
     target: Tensor,
     normalizer: Tensor,
     entropy: Tensor,
@@ -270,18 +272,19 @@ def _raw_gradient(
     rule: LogitRule,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The loss by the head's raw output [c, V], in `dtype` where fused, from z [c, V] (overwritten) and numbers [c]."""
-    slope = rule.slope(scores)
-    if not fuses(scores.device):
-        logq = scores.sub_(normalizer[:, None])
+    """The gradient of the loss with respect to the head's raw output f [c, V], in `dtype` where fused. `logits` [c, V] is z and
+    is overwritten; `normalizer`, `entropy`, `by_logp` and `by_entropy` are [c]."""
+    slope = rule.slope(logits)
+    if not fuses(logits.device):
+        logq = logits.sub_(normalizer[:, None])
         rest = None if by_entropy is None else by_entropy[:, None]
-        return _score_gradient(logq, target, entropy, by_logp[:, None], rest).mul_(slope)
+        return _grad_logits(logq, target, entropy, by_logp[:, None], rest).mul_(slope)
     by_entropy = torch.zeros_like(by_logp) if by_entropy is None else by_entropy
     if isinstance(slope, Tensor):
-        exact = fused(score_gradient)(scores, normalizer, target, entropy, by_logp, by_entropy, scores.dtype)
+        exact = fused(fused_grad_logits)(logits, normalizer, target, entropy, by_logp, by_entropy, logits.dtype)
         return exact.mul_(slope)
     scaled = (by_logp * slope, by_entropy * slope)  # linear in both: no pass of its own
-    return fused(score_gradient)(scores, normalizer, target, entropy, *scaled, dtype)
+    return fused(fused_grad_logits)(logits, normalizer, target, entropy, *scaled, dtype)
 
 
 def _add_weight_gradient(total: Tensor | None, raw: Tensor, hidden: Tensor, dtype: torch.dtype) -> Tensor:
@@ -328,10 +331,10 @@ class _ChunkedHead(torch.autograd.Function):
             # Backward begins with the last chunk, when all activations still live: it would hold these products anyway.
             if whole.stop >= hidden.shape[0] and any(ctx.needs_input_grad[:3]):
                 last = raw
-            for part, block in _score_blocks(whole, raw, bias, rule, keep=last is not None):
-                largest = None if collected is None else collected.take_scores(part, block)
+            for part, block in _logit_blocks(whole, raw, bias, rule, keep=last is not None):
+                largest = None if collected is None else collected.take_logits(part, block)
                 with_p = collected is not None and bool(collected.powers)
-                found = _numbers(block, target[part], with_p=with_p, largest=largest)
+                found = _log_probs(block, target[part], with_p=with_p, largest=largest)
                 normalizer[part], logp[part], entropy[part], p = found
                 if collected is not None and p is not None:
                     collected.take_probabilities(part, p)
@@ -361,15 +364,15 @@ class _ChunkedHead(torch.autograd.Function):
             chunks = _raw_chunks(hidden, weight, ctx.chunk, product, columns, last_first=True, last=ctx.last)
             ctx.last = None  # will be overwritten: another backward pass computes it again
             for whole, raw in chunks:  # each block of products makes room for its gradient
-                for part, scores in _score_blocks(whole, raw, bias, ctx.rule):
+                for part, logits in _logit_blocks(whole, raw, bias, ctx.rule):
                     by_entropy = None if without_entropy else grads[1][part]
                     dtype = product if grad_bias is None else normalizer.dtype
-                    numbers = (target[part], normalizer[part], entropy[part])
-                    step = _raw_gradient(scores, *numbers, grads[0][part], by_entropy, ctx.rule, dtype)
+                    known = (target[part], normalizer[part], entropy[part])
+                    step = _grad_raw(logits, *known, grads[0][part], by_entropy, ctx.rule, dtype)
                     if grad_bias is not None:
                         grad_bias += step.sum(0)
                     raw[part.start - whole.start : part.stop - whole.start] = step
-                    del scores, step
+                    del logits, step
                 if grad_hidden is not None:
                     grad_hidden[whole] = (raw @ columns).to(hidden.dtype)
                 if to_weight:
