@@ -43,8 +43,8 @@ bench: install  ## on frozen rollouts, beside TRL and by itself: make bench MODE
 	$(RUN)/python -m benchmarks.trl --model $(MODEL) --scale $(SCALE) $(ARGS) && \
 	$(RUN)/python -m benchmarks.learner --model $(MODEL) --scale $(SCALE)
 
-docs: install  ## regenerate the recipe reference and its JSON schema
-	@$(RUN)/rlpost schema > recipes/schema.json && $(RUN)/rlpost recipe-docs > docs/recipe.md
+docs: install  ## regenerate the recipe reference, its JSON schema and the drawing of the rooms
+	@$(RUN)/rlpost schema > recipes/schema.json && $(RUN)/rlpost recipe-docs > docs/recipe.md && $(RUN)/python docs/draw_rooms.py
 
 format:  ## rewrite files in the house style
 	@$(RUN)/ruff format . && $(RUN)/ruff check --fix .
