@@ -42,7 +42,8 @@ class ActorCritic:
     method: MethodSection
     whitening: RewardWhitening | None = None
     controller: KlController | None = None
-    seen: dict[str, float] = field(default_factory=dict)  # measurements that no call has used: kl, entropy, reward...
+    # The newest measurements (kl, entropy, reward, reward_std) that the controller has not been given yet.
+    seen: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, method: MethodSection) -> ActorCritic:

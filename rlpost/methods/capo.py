@@ -140,10 +140,11 @@ class CurvatureTracker:
         return found
 
     def _largest_ahead(self, context: StepContext) -> float:
-        """Size of the largest step that calibrated limits will judge, over this step's; both of a row without history.
+        """How many times larger than this optimizer step the largest step is that the calibrated limits will judge.
 
-        The limits act from the step after the last observed one on. Adam's bias correction makes early steps smaller or
-        larger than the learning rate says, so the largest one need not be that of the peak learning rate.
+        The limits act on the steps that come after the observed ones. Both sizes are those of Adam's step on a row of the head
+        without history. The largest step need not be that of the peak learning rate, because Adam's bias correction makes early
+        steps smaller or larger than the learning rate says.
         """
         assert self._calibration is not None
         waiting = self._calibration.rule.steps - self._calibration.steps - 1

@@ -42,7 +42,8 @@ def accepted_tokens(method: MethodSection, view: TokenView, context: StepContext
 def _curvature_rejects(
     method: MethodSection, view: TokenView, counted: Tensor, context: StepContext
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """[N] bool: what the curvature mask rejects, or would reject where only controls are matched to it."""
+    """[N] bool: the tokens that the curvature mask rejects. A method whose only masks are controls (random, probability) that
+    are matched to the curvature mask needs this too: it says how many tokens the controls must reject."""
     if method.curvature is None:
         return torch.zeros_like(counted), {}
     tracker = context.curvature

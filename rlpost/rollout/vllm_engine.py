@@ -41,8 +41,9 @@ class VllmRolloutEngine:
     may depend on which requests share a batch: with another order or another set of requests, a bfloat16 engine can
     sample another token where two are nearly tied. On CUDA set `VLLM_BATCH_INVARIANT=1` where that matters.
 
-    Process-wide effects. Random states, thread count, CPU affinity and NUMA binding are put back after the start, the
-    first three after every call as well; engines in several processes are not pinned to cores.
+    Process-wide effects. vLLM changes this process's random states, thread count, CPU affinity and NUMA binding when it starts;
+    all four are restored afterwards. Random states, thread count and affinity are restored after every call, too. Engines in
+    several processes are therefore not pinned to cores.
     If torch.distributed is initialised, every process of the group must make its engine at the same time; if it is
     not, vLLM makes a group of one, so initialise it first.
     """

@@ -145,7 +145,8 @@ class WorkerPool:
 def _wait(future: ProcessFuture[list[Reply]], seconds: float) -> Result | None:
     """What became of a job; None if its process, or the pool, was lost.
 
-    Jobs start in the order in which they were handed in. So a job whose predecessors are done runs, or is about to.
+    Jobs start in the order in which they were handed in. So once all jobs before this one are done, this one is running or
+    will start at once, and its deadline can be counted from now.
     """
     from concurrent.futures.process import BrokenProcessPool
     from pickle import PicklingError

@@ -89,8 +89,8 @@ class Scorer:
             groups: prompts with their completions; the groups may differ in size.
             step: the optimizer step, and
             max_steps: the run's last one: what functions see in `trainer_state`.
-            more: whether these belong to what was scored last, as the samples of a hint do, so that failures are judged
-                over both together.
+            more: whether these groups are added to those of the call before, as samples of a hinted prompt are. The share of
+                failed scores is then judged over both calls together.
 
         Raises:
             RewardError: a function broke its contract, or failed on more than `scoring.max_failed_share` of them.

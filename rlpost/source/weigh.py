@@ -138,8 +138,8 @@ def flat_groups(groups: Sequence[Group], weights: Sequence[float], method: Metho
 
 
 def weighted(scores: Sequence[Score], weights: Sequence[float]) -> list[float]:
-    """A completion's scores times their weights; NaN: not applicable. One failed score makes all of them unknown: half a
-    sum must not enter a baseline."""
+    """A completion's scores times their weights; NaN: not applicable. One failed score makes all of the completion's
+    scores unknown, because a sum without the failed part would be a wrong reward in the group's baseline."""
     failed = any(score.failed for score in scores)
     return [math.nan if failed or s.value is None else w * s.value for w, s in zip(weights, scores, strict=True)]
 

@@ -47,7 +47,8 @@ def guide(
     `groups` are scored. `sample(prompts, seed_level)` gives unscored groups, `score` scores them, `hint(prompts, ratio)`
     makes hinted prompts (None: impossible); all are local to the process, and each is called once per level for all groups
     that are still unsolved. `memory` has the level at which a prompt begins (absent: 1). A group that no level solves keeps
-    the samples of its last hint. Only groups known to be all wrong begin; once begun, only a right completion ends it.
+    the samples of its last hint. Escalation begins only for groups whose completions are all known to be wrong. It then goes on
+    until a completion is right: an unknown one does not end it.
     """
     ratios = level_ratios(section, rollout, rollouts)
     run = _Escalation(list(groups), section, accuracy_rewards)
@@ -153,7 +154,8 @@ def _judge(sampled: Sequence[Group], section: HintGuidance, score: Score) -> lis
 
 
 def _conditioned(groups: Sequence[Group], levels: Sequence[int], section: HintGuidance) -> list[Group]:
-    """The groups with the prompt that their completions are learned under; other than the sampled one in ablations."""
+    """The groups, each with the prompt under which its completions are learned: the hinted one that they were sampled from, or,
+    in ablations (`guidance.condition`), the bare question."""
     last = max(levels, default=0)
     kept = {"hinted": 0, "question": last + 1, "released": last}[section.condition]
     return [
