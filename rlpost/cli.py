@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -159,12 +159,19 @@ def rewards_try(
     argument: Annotated[
         list[str] | None, typer.Option(metavar="K=V", help="A fixed keyword argument; repeatable.")
     ] = None,
+    completions: Annotated[
+        Literal["auto", "text", "messages"], typer.Option(help="As a recipe's rewards.N.completions.")
+    ] = "auto",
+    call: Annotated[Literal["sample", "group", "batch"], typer.Option(help="As a recipe's rewards.N.call.")] = "sample",
+    timeout_score: Annotated[float | None, typer.Option(help="As a recipe's rewards.N.timeout_score.")] = None,
 ) -> None:
     """Run a reward function on samples, just as training would, and show every outcome."""
     from rlpost.recipe.load import parse_values
     from rlpost.scoring.tryout import run_tryout
 
-    raise typer.Exit(run_tryout(function, samples, deadline, parse_values(argument or ())))
+    values = parse_values(argument or ())
+    keys: dict[str, Any] = {"completions": completions, "call": call, "timeout_score": timeout_score}
+    raise typer.Exit(run_tryout(function, samples, deadline, values, **keys))
 
 
 def main(arguments: list[str] | None = None) -> None:

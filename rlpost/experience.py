@@ -47,6 +47,7 @@ class Prompt:
     demonstration: Demonstration | None = None
     hint: str = ""  # the part of the demonstration that this prompt shows
     origin: Prompt | None = None  # of a hinted prompt: the bare one
+    is_text: bool = False  # the data's question is a text and no chat: rewards are handed texts, as in TRL
 
     @property
     def bare(self) -> Prompt:
@@ -77,6 +78,7 @@ class Outcome(StrEnum):
 
     SCORED = "scored"
     NOT_APPLICABLE = "not_applicable"  # the function returned None
+    HUNG = "hung"  # the deadline passed, and the recipe gives a score for that (`timeout_score`)
     TIMED_OUT = "timed_out"  # the deadline passed; its process was killed
     CRASHED = "crashed"  # the function raised, or its process died
     UNPARSABLE = "unparsable"  # the function could not read its input (raised Unparsable) or returned no finite number
@@ -84,7 +86,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The verdict of one reward function on one completion. `value` is None unless `outcome` is SCORED."""
+    """The verdict of one reward function on one completion. `value` is None unless `outcome` is SCORED or HUNG."""
 
     outcome: Outcome
     value: float | None = None

@@ -126,12 +126,30 @@ def test_eval_and_report_hand_over(recipe, monkeypatch, capsys):
 def test_rewards(recipe, monkeypatch, capsys):
     tryout = ModuleType("rlpost.scoring.tryout")
     seen = []
-    tryout.run_tryout = lambda *arguments: seen.append(arguments) or 1
+    tryout.run_tryout = lambda *arguments, **keys: seen.append((*arguments, keys)) or 1
     monkeypatch.setitem(sys.modules, "rlpost.scoring.tryout", tryout)
     arguments = ["--samples", "s.jsonl", "--deadline", "3", "--argument", "a=1", "--argument", "b=x"]
     assert run("rewards", "try", "mine.py:reward", *arguments) == 1
-    spec, samples, deadline, given = seen[0]
+    spec, samples, deadline, given, keys = seen[0]
     assert (spec, str(samples), deadline, given) == ("mine.py:reward", "s.jsonl", 3.0, {"a": 1, "b": "x"})
+    assert keys == {"completions": "auto", "call": "sample", "timeout_score": None}
+    assert (
+        run(
+            "rewards",
+            "try",
+            "mine.py",
+            "--samples",
+            "s.jsonl",
+            "--completions",
+            "text",
+            "--call",
+            "group",
+            "--timeout-score",
+            "0",
+        )
+        == 1
+    )
+    assert seen[1][-1] == {"completions": "text", "call": "group", "timeout_score": 0.0}
     (recipe.parent / "rewards").mkdir()
     (recipe.parent / "rewards" / "own.py").write_text('"""Rewards what I like.\n\nMore."""\n')
     capsys.readouterr()

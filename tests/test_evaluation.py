@@ -126,6 +126,15 @@ def test_failed_scores_are_counted_and_never_wrong():
     assert result.reward == pytest.approx((0.5 + 3 * 1.5 + 3 * 0.5) / 7)  # the crashed one has none
 
 
+def test_hangs_with_a_score_are_wrong_and_counted_apart():
+    hung = Score(Outcome.HUNG, 0.0, "no answer in 1 s")
+    _, result = run(lambda p, i: (hung,) if p < 2 else (RIGHT,), EvaluationSection())
+    assert result.accuracy == pytest.approx(6 / 8) and result.failed == 0
+    assert result.metrics()["eval/hung"] == 2.0
+    _, none = run(lambda p, i: (RIGHT,), EvaluationSection())
+    assert "eval/hung" not in none.metrics()
+
+
 def test_pass_at_k_leaves_out_prompts_with_fewer_known_verdicts():
     section = EvaluationSection(samples=2, k=(1, 2))
     _, result = run(lambda p, i: (CRASHED if p == 0 and i == 0 else RIGHT if i == 1 else WRONG,), section, count=2)

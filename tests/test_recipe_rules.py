@@ -186,3 +186,10 @@ def test_sizes_of_sources(base):
 )
 def test_paths_that_can_only_be_local(path, local):
     assert looks_local(path) is local
+
+
+def test_a_hang_must_not_count_as_right(base):
+    [problem] = problems(base, "rewards.0.timeout_score=1")
+    assert "rewards.0.timeout_score=1 is not below scoring.threshold=1" in problem
+    assert problems(base, "rewards.0.timeout_score=0") == [] == problems(base, "rewards.0.timeout_score=0.5")
+    assert problems(base, "rewards.0.timeout_score=0.5", "scoring.threshold=0.5") != []

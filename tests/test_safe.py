@@ -188,6 +188,19 @@ def test_preview_brake():
     assert drive(SCALE_FREE, seen)[-1].step_scale == 1.0
 
 
+def test_a_crash_counts_although_the_reward_comes_back():
+    """As docs/metrics.md says: `crashes` does not ask, `crashed` says whether it has come back."""
+    state = CrashState()
+    for reward in [*(0.7 + 0.01 * max(-2.0, min(2.0, e)) for e in noise(50)), 0.2]:
+        state = state.step(reward)
+    assert state.metrics()["reward/crashed"] == 1.0 and state.metrics()["reward/crashes"] == 1.0
+    state = state.step(0.7)
+    assert (
+        state.metrics()["reward/crashed"] == 0.0
+        and state.metrics()["reward/crashes"] == state.metrics()["reward/falls"] == 1
+    )
+
+
 def test_crashes_are_counted_once_each():
     """Three standard deviations below the moving average; and, apart from that, 0.1 in the reward's unit."""
     state = CrashState()

@@ -132,7 +132,8 @@ def _tokenised(rows: Iterable[Row], section: DataSection, tokenizer: PreTrainedT
         # The template has written the special tokens (the beginning of the text among them) already.
         token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         for row, chat, text, ids in zip(batch, messages, texts, token_ids, strict=True):
-            yield Prompt(row.id, chat, text, tuple(ids), row.columns, row.demonstration)
+            is_text = isinstance(row.question, str)
+            yield Prompt(row.id, chat, text, tuple(ids), row.columns, row.demonstration, is_text=is_text)
 
 
 def _apply_template(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlpost.errors import DataError, RecipeError
-from rlpost.experience import Group, Prompt, Score
+from rlpost.experience import Group, Outcome, Prompt, Score
 from rlpost.recipe.sections.learner import EvaluationSection
 from rlpost.recipe.sections.rollout import RolloutSection
 from rlpost.rollout.engine import RolloutEngine, SamplingRequest, SamplingSettings
@@ -44,6 +44,7 @@ class EvaluationResult:
     mean_length: float  # tokens per completion
     failed: int  # completions without a verdict because their scoring failed
     not_applicable: int  # completions without a verdict because no accuracy reward applies to them
+    hung: int = 0  # completions that count as wrong because an accuracy reward hung on them (`timeout_score`)
 
     def metrics(self) -> dict[str, float]:
         """Flat `eval/...` numbers; figures that are not known are left out."""
@@ -56,6 +57,7 @@ class EvaluationResult:
             "eval/mean_length": self.mean_length,
             "eval/failed": float(self.failed),
             "eval/not_applicable": float(self.not_applicable),
+            **({"eval/hung": float(self.hung)} if self.hung else {}),
             "eval/prompts": float(len(self.groups)),
         }
         return {name: number for name, number in numbers.items() if not math.isnan(number)}
@@ -168,6 +170,7 @@ def summarise(
         mean_length=_mean([float(len(completion.token_ids)) for completion in completions]),
         failed=sum(unknown),
         not_applicable=len(unknown) - sum(unknown),
+        hung=sum(_hung(scores, accuracy_rewards) for group in groups for scores in group.scores),
     )
 
 
@@ -216,6 +219,10 @@ def _reward_record(scores: Sequence[Score], names: Sequence[str]) -> dict[str, d
 
 def _scoring_failed(scores: Sequence[Score], accuracy_rewards: Sequence[bool]) -> bool:
     return any(score.failed for score, counts in zip(scores, accuracy_rewards, strict=True) if counts)
+
+
+def _hung(scores: Sequence[Score], accuracy_rewards: Sequence[bool]) -> bool:
+    return any(s.outcome is Outcome.HUNG for s, counts in zip(scores, accuracy_rewards, strict=True) if counts)
 
 
 def _mean(values: Sequence[float]) -> float:

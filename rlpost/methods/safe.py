@@ -146,7 +146,7 @@ CRASH_DECAY, CRASH_FACTOR, CRASH_FALL, CRASH_WAIT = 0.98, 3.0, 0.1, 20
 class CrashState:
     """Counts crashes: a rollout's mean reward falls more than 3 standard deviations (of mean rewards around their moving
     average, decay 0.98) below that average; apart from them, falls by more than 0.1. Either lasts, and is counted once,
-    until a reward is above its line again."""
+    until a reward is above its line again. One that comes back at once is counted like one that never does."""
 
     seen: int = 0
     average: float = 0.0

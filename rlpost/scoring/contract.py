@@ -60,13 +60,18 @@ class Call:
     keywords: Mapping[str, Any]
     deadline_s: float  # of this call; for async functions also kept by the event loop
     state: TrainerState = field(default_factory=TrainerState)
+    guarded: bool = False  # chats among prompts and completions refuse to be taken for texts
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What one call came to: a verdict (outcome, value, detail) a completion, or how the contract was broken."""
+    """What one call came to: a verdict (outcome, value, detail) a completion, or how the contract was broken.
+
+    `disturbed`: neither, perhaps: a call that ran beside it ended or cancelled the event loop that both shared.
+    """
 
     verdicts: tuple[tuple[str, float | None, str], ...] = ()
     breach: str = ""
     logged: tuple[tuple[str, float], ...] = ()  # what the function gave to log_metric
     seconds: float = 0.0
+    disturbed: bool = False

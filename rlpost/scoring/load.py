@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-import hashlib
 import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable, Collection
+import os
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 from rlpost.errors import RewardError
 from rlpost.scoring.contract import BUILTINS, EXTRAS, RewardFunction
+from rlpost.scoring.files import module_name
+from rlpost.scoring.surroundings import Surroundings
 
 DEFAULT_FUNCTION = "reward"
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -31,6 +32,31 @@ def load_reward(spec: str, base: Path | None = None) -> RewardFunction:
     Raises:
         RewardError: nothing by that name, the code fails when it is imported, or it is no reward function.
     """
+    # What a reward's file does to its process when it is imported is not done to the trainer.
+    with Surroundings().kept(), _no_sudden_end():
+        return import_reward(spec, base)
+
+
+@contextlib.contextmanager
+def _no_sudden_end() -> Iterator[None]:
+    """A file that calls os._exit while it is imported is refused like one that calls sys.exit; the trainer would be gone
+    without a word."""
+    process, leave = os.getpid(), os._exit
+
+    def refuse(status: int) -> NoReturn:
+        if os.getpid() != process:  # children that the file starts end as they do
+            leave(status)
+        raise SystemExit(status)
+
+    os._exit = refuse
+    try:
+        yield
+    finally:
+        os._exit = leave
+
+
+def import_reward(spec: str, base: Path | None = None) -> RewardFunction:
+    """`load_reward` in the process that will call the function: what the file sets up for its process stays."""
     if not spec.strip():
         raise RewardError(f"A reward needs a function. {_known_rewards(base)}")
     place, _, function_name = spec.strip().partition(":")
@@ -112,23 +138,15 @@ def _find_file(place: str, base: Path | None) -> Path | None:
 
 
 def _import_file(file: Path, spec: str) -> ModuleType:
-    """Imports a file under a name of its own, so that rewards/math.py never hides the module math."""
-    name = f"rlpost_reward_{file.stem}_{hashlib.sha1(str(file).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    found = importlib.util.spec_from_file_location(name, file)
-    if found is None or found.loader is None:
+    """Imports a file under a name of its own, by which the children of a reward's process pools find it, too."""
+    if file.suffix != ".py":
         raise RewardError(f"The reward file {file} is no Python source file.")
-    module = importlib.util.module_from_spec(found)
-    sys.modules[name] = module
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))  # last: helpers beside the file can be imported, but hide nothing
     try:
-        found.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
+        return importlib.import_module(module_name(file))
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise RewardError(f"The reward {spec} cannot be imported: {_why(error)} ({file}).") from error
-    return module
 
 
 def _import_module(place: str, function_name: str, spec: str, base: Path | None) -> ModuleType:
@@ -137,7 +155,9 @@ def _import_module(place: str, function_name: str, spec: str, base: Path | None)
         raise RewardError(f"There is no reward named {spec!r}.{_nearest(place, known)} {_known_rewards(base)}")
     try:
         return importlib.import_module(place)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         hint = _nearest(place, known) if isinstance(error, ModuleNotFoundError) else ""
         raise RewardError(
             f"The reward {spec} cannot be imported: {_why(error)}.{hint} A reward is named "

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING
 from rlpost.errors import RewardError
 from rlpost.scoring import worker
 from rlpost.scoring.contract import Call, Reply
+from rlpost.scoring.surroundings import LOST_PIPES
 
 if TYPE_CHECKING:
     from pebble import ProcessFuture, ProcessPool
 
 START_S = 180.0  # how long a process may take to start and to load the reward functions
+ENDED = 256  # stands for exit code 0 of a process that ended before its time: no process has this one
 ATTEMPTS = 2  # how often a job is tried whose process was lost through no fault of its own
 
 
@@ -32,6 +34,12 @@ class Worker(SpawnProcess):
             super().start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    @property
+    def exitcode(self) -> int | None:
+        """Never 0: pebble takes that for a process that was asked to end, and waits on for the answer that it owes."""
+        code = super().exitcode
+        return ENDED if code == 0 else code
 
     def terminate(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -165,9 +173,15 @@ def _wait(future: ProcessFuture[list[Reply]], seconds: float) -> Result | None:
         raise RewardError(
             f"A reward's keywords cannot be sent to its process ({error}): columns and arguments must be plain data."
         ) from error
+    except Exception as error:  # nothing that a scoring process sends is meant to raise here
+        return Died(f"its process sent no answer ({type(error).__name__}: {error})")
 
 
 def _exit_code(code: int) -> str:
+    if code == ENDED:
+        return "exit code 0"
+    if code == LOST_PIPES:
+        return "the reward closed file descriptors that it had not opened"
     if code < 0:
         with contextlib.suppress(ValueError):
             return f"signal {signal.Signals(-code).name}"

@@ -7,22 +7,22 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlpost.errors import RewardError
-from rlpost.experience import Completion, Group, Outcome, Score
-from rlpost.scoring.contract import BUILTINS, EXTRAS, IN_WORKER, Call, Reply, RewardFunction, TrainerState
+from rlpost.experience import Group, Outcome, Score
+from rlpost.scoring.contract import Call, Reply, RewardFunction, TrainerState
+from rlpost.scoring.keywords import Sample, keywords
 from rlpost.scoring.load import check_arguments, check_signature, load_reward
 from rlpost.scoring.pool import Died, Job, Killed, Result, WorkerPool
 
 if TYPE_CHECKING:
     from rlpost.recipe.sections.reward import RewardSection, ScoringSection
 
-Sample = tuple[Group, Completion]
 Place = tuple[int, int]  # which of the flattened samples, which reward
+Task = tuple[Job, list[list[Place]]]  # a job, and for each of its calls the places that its verdicts go to
 
 ASYNC_CHUNK = 64  # async calls that share a process at the most
-_NEVER_COLUMNS = ("prompt", "completion", "completion_ids")  # as in TRL: these have keywords of their own
 
 
 class FailureTally:
@@ -98,13 +98,10 @@ class Scorer:
         samples: list[Sample] = [(group, completion) for group in groups for completion in group.completions]
         state = TrainerState(step, max_steps)
         jobs = [job for r in range(len(self.sections)) for job in self._jobs(r, groups, state)]
-        scores: dict[Place, Score] = {}
         self.slowest = dict.fromkeys(self.names, 0.0)
-        logged: dict[str, list[float]] = defaultdict(list)
-        for places, reply in self._replies(jobs):
-            self._take(places, reply, scores)
-            for name, value in reply.logged:
-                logged[name].append(value)
+        logged: dict[str, list[float]] = {}
+        scores = self._ask(jobs, logged)
+        self._blame(jobs, samples, state, scores)
         self.logged = {name: sum(values) / len(values) for name, values in logged.items()}
         self.counts = {
             name: Counter(scores[s, r].outcome for s in range(len(samples))) for r, name in enumerate(self.names)
@@ -125,30 +122,83 @@ class Scorer:
     ) -> None:
         self.close()
 
-    def _jobs(self, r: int, groups: Sequence[Group], state: TrainerState) -> Iterator[tuple[Job, list[list[Place]]]]:
+    def _jobs(self, r: int, groups: Sequence[Group], state: TrainerState) -> Iterator[Task]:
         """The calls of reward r as jobs, each with the places that its calls' verdicts go to."""
         section, function = self.sections[r], self.functions[r]
         calls, places, first = [], [], 0
         for samples in _split(groups, section.call):
-            keywords = _keywords(function, samples, section.arguments)
-            calls.append(Call(r, len(samples), keywords, section.deadline_s * len(samples), state))
+            calls.append(self._call(r, samples, state))
             places.append([(first + i, r) for i in range(len(samples))])
             first += len(samples)
         size = min(ASYNC_CHUNK, -(-len(calls) // self.scoring.workers)) if function.is_async else 1
         for i in range(0, len(calls), max(size, 1)):
             yield _job(calls[i : i + size], function), places[i : i + size]
 
-    def _replies(self, jobs: Sequence[tuple[Job, list[list[Place]]]]) -> Iterator[tuple[list[Place], Reply]]:
+    def _call(self, r: int, samples: Sequence[Sample], state: TrainerState) -> Call:
+        """One call of reward r."""
+        section = self.sections[r]
+        return Call(
+            reward=r,
+            size=len(samples),
+            keywords=keywords(self.functions[r], samples, section.arguments, section.completions),
+            deadline_s=section.deadline_s * len(samples),
+            state=state,
+            guarded=section.completions == "auto",
+        )
+
+    def _replies(self, jobs: Sequence[Task]) -> Iterator[tuple[list[Place], Reply]]:
         """Each call's places and reply. Calls that shared a process which was lost are made again, alone."""
-        again: list[tuple[Job, list[list[Place]]]] = []
+        again: list[Task] = []
         for (job, places), result in zip(jobs, self._pool.run([job for job, _ in jobs]), strict=True):
-            if isinstance(result, Killed | Died) and len(job.calls) > 1:
-                function = self.functions[job.calls[0].reward]
-                again += [(_job([c], function), [p]) for c, p in zip(job.calls, places, strict=True)]
-            else:
-                yield from zip(places, _as_replies(job, result), strict=True)
+            function, lost = self.functions[job.calls[0].reward], isinstance(result, Killed | Died)
+            for call, place, reply in zip(job.calls, places, _as_replies(job, result), strict=True):
+                if len(job.calls) > 1 and (lost or reply.disturbed):
+                    again.append((_job([call], function), [place]))
+                else:
+                    yield place, reply
         if again:
             yield from self._replies(again)
+
+    def _blame(
+        self, jobs: Sequence[Task], samples: Sequence[Sample], state: TrainerState, scores: dict[Place, Score]
+    ) -> None:
+        """Gives the completions on which a function hangs their reward's `timeout_score`.
+
+        Of a call with several completions each is put to the function alone, to find those on which it hangs. The others
+        are then scored by another call without them: those at fault need a baseline to fall short of.
+        """
+        late = [
+            places
+            for job, several in jobs
+            for call, places in zip(job.calls, several, strict=True)
+            if self.sections[call.reward].timeout_score is not None
+            and all(scores[place].outcome is Outcome.TIMED_OUT for place in places)
+        ]
+        hung = {places[0] for places in late if len(places) == 1}
+        together = [places for places in late if len(places) > 1]
+        alone = self._ask([self._task([place], samples, state) for places in together for place in places], {})
+        hung |= {place for place, score in alone.items() if score.outcome is Outcome.TIMED_OUT}
+        innocent = [[place for place in places if place not in hung] for places in together]
+        # Where none hangs alone, no one is to blame: the call as a whole stays timed out.
+        again = [rest for rest, places in zip(innocent, together, strict=True) if 0 < len(rest) < len(places)]
+        scores |= self._ask([self._task(rest, samples, state) for rest in again], {})
+        for s, r in hung:
+            scores[s, r] = Score(Outcome.HUNG, self.sections[r].timeout_score, scores[s, r].detail)
+
+    def _task(self, places: list[Place], samples: Sequence[Sample], state: TrainerState) -> Task:
+        """One call for these places of one reward."""
+        r = places[0][1]
+        call = self._call(r, [samples[s] for s, _ in places], state)
+        return _job([call], self.functions[r]), [places]
+
+    def _ask(self, jobs: Sequence[Task], logged: dict[str, list[float]]) -> dict[Place, Score]:
+        """Makes the calls; what functions gave to `log_metric` is added to `logged`."""
+        scores: dict[Place, Score] = {}
+        for places, reply in self._replies(jobs):
+            self._take(places, reply, scores)
+            for name, value in reply.logged:
+                logged.setdefault(name, []).append(value)
+        return scores
 
     def _take(self, places: list[Place], reply: Reply, scores: dict[Place, Score]) -> None:
         r = places[0][1]
@@ -163,7 +213,8 @@ class Scorer:
         if not more:
             self._failures.clear()
         for r, name in enumerate(self.names):
-            failed = [score for s in range(samples) if (score := scores[s, r]).failed]
+            # A function that hangs on most completions is broken, whatever a hang is worth.
+            failed = [score for s in range(samples) if (score := scores[s, r]).failed or score.outcome is Outcome.HUNG]
             if self._failures.too_many(name, failed, samples):
                 kinds, total = self._failures.kinds[name], self._failures.samples[name]
                 said = ", ".join(f"{n} {kind.value}" for kind, n in kinds.most_common())
@@ -193,30 +244,6 @@ def _split(groups: Sequence[Group], call: str) -> Iterator[list[Sample]]:
         yield [sample for samples in by_group for sample in samples]
 
 
-def _keywords(function: RewardFunction, samples: Sequence[Sample], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What TRL would pass for these samples, as far as the function takes it; lists have one entry a sample."""
-    columns = {name for group, _ in samples for name in group.prompt.columns}
-    keywords: dict[str, Any] = {}
-    for name in (*BUILTINS, *EXTRAS, *sorted(columns)):
-        if name in IN_WORKER or name in arguments or not function.wants(name):
-            continue
-        if name in columns and name not in BUILTINS:
-            if name not in _NEVER_COLUMNS:
-                keywords[name] = [group.prompt.columns.get(name) for group, _ in samples]
-        elif name in _BUILTIN_VALUES:
-            keywords[name] = [_BUILTIN_VALUES[name](group, completion) for group, completion in samples]
-    return {**keywords, **arguments}
-
-
-_BUILTIN_VALUES = {
-    "prompts": lambda group, completion: [dict(message) for message in group.prompt.messages],
-    "completions": lambda group, completion: [{"role": "assistant", "content": completion.text}],
-    "completion_ids": lambda group, completion: list(completion.token_ids),
-    "truncated": lambda group, completion: completion.truncated,
-    "demonstration": lambda group, completion: group.prompt.demonstration and group.prompt.demonstration.text,
-}
-
-
 def _job(calls: Sequence[Call], function: RewardFunction) -> Job:
     """Async calls have a deadline in their event loop, so the hard one, for code that blocks the loop, is later."""
     longest = max(call.deadline_s for call in calls)
@@ -226,9 +253,7 @@ def _job(calls: Sequence[Call], function: RewardFunction) -> Job:
 def _as_replies(job: Job, result: Result) -> list[Reply]:
     if isinstance(result, list):
         return result
-    call = job.calls[0]
-    if isinstance(result, Killed):
-        verdict = (Outcome.TIMED_OUT.value, None, f"no answer in {call.deadline_s:g} s")
-    else:
-        verdict = (Outcome.CRASHED.value, None, result.detail)
-    return [Reply((verdict,) * call.size)]
+    if isinstance(result, Died):
+        return [Reply(((Outcome.CRASHED.value, None, result.detail),) * call.size) for call in job.calls]
+    verdicts = [(Outcome.TIMED_OUT.value, None, f"no answer in {call.deadline_s:g} s") for call in job.calls]
+    return [Reply((verdict,) * call.size) for verdict, call in zip(verdicts, job.calls, strict=True)]

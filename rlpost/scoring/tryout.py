@@ -7,14 +7,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlpost.errors import RewardError
 from rlpost.experience import Completion, Group, Message, Outcome, Prompt, Score
+from rlpost.scoring.keywords import Form
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+CallSize = Literal["sample", "group", "batch"]
 _OWN_KEYS = ("prompt", "completion", "completions", "completion_ids")
 
 
@@ -28,13 +30,21 @@ class Row:
 
 
 def try_reward(
-    spec: str, samples_path: Path, arguments: Mapping[str, Any] | None = None, deadline_s: float = 10.0
+    spec: str,
+    samples_path: Path,
+    arguments: Mapping[str, Any] | None = None,
+    deadline_s: float = 10.0,
+    *,
+    completions: Form = "auto",
+    call: CallSize = "sample",
+    timeout_score: float | None = None,
 ) -> list[Row]:
     """Scores every sample of a JSONL file in a scoring process, exactly as training would.
 
     A line is `{"prompt": text or messages, "completion": text, ...columns}`; `completions`, a list of texts, makes a
-    row of each. Every word counts as one token, with the number 0, where a line with one completion has no list
-    `completion_ids`.
+    row of each. A prompt that is a text is handed over as one, and its completions too, as from a data set with texts;
+    `completions`, `call` and `timeout_score` are the reward's keys of these names. Every word counts as one token, with the
+    number 0, where a line with one completion has no list `completion_ids`.
 
     Raises:
         RewardError: a line cannot be read, the function cannot be loaded, or it breaks its contract.
@@ -43,7 +53,14 @@ def try_reward(
     from rlpost.scoring.scorer import Scorer
 
     lines, groups = zip(*_read_samples(samples_path), strict=True)
-    section = RewardSection(function=spec, arguments=dict(arguments or {}), deadline_s=deadline_s)
+    section = RewardSection(
+        function=spec,
+        arguments=dict(arguments or {}),
+        deadline_s=deadline_s,
+        completions=completions,
+        call=call,
+        timeout_score=timeout_score,
+    )
     columns = set.intersection(*(set(group.prompt.columns) for group in groups))
     with Scorer([section], ScoringSection(workers=1, max_failed_share=1.0), samples_path.parent) as scorer:
         scorer.check(columns)
@@ -55,18 +72,49 @@ def try_reward(
     ]
 
 
-def run_tryout(spec: str, samples: Path, deadline_s: float, arguments: dict[str, Any]) -> int:
-    """Prints a table of verdicts. Returns 0, or 1 if scoring failed on any sample."""
+def run_tryout(
+    spec: str,
+    samples: Path,
+    deadline_s: float,
+    arguments: dict[str, Any],
+    *,
+    completions: Form = "auto",
+    call: CallSize = "sample",
+    timeout_score: float | None = None,
+) -> int:
+    """Prints a table of verdicts, and what they have in common. Returns 0, or 1 if scoring failed on any sample."""
     from rich.console import Console
 
-    rows = try_reward(spec, samples, arguments, deadline_s)
+    rows = try_reward(
+        spec, samples, arguments, deadline_s, completions=completions, call=call, timeout_score=timeout_score
+    )
     console = Console()
     console.print(_table(spec, rows))
     values = [row.score.value for row in rows if row.score.value is not None]
     counts = Counter(row.score.outcome.value for row in rows)
     mean = f", mean {sum(values) / len(values):.4g}" if values else ""
     console.print(", ".join(f"{n} {outcome}" for outcome, n in counts.items()) + mean, highlight=False)
+    for note in _notes(rows):
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     return 1 if any(row.score.failed for row in rows) else 0
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """What verdicts say about the reward rather than about the samples."""
+    values = {row.score.value for row in rows if row.score.value is not None}
+    if all(row.score.outcome is Outcome.NOT_APPLICABLE for row in rows):
+        return [
+            "Warning: the function returned None for every sample, so it has no say. Is a column missing that it looks for, or "
+            "a `return`?"
+        ]
+    if len(rows) > 1 and len(values) == 1 and len({row.completion for row in rows}) > 1:
+        return [
+            f"Warning: all samples score alike ({values.pop():.4g}), although they differ: nothing can be learned from such a "
+            "reward. Give samples that deserve different scores, and look at what the function reads: a completion is a text "
+            "where the prompt is one, and a list of messages where the prompt is a chat. One that compares completions "
+            "with each other must see them in one call: `call: group` or `batch` (docs/rewards.md)."
+        ]
+    return []
 
 
 def _table(spec: str, rows: Sequence[Row]) -> Table:
@@ -78,7 +126,7 @@ def _table(spec: str, rows: Sequence[Row]) -> Table:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     table.add_column("detail", overflow="fold")
     for row in rows:
-        text = " ".join(row.completion.split())
+        text = " ".join(row.completion.encode("utf-8", "backslashreplace").decode().split())
         value = "" if row.score.value is None else f"{row.score.value:.4g}"
         colour = "red" if row.score.failed else "green" if row.score.outcome is Outcome.SCORED else "yellow"
         outcome = f"[{colour}]{row.score.outcome.value}[/]"
@@ -110,6 +158,7 @@ def _read_sample(path: Path, number: int, line: str) -> Group:
     if not isinstance(sample, dict):
         raise refuse(f"a JSON {type(sample).__name__} instead of an object")
     texts, ids = sample.get("completions", [sample.get("completion")]), sample.get("completion_ids")
+    texts = [_text(one) for one in texts] if isinstance(texts, list) else texts
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise refuse("`completion` is missing or no text")
     if ids is not None and not (isinstance(ids, list) and all(isinstance(i, int) for i in ids) and len(texts) == 1):
@@ -118,8 +167,16 @@ def _read_sample(path: Path, number: int, line: str) -> Group:
     if messages is None:
         raise refuse("`prompt` is neither text nor a list of messages with `role` and `content`")
     columns = {name: value for name, value in sample.items() if name not in _OWN_KEYS}
-    prompt = Prompt(f"{path.name}/{number}", messages, messages[-1]["content"], (), columns)
+    is_text = not isinstance(sample.get("prompt"), list)
+    prompt = Prompt(f"{path.name}/{number}", messages, messages[-1]["content"], (), columns, is_text=is_text)
     return Group(prompt, tuple(_completion(text, ids) for text in texts))
+
+
+def _text(completion: object) -> object:
+    """The text of a completion that is written as TRL hands it over, a chat of one message; others as they are."""
+    if isinstance(completion, list) and len(completion) == 1 and isinstance(completion[0], dict):
+        return completion[0].get("content")
+    return completion
 
 
 def _completion(text: str, ids: Sequence[int] | None) -> Completion:

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import faulthandler
-import math
-import numbers
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-import traceback
-from collections.abc import Awaitable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
 
 from rlpost.errors import RewardError
-from rlpost.experience import Outcome
-from rlpost.scoring.contract import Call, Reply, RewardFunction, Unparsable
-from rlpost.scoring.load import load_reward
+from rlpost.scoring.contract import Call, Reply, RewardFunction
+from rlpost.scoring.event_loop import run_async
+from rlpost.scoring.files import know, settle
+from rlpost.scoring.load import import_reward
+from rlpost.scoring.outcome import failure, run_plain
+from rlpost.scoring.surroundings import Printed, Surroundings, open_pipes
 
-MAX_DETAIL = 400  # characters of an error message that are kept
 GRACE_S = 15.0  # by how much a process may outlive its deadline when nobody is left to kill it
 CHECK_PARENT_S = 0.5
 
-_WAY_OUT = (
-    "Let it `return` a list with a number for every entry of `completions`, in their order, None where it does not apply, and "
-    "try it alone with `rlpost rewards try`"
-)
-
 _rewards: list[RewardFunction | str] = []  # a string is why the function could not be loaded here
+_printed: list[Printed] = []  # standard output and error, as rewards see them
+_surroundings: list[Surroundings] = []  # those that every call is to find
 
 
 def initialize(specs: Sequence[str]) -> None:
@@ -37,26 +33,47 @@ def initialize(specs: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # dies at once, also inside C code
     os.setpgid(0, 0)  # the whole group is killed with this process: see Worker.terminate
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    # Process pools of a reward start as they do in a program of its own: this process's way of starting is not theirs.
+    multiprocessing.set_start_method(None, force=True)
+    pipes = open_pipes()
+    sys.stdout, sys.stderr = _printed[:] = [Printed(sys.stdout), Printed(sys.stderr)]
+    know(filter(None, map(_folder, specs)))
     for spec in specs:
         try:
-            _rewards.append(load_reward(spec))
+            _rewards.append(import_reward(spec))
         except RewardError as error:
             _rewards.append(str(error))
+    _surroundings.append(Surroundings(pipes=pipes))
 
 
 def run(calls: Sequence[Call]) -> list[Reply]:
-    """Makes the calls: one call of a plain function, or any number of one async function, concurrently."""
+    """Makes the calls: one call of a plain function, or any number of one async function, concurrently. Never raises:
+    whatever a reward function does, sys.exit included, is its own outcome and not the trainer's."""
     reward = _rewards[calls[0].reward]
     if isinstance(reward, str):
         return [Reply(breach=reward) for _ in calls]
+    try:
+        return _run(reward, calls)
+    except BaseException as error:
+        return [failure(error, call, time.perf_counter()) for call in calls]
+
+
+def _run(reward: RewardFunction, calls: Sequence[Call]) -> list[Reply]:
+    if folder := _folder(reward.spec):
+        settle(folder)
     with Path(os.devnull).open("w") as nowhere:
         # A C thread, so it fires even where the interpreter's lock is held; for the case that the trainer is gone.
         faulthandler.dump_traceback_later(max(c.deadline_s for c in calls) * 2 + GRACE_S, exit=True, file=nowhere)
+        for stream in _printed:
+            stream.begin()
         try:
-            if reward.is_async:
-                return asyncio.run(_run_async(reward, calls))
-            return [_run_plain(reward, call) for call in calls]
+            with _surroundings[0].kept():
+                if reward.is_async:
+                    return run_async(reward, calls)
+                return [run_plain(reward, call) for call in calls]
         finally:
+            for stream in _printed:
+                stream.end(reward.name)
             faulthandler.cancel_dump_traceback_later()
 
 
@@ -65,95 +82,10 @@ def ready() -> str:
     return "ready"
 
 
-def _run_plain(reward: RewardFunction, call: Call) -> Reply:
-    logged: list[tuple[str, float]] = []
-    start = time.perf_counter()
-    try:
-        returned = reward.function(**_keywords(reward, call, logged))
-        return _reply(reward, call, returned, logged, start)
-    except BaseException as error:  # whatever it is, sys.exit included, it is the reward function's
-        return _failure(error, call, start)
-
-
-async def _run_async(reward: RewardFunction, calls: Sequence[Call]) -> list[Reply]:
-    async def one(call: Call) -> Reply:
-        logged: list[tuple[str, float]] = []
-        start = time.perf_counter()
-        coroutine = cast(Awaitable[Any], reward.function(**_keywords(reward, call, logged)))
-        timer = asyncio.timeout(call.deadline_s)
-        try:
-            async with timer:
-                returned = await coroutine
-            return _reply(reward, call, returned, logged, start)
-        except Exception as error:
-            if timer.expired():  # and not a TimeoutError of the function's own
-                return _same(call, Outcome.TIMED_OUT, f"no answer in {call.deadline_s:g} s", start)
-            return _failure(error, call, start)
-
-    return list(await asyncio.gather(*(one(call) for call in calls)))
-
-
-def _keywords(reward: RewardFunction, call: Call, logged: list[tuple[str, float]]) -> dict[str, Any]:
-    """The call's keywords, with those added that exist only in this process."""
-
-    def log_metric(name: str, value: float) -> None:
-        logged.append((str(name), float(value)))
-
-    def log_extra(column: str, values: list[Any]) -> None:
-        """Accepted and dropped: columns of TRL's own completions table."""
-
-    made = {"trainer_state": call.state, "log_metric": log_metric, "log_extra": log_extra}
-    return {**call.keywords, **{name: value for name, value in made.items() if reward.wants(name)}}
-
-
-def _reply(reward: RewardFunction, call: Call, returned: Any, logged: list[tuple[str, float]], start: float) -> Reply:
-    if not isinstance(returned, Iterable) or isinstance(returned, str | bytes | Mapping):
-        got = "None" if returned is None else f"a {type(returned).__name__}"
-        return Reply(
-            breach=f"returned {got} where a list with one number (or None) a completion was expected. {_WAY_OUT}"
-        )
-    values = list(returned)
-    if len(values) != call.size:
-        return Reply(
-            breach=f"returned {len(values)} values, but {call.size} were expected: one a completion. {_WAY_OUT}"
-        )
-    verdicts = tuple(_verdict(value) for value in values)
-    return Reply(verdicts, logged=tuple(logged), seconds=time.perf_counter() - start)
-
-
-def _verdict(value: Any) -> tuple[str, float | None, str]:
-    """The outcome of one returned value; bool, int, and the scalars of numpy and torch are numbers."""
-    if value is None:
-        return Outcome.NOT_APPLICABLE.value, None, ""
-    number = value
-    try:
-        if not isinstance(number, numbers.Number) and callable(getattr(number, "item", None)):
-            number = number.item()
-        if not isinstance(number, numbers.Number):
-            return Outcome.UNPARSABLE.value, None, f"returned {_short(repr(value))}, which is no number"
-        number = float(number)  # type: ignore[arg-type]  # complex numbers raise
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        return Outcome.UNPARSABLE.value, None, f"returned {type(value).__name__}, which is no number: {error}"
-    if not math.isfinite(number):
-        return Outcome.UNPARSABLE.value, None, f"returned {number}"
-    return Outcome.SCORED.value, number, ""
-
-
-def _failure(error: BaseException, call: Call, start: float) -> Reply:
-    if isinstance(error, Unparsable):
-        return _same(call, Outcome.UNPARSABLE, _short(str(error)), start)
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if len(frames) > 1 else ""
-    last_line = traceback.format_exception_only(error)[-1].strip()
-    return _same(call, Outcome.CRASHED, _short(last_line) + where, start)
-
-
-def _same(call: Call, outcome: Outcome, detail: str, start: float) -> Reply:
-    return Reply(((outcome.value, None, detail),) * call.size, seconds=time.perf_counter() - start)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= MAX_DETAIL else text[: MAX_DETAIL - 3] + "..."
+def _folder(spec: str) -> Path | None:
+    """The folder of a reward's file; None for a module's."""
+    file = Path(spec.rpartition(":")[0])
+    return file.parent if file.suffix == ".py" else None
 
 
 def _die_with(parent: int) -> None:

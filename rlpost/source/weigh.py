@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlpost.experience import Group, Score
+from rlpost.experience import Group, Outcome, Score
 from rlpost.gradient.kl import kl_estimate
 from rlpost.gradient.metrics import values
 from rlpost.gradient.shaping import groups_to_refill
@@ -211,9 +211,9 @@ def _metrics(
     for r, name in enumerate(names):
         scored = raw[:, r][~raw[:, r].isnan()]
         metrics[f"rewards/{name}/mean"] = float(scored.mean()) if len(scored) else math.nan
-        for outcome in ("scored", "not_applicable", "timed_out", "crashed", "unparsable"):
-            count = outcomes[(r, outcome)]
-            metrics[f"scores/{name}/{outcome}"] = float(count)
-            failed += count if outcome in ("timed_out", "crashed", "unparsable") else 0
+        for outcome in Outcome:
+            count = outcomes[(r, outcome.value)]
+            metrics[f"scores/{name}/{outcome.value}"] = float(count)
+            failed += count if Score(outcome).failed else 0
     metrics["scores/failed_share"] = failed / max(1, len(raw) * len(names))
     return metrics

@@ -157,6 +157,11 @@ def _rewards(r: Recipe, s: Setting) -> Iterator[str]:
             yield f"rewards.{i}.function: {error}".rstrip(".")
             continue
         names.append(reward.name or loaded.name)
+        if reward.accuracy and reward.timeout_score is not None and reward.timeout_score >= r.scoring.threshold:
+            yield (
+                f"rewards.{i}.timeout_score={reward.timeout_score:g} is not below scoring.threshold={r.scoring.threshold:g}: "
+                "a completion on which the verifier hangs would count as right. Lower it, or set accuracy=false"
+            )
     for name, times in Counter(names).items():
         if times > 1:
             yield f"rewards: {times} of them are named {name}, so their metrics would mix. Give each a rewards.N.name"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from rlpost.recipe.sections.base import Section
 
@@ -23,8 +23,14 @@ class RewardSection(Section):
     """Its name in metrics; the function's name by default."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Fixed keyword arguments, next to the data set's columns."""
+    completions: Literal["auto", "text", "messages"] = "auto"
+    """In which form the function is handed prompts and completions. auto: as TRL does, texts where the data's prompt column
+    holds texts (`completion[-1]["content"]` works, too), lists of messages where it holds chats."""
     deadline_s: PositiveFloat = 10.0
     """Seconds that one completion may take. After that its process is killed and the outcome is `timed_out`."""
+    timeout_score: FiniteFloat | None = None
+    """The score of a completion on which the function does not come back in time, such as 0: it counts as wrong, with the
+    outcome `hung`. null: its reward is unknown, so that it costs the policy nothing."""
     call: Literal["sample", "group", "batch"] = "sample"
     """What one call sees: one completion (a crash costs one), its whole group, or the whole batch."""
     accuracy: bool = True
