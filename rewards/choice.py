@@ -2,41 +2,29 @@ r"""Multiple choice: 1 if the chosen letter is the right one, else 0 (also where
 
 Read in this order: the last <answer>B</answer>, the last \boxed{B}, the last "answer is (B)" or "Answer: B", or a
 completion that begins with the letter and has nothing else but the choice's text, such as "B" or "(B) Paris".
-Text up to </think> does not count.
+"A or B" chooses none, and the article in "a number" is no letter. Thinking does not count, finished or not.
 
 Columns:   answer    the right letter.
 Arguments: letters   the letters to choose from; "ABCD" if not given.
+           opened    true: the chat template has already written "<think>" into the prompt.
 """
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
+from rlpost.answers import final_text
+from rlpost.answers.choices import chosen
 from rlpost.scoring import Unparsable
-
-LETTER = r"[(\[*\s]*(?:\\text\s*\{\s*)?[(]?([A-Za-z])(?![A-Za-z'])"
-FORMS = (
-    re.compile(rf"<answer>{LETTER}[^<]*</answer>", re.IGNORECASE),
-    re.compile(rf"\\boxed\s*\{{{LETTER}"),
-    re.compile(rf"\banswer(?:\s+is|\s*:)[:\s]*{LETTER}", re.IGNORECASE),
-    re.compile(r"\A[(\[*]*([A-Z])(?:[)\].:*]+[^\n]*)?\Z"),
-)
 
 
 def reward(
-    completions: list[list[dict[str, str]]], answer: list[str], letters: str = "ABCD", **columns: Any
+    completions: list[Any], answer: list[str], letters: str = "ABCD", opened: bool = False, **columns: Any
 ) -> list[float]:
-    texts = [completion[-1]["content"].rpartition("</think>")[2].strip() for completion in completions]
-    return [1.0 if chosen(text) == gold(right, letters) else 0.0 for text, right in zip(texts, answer, strict=True)]
-
-
-def chosen(text: str) -> str | None:
-    for form in FORMS:
-        found = form.findall(text)
-        if found:
-            return found[-1].upper()
-    return None
+    texts = [final_text(completion, opened) for completion in completions]
+    return [
+        1.0 if chosen(text, letters) == gold(right, letters) else 0.0 for text, right in zip(texts, answer, strict=True)
+    ]
 
 
 def gold(right: object, letters: str) -> str:

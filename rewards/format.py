@@ -11,14 +11,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from rlpost.answers import completion_text
+
 BLOCKS = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
-def reward(
-    completions: list[list[dict[str, str]]], pattern: str | None = None, opened: bool = False, **columns: Any
-) -> list[float]:
-    texts = [("<think>" if opened else "") + completion[-1]["content"].strip() for completion in completions]
+def reward(completions: list[Any], pattern: str | None = None, opened: bool = False, **columns: Any) -> list[float]:
+    texts = [("<think>" if opened else "") + completion_text(completion).strip() for completion in completions]
     if pattern is not None:
         return [1.0 if re.fullmatch(pattern, text, re.DOTALL) else 0.0 for text in texts]
     return [1.0 if BLOCKS.fullmatch(text) and all(text.count(tag) == 1 for tag in TAGS) else 0.0 for text in texts]

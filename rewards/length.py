@@ -19,7 +19,7 @@ from typing import Any
 
 
 def reward(
-    completions: list[list[dict[str, str]]],
+    completions: list[Any],
     completion_ids: list[list[int]],
     max_tokens: int,
     buffer: int,
@@ -31,7 +31,5 @@ def reward(
     return [-min(max(len(ids) - slope_starts, 0) / buffer, 1.0) for ids in completion_ids]
 
 
-def linear(
-    completions: list[list[dict[str, str]]], completion_ids: list[list[int]], cost: float, **columns: Any
-) -> list[float]:
+def linear(completions: list[Any], completion_ids: list[list[int]], cost: float, **columns: Any) -> list[float]:
     return [-cost * len(ids) for ids in completion_ids]

@@ -1,41 +1,35 @@
-"""Exact number: 1 if the last number of the completion equals the answer, else 0.
+r"""Exact number: 1 if the last number of the completion equals the answer, else 0.
 
-Columns:   answer   the right number, as an integer or text ("1,234" is fine).
+1,234 and 1 234 are one number; .5, 1e3, 1.2 x 10^3, 1/2 and \frac{1}{2} are read as what they are, and are equal or not
+exactly. The unit behind a number is not read, nor is a percent sign. Thinking does not count, finished or not.
+
+Columns:   answer   the right number, as a number or text ("1,234", "$5" and "50%" are fine).
 Arguments: only     true: the completion must be nothing but the number (spaces around it are allowed).
+           opened   true: the chat template has already written "<think>" into the prompt.
 """
 
 from __future__ import annotations
 
-import re
-from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+from rlpost.answers import final_text
+from rlpost.answers.numbers import last_number, only_number
 from rlpost.scoring import Unparsable
-
-# A minus is a sign only where no operand stands before it: the last number of "12-7" is 7.
-NUMBER = re.compile(r"(?:(?<![0-9)\]\w])-)?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
 
 
 def reward(
-    completions: list[list[dict[str, str]]], answer: list[Any], only: bool = False, **columns: Any
+    completions: list[Any], answer: list[Any], only: bool = False, opened: bool = False, **columns: Any
 ) -> list[float]:
-    texts = [completion[-1]["content"].strip().replace("\N{MINUS SIGN}", "-") for completion in completions]
-    return [1.0 if read(text, only) == gold(right) else 0.0 for text, right in zip(texts, answer, strict=True)]
+    read = only_number if only else last_number
+    values = [read(final_text(completion, opened)) for completion in completions]
+    return [1.0 if value == gold(right) else 0.0 for value, right in zip(values, answer, strict=True)]
 
 
-def read(text: str, only: bool) -> Decimal | None:
-    if only:
-        return value(text) if NUMBER.fullmatch(text) else None
-    found = NUMBER.findall(text)
-    return value(found[-1]) if found else None
-
-
-def gold(right: object) -> Decimal:
-    text = str(right).strip()
-    if isinstance(right, bool) or not NUMBER.fullmatch(text):
+def gold(right: object) -> Fraction:
+    value = (
+        None if isinstance(right, bool) else only_number(str(right).strip().strip("$").removesuffix("%").rstrip("\\"))
+    )
+    if value is None:
         raise Unparsable(f"the column `answer` holds {right!r}, which is no number")
-    return value(text)
-
-
-def value(text: str) -> Decimal:
-    return Decimal(text.replace(",", ""))
+    return value
