@@ -8,7 +8,8 @@ from test_policy_layouts import make_groups, make_policy
 from test_policy_model import save_model, section
 from transformers import AutoConfig
 
-from rlpost.policy.attention import allow_many_shapes, choose_attention, plain_attention
+from rlpost.policy.attention import allow_many_shapes, plain_attention
+from rlpost.policy.family import choose_attention
 from rlpost.policy.loading import load_config
 from rlpost.policy.model import load_policy
 from rlpost.policy.rows import build_rows

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlpost.policy.attention import check_tree_support, choose_layout
+from rlpost.policy.family import check_tree_support, choose_layout
 from rlpost.policy.head import LogitRule
 from rlpost.policy.loading import logit_rule, prepare
 from rlpost.policy.model import Policy
@@ -182,7 +182,6 @@ REFUSED = [
     ("gemma2", {"num_hidden_layers": 2}, "sliding_attention"),
     ("gemma3_text", {"num_hidden_layers": 2}, "sliding_attention"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "sliding_attention"),
-    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
 ]
 
 

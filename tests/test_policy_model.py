@@ -15,9 +15,10 @@ from rlpost.gradient.types import StatisticsRequest
 from rlpost.policy.accumulation import AccumulatingEmbedding
 from rlpost.policy.head import LogitRule, ScoringLinear
 from rlpost.policy.linear import RecastLinear
-from rlpost.policy.loading import prepare, verify_head
+from rlpost.policy.loading import prepare
 from rlpost.policy.model import load_policy
 from rlpost.policy.rows import RowGroup, build_rows
+from rlpost.policy.verify import verify_head
 from rlpost.recipe.sections.model import LoraSection, ModelSection
 
 SIZES = {
@@ -81,11 +82,18 @@ def test_output_is_per_completion_token(path):
     assert torch.equal(without.statistics.top_ids, out.statistics.top_ids)
 
 
-def test_the_policy_is_deterministic_in_training_mode(tmp_path):
-    policy = load_policy(section(), save_model(tmp_path, attention_dropout=0.5))
-    assert policy.training and policy.causal_lm.training
-    assert any("attention_dropout=0.5" in note for note in policy.notes)
-    assert torch.equal(scores(policy)[1].logp, scores(policy)[1].logp)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_policy_is_the_same_function_as_the_sampler(tmp_path, checkpointing):
+    """Nothing acts in training alone, also where activations are computed again, and a checkpoint keeps its settings."""
+    path = save_model(tmp_path, attention_dropout=0.5)
+    policy = load_policy(section(gradient_checkpointing=checkpointing), path)
+    assert not any(
+        module.training for module in policy.causal_lm.modules() if not hasattr(module, "gradient_checkpointing")
+    )
+    assert any(module.training for module in policy.causal_lm.modules()) == checkpointing
+    assert any("attention_dropout=0.5 not applied" in note for note in policy.notes)
+    assert torch.equal(scores(policy)[1].logp, scores(load_policy(section(), path))[1].logp)
+    assert policy.config.attention_dropout == 0.5
 
 
 def test_autocast_and_storage_precision(path):

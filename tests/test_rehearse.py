@@ -98,12 +98,14 @@ def test_a_configuration_that_cannot_be_read(text, words, plan, model):
     assert "cannot be read" in made.memory_source
 
 
-@pytest.mark.parametrize("name", ["T5Config", "ViTConfig"])
-def test_models_that_are_no_causal_language_models(name, plan, model):
+@pytest.mark.parametrize(
+    ("name", "reason"), [("T5Config", "an encoder-decoder"), ("ViTConfig", "no causal language model")]
+)
+def test_models_that_are_no_causal_language_models(name, reason, plan, model):
     import transformers
 
     getattr(transformers, name)().save_pretrained(model)
-    problem(plan({"model.path": str(model)}), "no causal language model", "Name one that is")
+    problem(plan({"model.path": str(model)}), reason, "Use a decoder-only text model")
 
 
 def test_hub_names_are_not_looked_at_and_the_plan_says_so(plan):

@@ -109,26 +109,28 @@ def make_critic(
     *,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    longest: int | None = None,
 ) -> Critic:
-    """A critic for a policy of hidden size `width`; a separate one starts from the model at `path`.
+    """A critic for a policy of hidden size `width`; a separate one starts from the model at `path`, and reads sequences of
+    `longest` tokens at the most (None: not known).
 
     Raises RecipeError naming `method.critic.path` where that model is missing or incomplete.
     """
     if section.model == "trunk":
         return Critic(section, ValueHead(width, section, seed=seed)).to(device)
-    trunk = _load_trunk(model, path, device)
+    trunk = _load_trunk(model, path, device, longest)
     head = ValueHead(trunk.config.get_text_config().hidden_size, section, seed=seed)
     return Critic(section, head, trunk).to(device)
 
 
-def _load_trunk(model: ModelSection, path: str, device: torch.device | str) -> PreTrainedModel:
+def _load_trunk(model: ModelSection, path: str, device: torch.device | str, longest: int | None) -> PreTrainedModel:
     """The model without its output layer, ready to be trained. No dropout, as for the policy."""
-    from safetensors import SafetensorError
     from transformers import AutoModel
 
     from rlpost.policy.loading import load_config, ready_to_train, without_progress_bars
+    from rlpost.policy.rotary import fix_frequencies
 
-    config, _notes = load_config(model, path, device=device)
+    config, _notes = load_config(model, path, device=device, longest=longest, key="method.critic.path")
     try:
         with without_progress_bars():
             trunk, report = AutoModel.from_pretrained(
@@ -139,7 +141,9 @@ def _load_trunk(model: ModelSection, path: str, device: torch.device | str) -> P
                 trust_remote_code=model.trust_remote_code,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of all kinds, as for the policy
         raise RecipeError(
             f"method.critic.path: cannot load a model from {path} ({type(error).__name__}: {error}); give a folder in "
             "Hugging Face layout, a model name that this machine can download, or null for the policy's own"
@@ -149,6 +153,7 @@ def _load_trunk(model: ModelSection, path: str, device: torch.device | str) -> P
             f"method.critic.path: the model at {path} lacks weights ({', '.join(sorted(report['missing_keys'])[:3])}, ...), "
             "which would be made up at random; give a complete model"
         )
+    fix_frequencies(trunk, longest)
     return ready_to_train(trunk, gradient_checkpointing=model.gradient_checkpointing)
 
 

@@ -13,21 +13,23 @@ from torch import Tensor, nn
 from rlpost.errors import TrainingError
 from rlpost.experience import TokenRows
 from rlpost.gradient.types import HeadStatistics, StatisticsRequest
+from rlpost.policy.adapters import add_lora, check_targets, expert_note
 from rlpost.policy.attention import mask_for, plain_attention
 from rlpost.policy.critic import Critic, states_at
+from rlpost.policy.family import choose_layout
 from rlpost.policy.head import HeadRequest, LogitRule, as_statistics
 from rlpost.policy.loading import (
-    add_lora,
+    backbone,
     load_causal_lm,
     load_config,
     logit_rule,
-    verify_head,
     without_progress_bars,
 )
 from rlpost.policy.precision import autocast_of
 from rlpost.policy.quantized import quantization_note, refuse_misread, saved_unquantized
 from rlpost.policy.rows import Layout, spare_rows, to_device
 from rlpost.policy.sequence_parallel import SequenceParallel, take_turns
+from rlpost.policy.verify import verify_policy
 from rlpost.policy.weights import Gather, gather_nothing, module_weights, named_weights
 from rlpost.recipe.sections.model import ModelSection
 
@@ -123,7 +125,7 @@ class Policy(nn.Module):
     def _states(self, rows: TokenRows, columns: slice = slice(None)) -> Tensor:
         """Hidden states [R, columns, d] of the rows; of some of their columns only where attention sees the others."""
         rows = to_device(rows, self.device)
-        return self.causal_lm.base_model(
+        return backbone(self.causal_lm)(
             input_ids=rows.input_ids[:, columns].contiguous(),
             position_ids=rows.position_ids[:, columns].contiguous(),  # of several rows a slice lies scattered
             attention_mask=mask_for(self.causal_lm, rows),
@@ -190,7 +192,9 @@ def load_policy(
     unknown way.
     """
     config, notes = load_config(model, path, device=runs_on or device, layout=layout, longest=longest)
-    causal_lm = load_causal_lm(model, path, config, device)
+    if model.lora is not None:  # before anything large is loaded
+        check_targets(config, model.lora, trust_remote_code=model.trust_remote_code)
+    causal_lm = load_causal_lm(model, path, config, device, longest)
     policy = Policy(
         causal_lm,
         rule=logit_rule(config, temperature),
@@ -198,13 +202,14 @@ def load_policy(
         head_chunk_tokens=head_chunk_tokens,
         notes=notes,
     )
-    flash = model.attention == "flash_attention_2"  # cannot run in float32
+    rows_layout, _ = choose_layout(config, layout, config._attn_implementation, longest)
     with plain_attention(config):
-        verify_head(causal_lm, policy.rule, policy.precision() if flash else nullcontext())
+        verify_policy(policy, rows_layout)
     if model.quantized:
         refuse_misread(causal_lm)
         policy.notes = (*notes, quantization_note(causal_lm))
     if model.lora is not None:
         policy.model = add_lora(causal_lm, model.lora)
         policy.has_adapter = True
+        policy.notes = (*policy.notes, *filter(None, [expert_note(causal_lm)]))
     return policy

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from rlpost.errors import RecipeError
 from rlpost.experience import TokenRows
-from rlpost.policy.attention import check_tree_support
+from rlpost.policy.family import check_tree_support
 from rlpost.policy.rows import to_device
 
 if TYPE_CHECKING:

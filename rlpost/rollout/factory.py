@@ -56,6 +56,6 @@ def make_engine(
         section,
         max_model_len=max_model_len,
         device=device,
-        attention="eager" if model.attention == "eager" else "sdpa",  # the others do not take its masks or its padding
+        attention=model.attention,
         trust_remote_code=model.trust_remote_code,
     )

@@ -5,25 +5,32 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from rlpost.errors import RolloutError
 from rlpost.experience import Completion
+from rlpost.policy.family import sampler_attention
+from rlpost.policy.rotary import fix_frequencies
+from rlpost.policy.verify import apart
+from rlpost.policy.weights import weight_names
 from rlpost.recipe.sections.rollout import TransformersEngine
+from rlpost.rollout.decoding import CachedDecoding, WholeDecoding
 from rlpost.rollout.drawing import Row, draw, make_warpers
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
+from rlpost.rollout.sync_errors import incomplete, refusal
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+_log = logging.getLogger(__name__)
 _LOGITS_AT_ONCE = 2**26  # elements: 256 MB of float32
 
 
 class TransformersRolloutEngine:
-    """Samples with a plain forward and a KV cache. Slow, exact, and independent of the batch.
+    """Samples with a plain forward, and a KV cache where the model goes with one. Slow, exact, and independent of the batch.
 
     Every sample draws one uniform number a token from its own generator and inverts the cumulative distribution, so it
     does not depend on what else is in the batch (up to rounding: padding changes the last bits of the logits, which
@@ -38,10 +45,12 @@ class TransformersRolloutEngine:
     ) -> None:
         """Takes `model` over: its weights are changed in place by `load_weights`. Use `from_path` for an own copy."""
         self._model = model.eval().requires_grad_(False)
+        self._names = weight_names(model)
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._max_model_len = max_model_len
         self._eos = _end_tokens(model, tokenizer)
+        self._decoding: type[CachedDecoding | WholeDecoding] = self._choose_decoding()
         _note_slowness()
 
     @classmethod
@@ -53,20 +62,26 @@ class TransformersRolloutEngine:
         *,
         max_model_len: int,
         device: str = "cpu",
-        attention: str = "sdpa",
+        attention: str = "auto",
         trust_remote_code: bool = False,
     ) -> TransformersRolloutEngine:
-        """Loads an own copy of the weights. Raises RolloutError when that fails."""
-        from transformers import AutoModelForCausalLM
+        """Loads an own copy of the weights; `attention` is the learner's `model.attention`. Raises RolloutError when that
+        fails."""
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         try:
+            config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(
                 model_path,
                 dtype=getattr(torch, section.dtype),
-                attn_implementation=attention,
+                attn_implementation=sampler_attention(attention, config),
                 trust_remote_code=trust_remote_code,
-            ).to(device)
-        except (OSError, ValueError, RuntimeError) as error:
+            )
+            fix_frequencies(model, max_model_len)
+            model = model.to(device)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of all kinds: the code is the model's own
             raise RolloutError(
                 f"The transformers rollout engine cannot load its copy of {model_path!r} on {device}: {error}. Check "
                 "`model.path`, or set `rollout.engine.dtype=bfloat16` if memory is short."
@@ -93,7 +108,8 @@ class TransformersRolloutEngine:
         return Row(index, request.token_ids, torch.rand(new, generator=generator, dtype=torch.float64))
 
     def _decode(self, rows: list[Row], settings: SamplingSettings, warpers: LogitsProcessorList) -> None:
-        logits, cache, mask = self._prefill(rows)
+        decoding = self._decoding(self._model)
+        logits = decoding.start([row.prompt for row in rows])
         while True:
             tokens, logprobs = draw(logits, rows, settings, warpers)
             for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
@@ -106,36 +122,54 @@ class TransformersRolloutEngine:
             if len(keep) < len(rows):
                 rows = [rows[i] for i in keep]
                 index = torch.tensor(keep, device=logits.device)
-                cache.batch_select_indices(index)
-                mask, tokens = mask[index], tokens[index]
-            positions = mask.sum(1, keepdim=True)
-            mask = torch.cat((mask, mask.new_ones(len(rows), 1)), dim=1)
-            logits = self._forward(tokens[:, None], mask, positions, cache)
+                decoding.keep(index)
+                tokens = tokens[index]
+            logits = decoding.advance(tokens)
 
-    def _prefill(self, rows: list[Row]) -> tuple[Tensor, Any, Tensor]:
-        """Runs each distinct prompt once, left-padded, then spreads logits [B, V], cache, mask [B, T] over the rows."""
-        from transformers import DynamicCache
+    @torch.inference_mode()
+    def _choose_decoding(self) -> type[CachedDecoding | WholeDecoding]:
+        """With a cache if that gives a few tokens the log-probs of the model's own forward, else without, which always does:
+        hybrids keep state that is no key-value cache, and some models count padding."""
+        try:
+            found = self._try_cache()
+            obstacle = None if found is None else f"log-probs would be wrong by {found:.2g} nats"
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of all kinds: the code is the model's own
+            obstacle = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        if obstacle is None:
+            return CachedDecoding
+        _log.warning(
+            "Model type %s is sampled without a key-value cache, which takes as many times longer as completions have tokens, "
+            "since it does not go with one here (%s). rollout.engine.type=vllm may be faster.",
+            self._model.config.model_type,
+            obstacle,
+        )
+        return WholeDecoding
 
-        prompts = list(dict.fromkeys(row.prompt for row in rows))
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=self._model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self._model.device)
-        cache = DynamicCache(config=self._model.config)
-        logits = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
-        place = {prompt: i for i, prompt in enumerate(prompts)}
-        index = torch.tensor([place[row.prompt] for row in rows], device=logits.device)
-        cache.batch_select_indices(index)
-        return logits[index], cache, mask[index]
+    def _try_cache(self) -> float | None:
+        """How far log-probs of cached decoding are from the model's own, in nats; None: as close as rounding allows.
 
-    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
-        return self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]
+        Prompts of two lengths, one of which ends before the other.
+        """
+        self._decoding = CachedDecoding
+        words = self._model.config.get_text_config().vocab_size
+        lengths = ((3, 4), (5, 2), (5, 3))  # of a prompt and its completion
+        rows = [
+            Row(
+                i, tuple((7 * i + j) % words for j in range(prompt)), torch.linspace(0.1, 0.9, new, dtype=torch.float64)
+            )
+            for i, (prompt, new) in enumerate(lengths)
+        ]
+        settings = SamplingSettings(max_completion_tokens=4, temperature=1.0)
+        self._decode(rows, settings, make_warpers(settings))
+        theirs = [score for row in rows for score in row.logprobs]
+        ours: list[float] = []
+        for row in rows:
+            ids = torch.tensor([[*row.prompt, *row.tokens]], device=self._model.device)
+            scores = self._model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            ours += scores.gather(-1, ids[0, 1:, None])[-len(row.tokens) :, 0].tolist()
+        return apart(torch.tensor(theirs), torch.tensor(ours), exact=self._model.dtype == torch.float32)
 
     def _finished(self, row: Row, settings: SamplingSettings) -> Completion | None:
         """The completion, if the row has just ended: by end of sequence, by a stop string, or by length."""
@@ -158,28 +192,26 @@ class TransformersRolloutEngine:
 
     @torch.inference_mode()
     def load_weights(self, weights: Iterable[tuple[str, Tensor]] | Iterator[tuple[str, Tensor]]) -> None:
-        """Copies weights in by Hugging Face name; tied ones may be left out. There is no prefix cache to forget.
+        """Copies weights in by their names in the checkpoint, or in the module; tied ones may be left out. There is no prefix
+        cache to forget.
 
         Raises RolloutError for unknown names, wrong shapes, and weights that are missing.
         """
-        own = dict(self._model.named_parameters(remove_duplicate=False))
-        written: set[int] = set()
-        for name, tensor in weights:
+        own = dict(self._model.named_parameters(remove_duplicate=False)) | dict(self._model.named_buffers())
+        seen: list[str] = []
+
+        def noted() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in weights:
+                seen.append(name)
+                yield name, tensor
+
+        for name, tensor in self._names.to_module(noted()):
             target = own.get(name)
             if target is None or target.shape != tensor.shape:
-                have = "it has no such weight" if target is None else f"its weight has shape {tuple(target.shape)}"
-                raise RolloutError(
-                    f"The rollout engine cannot take weight {name!r} of shape {tuple(tensor.shape)}: {have}. Engine "
-                    "and learner must be built from the same `model.path`; with LoRA send merged weights."
-                )
+                raise RolloutError(refusal(name, seen[-1], tensor.shape, None if target is None else target.shape))
             target.copy_(tensor)
-            written.add(target.data_ptr())
-        missing = [name for name, target in own.items() if target.data_ptr() not in written]
-        if missing:
-            raise RolloutError(
-                f"{len(missing)} weights did not reach the rollout engine, the first is {missing[0]!r}: it now holds a "
-                "mixture of old and new. Send all weights at every sync."
-            )
+        if missing := self._names.missing(seen):
+            raise RolloutError(incomplete(missing, "the rollout engine"))
 
     @torch.inference_mode()
     def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
@@ -211,7 +243,7 @@ class TransformersRolloutEngine:
 
 @functools.cache
 def _note_slowness() -> None:
-    logging.getLogger(__name__).warning("Sampling with transformers: fine for tests and tiny models, slow otherwise.")
+    _log.warning("Sampling with transformers: fine for tests and tiny models, slow otherwise.")
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlpost.errors import RolloutError
 from rlpost.experience import Completion
+from rlpost.policy.names import WeightNames
 from rlpost.policy.precision import sampler_dtype
+from rlpost.policy.weights import weight_names
 from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
 from rlpost.rollout.process_state import memory_binding_kept, process_group_kept, random_state_kept, threads_kept
+from rlpost.rollout.sync_errors import incomplete, not_replaced
 from rlpost.rollout.vllm_errors import explain_startup
+from rlpost.rollout.vllm_reload import is_borrowed, replace_weights, transformers_classes_kept
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,12 +79,19 @@ class VllmRolloutEngine:
 
         self._made_group = not torch.distributed.is_initialized()
         section = section.model_copy(update={"dtype": sampler_dtype(section)})
-        self._dtype = getattr(torch, section.dtype)
         # With eager execution on CPU nothing is worth compiling: what vLLM compiles regardless costs 20 s at the start.
         self._eager = self._on_cpu if section.eager is None else section.eager
-        with self._guarded(), memory_binding_kept(), process_group_kept():
+        config = _config(model_path, trust_remote_code)
+        if not self._eager and is_borrowed(config):
+            if section.eager is False:
+                raise RolloutError(
+                    f"`rollout.engine.eager=false` is not possible with model type {config.model_type}: vLLM has no code of "
+                    "its own for it and compiles transformers', the learner's too. Leave the key out, or set it to true."
+                )
+            self._eager = True
+        with self._guarded(), memory_binding_kept(), process_group_kept(), transformers_classes_kept(config):
             self._llm = _start(model_path, section, self._options(section, seed, trust_remote_code))
-        self._expected = _weight_names(model_path, trust_remote_code)
+        self._names = _weight_names(config, trust_remote_code)
 
     @staticmethod
     def _check(section: VllmEngine, model_path: str) -> None:
@@ -149,31 +160,30 @@ class VllmRolloutEngine:
 
         Raises RolloutError for unknown names, wrong shapes, and weights that are missing.
         """
-        seen: set[str] = set()
+        seen: dict[str, None] = {}  # in order
 
-        def cast() -> Iterator[tuple[str, Tensor]]:
+        def noted() -> Iterator[tuple[str, Tensor]]:
             for name, tensor in weights:
-                seen.add(name)
-                yield name, tensor.detach().to(self._dtype)
+                seen[name] = None
+                yield name, tensor.detach()  # vLLM casts: some of its tensors, such as routers' biases, stay in float32
 
         with self._guarded():
             self._wake()
             try:
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": cast()})
-                if self._on_cpu:
-                    self._llm.collective_rpc(_repack_heads)
-            except (KeyError, ValueError, RuntimeError, AssertionError) as error:
+                kwargs = {"weights": noted(), "on_cpu": self._on_cpu}
+                [unreached] = self._llm.collective_rpc(replace_weights, kwargs=kwargs)
+            except (KeyError, ValueError, RuntimeError, AssertionError, AttributeError, IndexError, TypeError) as error:
+                last = next(reversed(seen), None)
                 raise RolloutError(
-                    f"vLLM refused the learner's weights ({type(error).__name__}: {error}). Engine and learner must be "
-                    "built from the same `model.path`; with LoRA send merged weights under the base model's names."
+                    f"vLLM refused the learner's weights at {last or 'the first'} ({type(error).__name__}: {error}). Engine "
+                    "and learner must be built from the same `model.path`. If they are, vLLM cannot replace this model's "
+                    "weights while it runs: use `rollout.engine.type=transformers`."
                 ) from error
             self._llm.reset_prefix_cache()
-        missing = sorted(self._expected - seen)
-        if missing:
-            raise RolloutError(
-                f"{len(missing)} weights did not reach vLLM, the first is {missing[0]!r}: it now holds a mixture of "
-                "old and new. Send all weights at every sync."
-            )
+        if missing := self._names.missing(seen):
+            raise RolloutError(incomplete(missing, "vLLM"))
+        if unreached:
+            raise RolloutError(not_replaced(unreached))
 
     def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
         """For each sequence of n tokens the n - 1 log-probs (nats, temperature 1) of its tokens 1..n-1."""
@@ -222,28 +232,20 @@ def _start(model_path: str, section: VllmEngine, options: dict[str, Any]) -> LLM
         raise explain_startup(error, model_path, section, options["max_model_len"]) from error
 
 
-def _repack_heads(worker: Any) -> None:
-    """Packs the LM head anew after a reload on CPU.
+def _config(model_path: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
 
-    vLLM 0.32 keeps a packed copy of the head for its CPU kernels and renews it only if the head itself is loaded. A
-    tied head is not: it would go on scoring with the weights of the start, next to new embeddings.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in worker.get_model().modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
+    return AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
 
 
-def _weight_names(model_path: str, trust_remote_code: bool) -> frozenset[str]:
-    """The Hugging Face names of all weights of a model, tied ones once. No memory is used: tensors are on `meta`."""
+def _weight_names(config: Any, trust_remote_code: bool) -> WeightNames:
+    """The names of the model's weights, here and in its checkpoint. No memory is used: tensors are on `meta`."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return frozenset(name for name, _ in model.named_parameters())
+    return weight_names(model)
 
 
 def _sampling_params(request: SamplingRequest, settings: SamplingSettings) -> Any:

@@ -16,7 +16,7 @@ from rlpost.learner.process import Processes
 from rlpost.learner.shape import check_adapter
 from rlpost.learner.update import Updater
 from rlpost.methods.capo import CurvatureTracker, make_tracker
-from rlpost.policy.attention import choose_layout
+from rlpost.policy.family import choose_layout
 from rlpost.policy.loading import load_config
 from rlpost.policy.model import Policy, load_policy
 from rlpost.policy.rows import Layout
@@ -35,6 +35,11 @@ def context_window(recipe: Recipe) -> int | None:
 
     config, _notes = load_config(recipe.model, resolve_model_path(recipe.model.path))
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def vocabulary(recipe: Recipe) -> int:
+    """How many tokens the model knows: its embedding's rows, from its configuration."""
+    return int(load_config(recipe.model, resolve_model_path(recipe.model.path))[0].get_text_config().vocab_size)
 
 
 def build_policy(recipe: Recipe, resume_from: Path | None, processes: Processes) -> tuple[str, Policy]:
@@ -96,7 +101,8 @@ def build_critic(recipe: Recipe, model_path: str, policy: Policy) -> Critic:
     assert section is not None
     path = model_path if section.path is None else resolve_model_path(section.path)
     width = policy.config.get_text_config().hidden_size
-    return make_critic(section, recipe.model, path, width, device=policy.device, seed=recipe.seed)
+    longest = recipe.longest_sequence
+    return make_critic(section, recipe.model, path, width, device=policy.device, seed=recipe.seed, longest=longest)
 
 
 def layout_for(policy: Policy, wanted: Layout, longest: int) -> tuple[Layout, str | None]:
@@ -142,7 +148,7 @@ def start_engine(
     """The rollout engine; several CPU processes take turns with their threads by having one each."""
     from rlpost.rollout.factory import make_engine
 
-    longest = recipe.data.max_prompt_tokens + recipe.rollout.max_completion_tokens
+    longest = recipe.longest_sequence  # the learner's: both choose rotary frequencies by it where they depend on length
     return make_engine(
         recipe.rollout.engine,
         recipe.model,

@@ -8,7 +8,7 @@ from rlpost.data.packaged import resolve_model_path
 from rlpost.errors import DataError, RecipeError
 from rlpost.policy.loading import load_config
 from rlpost.recipe.sections.root import Recipe
-from rlpost.run.build import context_window
+from rlpost.run.build import context_window, vocabulary
 from rlpost.scoring.factory import ChecksColumns
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def load_prompts(recipe: Recipe, scorer: ChecksColumns) -> tuple[PreTrainedToken
     from rlpost.data.pairs import build_pairs
     from rlpost.data.prompts import build_prompts
     from rlpost.data.tokenizer import load_tokenizer
+    from rlpost.data.vocabulary import check_vocabulary
 
     tokenizer = load_tokenizer(recipe.model)
     build = build_pairs if recipe.data.has_pairs else build_prompts
@@ -33,6 +34,7 @@ def load_prompts(recipe: Recipe, scorer: ChecksColumns) -> tuple[PreTrainedToken
         seed=recipe.seed,
         max_completion_tokens=recipe.rollout.max_completion_tokens,
     )
+    check_vocabulary(tokenizer, vocabulary(recipe), (*sets.train, *sets.held_out), path=recipe.model.path)
     check_prompts(sets, recipe, scorer)
     return tokenizer, sets
 
@@ -62,7 +64,9 @@ def check_critic(recipe: Recipe, words: int) -> None:
     critic = recipe.method.critic
     if critic is None or critic.path is None:
         return
-    known = load_config(recipe.model, resolve_model_path(critic.path))[0].get_text_config().vocab_size
+    config, _ = load_config(recipe.model, resolve_model_path(critic.path), key="method.critic.path")
+    known = config.get_text_config().vocab_size
+    words = min(words, vocabulary(recipe))  # what the policy does not know, it cannot write
     if known < words:
         raise RecipeError(
             f"method.critic.path={critic.path} knows {known} tokens, but the tokenizer of model.path={recipe.model.path} has "

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from rlpost.errors import RecipeError, RlpostError
+from rlpost.errors import RlpostError
 from rlpost.recipe.sections.data import ArithmeticSource, DatasetSource, ReasoningGymSource, Source
 from rlpost.recipe.sections.model import ModelSection
 from rlpost.recipe.sections.preference import PreferenceSource
@@ -123,19 +123,10 @@ def _model(section: ModelSection, found: Rehearsal) -> bool:
 
 
 def _causal_config(section: ModelSection) -> object:
-    """The configuration of a local causal language model. Raises RecipeError."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
+    """The configuration of a local model that can be trained. Raises RecipeError."""
     from rlpost.policy.loading import load_config
 
-    config, _ = load_config(section, str(Path(section.path).expanduser()))
-    own_code = section.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
-        raise RecipeError(
-            f"model.path={section.path}: a model of type {config.model_type} is no causal language model (one that "
-            "AutoModelForCausalLM loads). Name one that is"
-        )
-    return config
+    return load_config(section, str(Path(section.path).expanduser()))[0]
 
 
 def _local_data(recipe: Recipe, found: Rehearsal) -> bool:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from rlpost.data.vocabulary import special_problem, tokens_beyond
 from rlpost.errors import RewardError
 from rlpost.experience import Group, Outcome, Score
+from rlpost.policy.family import length_dependent_rope
 from rlpost.policy.packing import stack_rows
 from rlpost.recipe.sections.reward import RewardModelSection
 from rlpost.scoring.scorer import FailureTally
@@ -43,6 +45,12 @@ class RewardModel:
         self.device = _device(section.device)
         self.tokenizer = _load_tokenizer(section)
         self.model: PreTrainedModel | None = _load_model(section).to(self.device)
+        rows = self.model.config.get_text_config().vocab_size
+        self._unknown = frozenset(tokens_beyond(self.tokenizer, rows))
+        if section.text == "chat" and (problem := special_problem(self.tokenizer, rows)):
+            raise RewardError(
+                f"The reward model {section.path} does not know all of its tokenizer's tokens: {problem}."
+            )
 
     def check(self, columns: Collection[str]) -> None:
         """A reward model needs no columns."""
@@ -55,9 +63,13 @@ class RewardModel:
         """
         start = time.perf_counter()
         token_ids = [self._encode(group, i) for group in groups for i in range(len(group.completions))]
-        fitting = [i for i, ids in enumerate(token_ids) if 0 < len(ids) <= self.section.max_tokens]
+        fitting = [
+            i
+            for i, ids in enumerate(token_ids)
+            if 0 < len(ids) <= self.section.max_tokens and self._unknown.isdisjoint(ids)
+        ]
         values = dict(zip(fitting, self._run([token_ids[i] for i in fitting]), strict=True))
-        scores = [self._score(values.get(i), len(ids)) for i, ids in enumerate(token_ids)]
+        scores = [self._score(values.get(i), ids) for i, ids in enumerate(token_ids)]
         self.counts = {self.names[0]: Counter(score.outcome for score in scores)}
         self.slowest = {self.names[0]: time.perf_counter() - start}
         self._check_failures(scores, more)
@@ -96,7 +108,9 @@ class RewardModel:
             raise RewardError(f"The reward model {self.section.path} was closed before it was asked to score.")
         pad = self.model.config.get_text_config().pad_token_id
         # transformers finds a text's end by its padding token; without one it takes one text at a time.
-        budget = self.section.batch_tokens if pad is not None else 1
+        # One at a time too where rotary frequencies would be chosen by the longest text of a batch.
+        alone = pad is None or length_dependent_rope(self.model.config) is not None
+        budget = 1 if alone else self.section.batch_tokens
         values = [0.0] * len(token_ids)
         for stack in stack_rows([len(ids) for ids in token_ids], budget):
             try:
@@ -123,9 +137,12 @@ class RewardModel:
         scores = logits if logits.ndim == 1 else logits[:, self.section.label or 0]
         return scores.float().cpu()
 
-    def _score(self, value: float | None, tokens: int) -> Score:
+    def _score(self, value: float | None, ids: Sequence[int]) -> Score:
         if value is None:
-            detail = f"{tokens} tokens, more than max_tokens={self.section.max_tokens}" if tokens else "no text"
+            detail = f"{len(ids)} tokens, more than max_tokens={self.section.max_tokens}" if ids else "no text"
+            if unknown := self._unknown.intersection(ids):
+                names = self.tokenizer.convert_ids_to_tokens(sorted(unknown))
+                detail = f"tokens that the reward model does not know, though its tokenizer does: {', '.join(names)}"
             return Score(Outcome.UNPARSABLE, None, detail)
         if value != value or value in (float("inf"), float("-inf")):
             return Score(Outcome.UNPARSABLE, None, f"the model's score is {value}")

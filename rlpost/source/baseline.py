@@ -18,7 +18,7 @@ import torch
 
 from rlpost.data.pairs import Pair, PairSets
 from rlpost.rollout.engine import RolloutEngine, SamplingRequest, SamplingSettings
-from rlpost.source.reference import load_tensors, model_identity, save_tensors
+from rlpost.source.reference import load_tensors, model_identity, rotary_parts, save_tensors
 
 if TYPE_CHECKING:
     from rlpost.data.prompts import PromptSets
@@ -74,7 +74,14 @@ def baseline_path(recipe: Recipe, model_path: str, prompts: Sequence[Tokens]) ->
 
     rollout = recipe.rollout
     engine = rollout.engine.model_dump(mode="json")
-    parts = [model_identity(model_path), engine, rollout.max_completion_tokens, rollout.stop, prompts]
+    parts = [
+        model_identity(model_path),
+        engine,
+        rollout.max_completion_tokens,
+        rollout.stop,
+        prompts,
+        *rotary_parts(recipe),
+    ]
     key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()
     return cache_folder() / "baseline" / f"{key}.safetensors"
 

@@ -61,8 +61,19 @@ def cache_path(recipe: Recipe, model_path: str, pairs: Sequence[Pair]) -> Path:
     parts = [model_identity(model_path), model.dtype, model.autocast, model.attention, recipe.rollout.temperature]
     if model.quantized:
         parts.append("4 bits")
+    parts += rotary_parts(recipe)
     key = hashlib.blake2b(json.dumps([*parts, fingerprint(pairs)]).encode(), digest_size=12).hexdigest()
     return cache_folder() / "reference" / f"{key}.safetensors"
+
+
+def rotary_parts(recipe: Recipe) -> list[str]:
+    """What belongs to the name of something made by a model whose rotary frequencies depend on the run's longest sequence."""
+    from rlpost.policy.rotary import chosen_length
+    from rlpost.recipe.plan.memory import local_config
+
+    config = local_config(recipe.model)
+    length = None if config is None else chosen_length(config, recipe.longest_sequence)
+    return [] if length is None else [f"frequencies for {length}"]
 
 
 def model_identity(path: str) -> str:

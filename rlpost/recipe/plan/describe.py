@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlpost.errors import RecipeError
 from rlpost.recipe.load import LoadedRecipe, leaves
 from rlpost.recipe.plan.memory import GIB, MemoryLine, estimate, find_model_size, local_config
 from rlpost.recipe.rules.check import advise, check, training_prompts
@@ -166,18 +167,30 @@ def _batch(recipe: Recipe, processes: int) -> Batch:
 def _attention(recipe: Recipe) -> str:
     """The learner's attention kernel on this machine, as far as that is known before the model is here."""
     model, layout = recipe.model, recipe.learner.layout
-    if model.attention != "auto" or layout != "tree":
-        return "sdpa" if model.attention == "auto" else model.attention
+    config = local_config(model)
+    if config is None and model.attention != "auto":
+        return model.attention
     import torch
 
-    from rlpost.policy.attention import choose_attention
+    from rlpost.policy.family import choose_attention
 
-    if not torch.cuda.is_available():
-        return "sdpa (model.attention=auto; on a CUDA device flex_attention, where the model takes tree rows and it)"
-    config = local_config(model)
-    if config is None:
+    on_gpu, flex = torch.cuda.is_available(), model.attention == "auto" and layout == "tree"
+    try:
+        device = "cuda" if on_gpu else "cpu"
+        chosen = "sdpa"  # of a model that is not on this machine
+        if config is not None:
+            chosen, _ = choose_attention(
+                model.attention, config, device=device, layout=layout, longest=recipe.longest_sequence
+            )
+    except RecipeError:
+        return "none (see the problems)"
+    if flex and not on_gpu:
+        return (
+            f"{chosen} (model.attention=auto; on a CUDA device flex_attention, where the model takes tree rows and it)"
+        )
+    if flex and config is None:
         return "flex_attention if the model takes tree rows and it, else sdpa (model.attention=auto)"
-    return choose_attention(model.attention, config, device="cuda", layout=layout, longest=recipe.longest_sequence)[0]
+    return chosen
 
 
 def _tokens_per_prompt(recipe: Recipe) -> int:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING
 
 from rlpost.errors import RecipeError, RewardError
 from rlpost.recipe.rules.actor import critic_advice, kl_advice
-from rlpost.recipe.rules.model import capped_logits, flex_problems, quantization_advice, quantization_problems
+from rlpost.recipe.rules.model import (
+    adapter_problems,
+    capped_logits,
+    family_problems,
+    flex_problems,
+    quantization_advice,
+    quantization_problems,
+    rotary_advice,
+)
 from rlpost.recipe.rules.pairs import pair_problems
 from rlpost.recipe.rules.paths import model_problems
 from rlpost.recipe.rules.setting import Rule, Setting, processes_from_environment, zero_stage_from_environment
@@ -332,14 +340,17 @@ RULES: tuple[Rule, ...] = (
     _engine,
     _flash_attention,
     flex_problems,
+    family_problems,
     capped_logits,
     quantization_problems,
+    adapter_problems,
     _lora_dropout,
     _resume,
 )
 ADVICE: tuple[Rule, ...] = (
     _low_precision,
     quantization_advice,
+    rotary_advice,
     _tree_attention,
     kl_advice,
     critic_advice,

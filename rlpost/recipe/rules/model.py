@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rlpost.errors import RecipeError, RlpostError
 from rlpost.recipe.sections.root import Recipe
 
 if TYPE_CHECKING:
@@ -39,6 +40,69 @@ def flex_problems(r: Recipe, _: Setting) -> Iterator[str]:
         )
 
 
+def adapter_problems(r: Recipe, setting: Setting) -> Iterator[str]:
+    """What stands against `model.lora.targets`, tried on the model without its weights; where its config.json is not on this
+    machine, the start of the run says so."""
+    lora = r.model.lora
+    if lora is None or lora.dropout or (lora.targets == "all-linear" and setting.zero_stage != 3):
+        return
+    from rlpost.policy.family import why_untrainable
+    from rlpost.recipe.plan.memory import local_config
+
+    config = local_config(r.model)
+    if config is None or why_untrainable(config):
+        return
+    from rlpost.policy.adapters import adapted_experts, check_targets
+
+    try:
+        skeleton = check_targets(config, lora, trust_remote_code=r.model.trust_remote_code)
+    except RlpostError as error:
+        yield str(error)
+        return
+    if setting.zero_stage == 3 and (tensor := adapted_experts(skeleton)):
+        yield (
+            f"model.lora.targets={lora.targets} puts an adapter on {tensor}, the experts of a layer in one tensor, which peft "
+            "adds to as a whole and DeepSpeed ZeRO-3 keeps in shards. Name the attention's layers only, or use ZeRO-2 "
+            "(launch/zero2.yaml)"
+        )
+
+
+def family_problems(r: Recipe, _: Setting) -> Iterator[str]:
+    """What speaks against the model's type, its attention kernel and its tokenizer; where it is not on this machine, the start
+    of the run says so."""
+    from rlpost.recipe.plan.memory import local_config
+
+    config = local_config(r.model)
+    if config is None:
+        return
+    from rlpost.policy.family import choose_attention, why_untrainable
+
+    critic = r.method.critic
+    trunk = None if critic is None or critic.path is None else r.model.model_copy(update={"path": critic.path})
+    if trunk is not None and (other := local_config(trunk)) is not None and (problem := why_untrainable(other)):
+        yield f"method.critic.path={trunk.path}: {problem.rstrip('.')}"
+    if problem := why_untrainable(config):
+        yield f"model.path={r.model.path}: {problem.rstrip('.')}"
+        return
+    try:
+        choose_attention(r.model.attention, config, device="cpu", layout=r.learner.layout, longest=r.longest_sequence)
+    except RecipeError as error:
+        yield str(error).rstrip(".")
+    yield from _token_problems(r, int(config.get_text_config().vocab_size))
+
+
+def _token_problems(r: Recipe, rows: int) -> Iterator[str]:
+    from rlpost.data.tokenizer import load_tokenizer
+    from rlpost.data.vocabulary import special_problem
+
+    try:
+        tokenizer = load_tokenizer(r.model)
+    except RlpostError:
+        return  # said where prompts are made
+    if problem := special_problem(tokenizer, rows):
+        yield f"model.path={r.model.path}: the model does not know all of its tokenizer's tokens: {problem}"
+
+
 def capped_logits(r: Recipe, _: Setting) -> Iterator[str]:
     """CAPO's SGD form is of plain logits; where the model is not on this machine, the first step says so."""
     mask = r.method.curvature
@@ -53,6 +117,19 @@ def capped_logits(r: Recipe, _: Setting) -> Iterator[str]:
             f"method.masks: the curvature mask's step `sgd` has no form for capped logits, and {r.model.path} caps them "
             f"(final_logit_softcapping={cap:g}). Use step: adam"
         )
+
+
+def rotary_advice(r: Recipe, _: Setting) -> Iterator[str]:
+    """Which rotary frequencies a run has where they depend on length."""
+    from rlpost.recipe.plan.memory import local_config
+
+    config = local_config(r.model)
+    if config is None:
+        return
+    from rlpost.policy.rotary import rotary_note
+
+    if note := rotary_note(config, r.longest_sequence):
+        yield note
 
 
 def quantization_advice(r: Recipe, _: Setting) -> Iterator[str]:

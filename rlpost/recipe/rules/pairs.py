@@ -41,7 +41,7 @@ def layout_in_use(r: Recipe) -> tuple[str, str | None]:
     config = local_config(r.model) if wanted == "tree" else None
     if config is None:
         return wanted, None
-    from rlpost.policy.attention import choose_layout  # imports torch, which reading the configuration has done already
+    from rlpost.policy.family import choose_layout  # imports torch, which reading the configuration has done already
 
     return choose_layout(config, wanted, "sdpa" if attention == "auto" else attention, r.longest_sequence)
 

@@ -37,7 +37,7 @@ class ModelSection(Section):
     that of the weights (a CPU without them emulates bfloat16, some thirty times slower)."""
     attention: Literal["auto", "sdpa", "eager", "flex_attention", "flash_attention_2"] = "auto"
     """The attention kernel of the learner. auto: flex_attention for tree rows on a CUDA device, where the model takes it
-    (it skips blocks of the mask in which nothing attends), else sdpa."""
+    (it skips blocks of the mask in which nothing attends), else sdpa, or eager where sdpa is not the model's own attention."""
     lora: LoraSection | None = None
     """Train adapters instead of all weights."""
     gradient_checkpointing: bool = False
