@@ -10,6 +10,9 @@ from rlpost.gradient.loss import coefficient_loss
 from rlpost.gradient.step import StepContext
 from rlpost.methods import compute_coefficients
 from rlpost.methods.capo import make_tracker
+from rlpost.recipe.sections.base import members
+from rlpost.recipe.sections.masks import Mask
+from rlpost.recipe.sections.presets import preset_names
 
 TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -305,20 +308,15 @@ def test_demonstrations_are_plain_likelihood() -> None:
     torch.testing.assert_close(ours(case, section, view), case.gradient(-total), **TOLERANCE)
 
 
-ALL = [
-    "grpo",
-    "dr_grpo",
-    "dapo",
-    "gspo",
-    "cispo",
-    "rloo",
-    "reinforce_pp",
-    "capo",
-    "dr_capo",
-    "rein_capo",
-    "prompt",
-    "controls",
-]
+# A preset or a mask that is new is among these by itself. A mask that rejects nothing by default, or all, needs settings here.
+MASKS = {
+    "random": {"rate": 0.3},
+    "probability": {"below": 0.1},
+    "off_policy": {"max_gap": 0.05, "negative_only": False},
+}
+MASK_TYPES = [mask.model_fields["type"].default for mask in members(Mask)]
+ALL = [name for name in preset_names() if method(preset=name).pairs is None]
+ALL += ["prompt", "controls", *(f"mask {kind}" for kind in MASK_TYPES if kind != "curvature")]
 
 
 def section_of(name: str):
@@ -328,6 +326,9 @@ def section_of(name: str):
     if name == "controls":
         match = {"type": "curvature", "thresholds": fixed}
         return method(masks=[{"type": "random", "match": match}, {"type": "probability", "match": match}])
+    if name.startswith("mask "):
+        kind = name.removeprefix("mask ")
+        return method(masks=[{"type": kind, **MASKS.get(kind, {})}])
     slots = {"masks": [{"type": "curvature", "thresholds": fixed}]} if "capo" in name else {}
     return method(preset=name, **slots)
 
@@ -342,7 +343,9 @@ def test_invariance_to_micro_batches_and_order(name: str) -> None:
     case, section = Case(12), section_of(name)
     context, view, counts = context_of(section, case), case.view(), case.counts()
     whole = compute_coefficients(section, view, counts, context=context)
-    assert not section.masks or 0 < whole.keep.sum() < whole.keep.numel()
+    assert not section.masks or 0 < whole.keep.sum() < whole.keep.numel(), (
+        f"{name} must reject some: give it settings in MASKS"
+    )
     for split in ([[0, 1, 2, 3, 4, 5]], [[5], [0, 3], [4, 2, 1]], [[5, 4, 3, 2, 1, 0]]):
         for keep in split:
             small, small_counts, places = cut(view, counts, keep)

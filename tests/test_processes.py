@@ -20,6 +20,7 @@ CHANGES = {
     "learner.minibatches": 2,
     "learner.learning_rate": 1e-4,
     "learner.layout": "sorted",
+    "method.masks": [{"type": "random", "rate": 0.2}],  # drawn by the token, whichever process holds it
 }
 
 

@@ -6,6 +6,8 @@ import math
 
 import pytest
 
+from rlpost.recipe.sections.method import MethodSection
+from rlpost.recipe.sections.presets import preset_names
 from rlpost.recipe.sections.reward import RewardModelSection, RewardSection, reward_ceiling
 from rlpost.tracking.advice import Doctor, advise
 
@@ -134,3 +136,91 @@ def test_the_doctor_says_everything_once_and_remembers_the_runs_start():
     doctor = Doctor()
     said = [one.id for row in rows(200, 100, policy__entropy=0.05) for one in doctor.observe(row)]
     assert said == ["entropy-collapse"]
+
+
+# ---- advice and the method
+
+
+def of(preset, made, **slots):
+    return {one.id: one.text for one in advise(made, method=MethodSection.model_validate({"preset": preset, **slots}))}
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_a_healthy_run_of_any_method_gets_no_advice(preset):
+    assert of(preset, rows(60)) == {}
+
+
+# What a healthy run of the method may look like, besides HEALTHY: None takes a number away.
+LIKE = {
+    "gspo": {"policy__clip_fraction": 0.4},  # limits of 3e-4 clip a share that is large for others
+    "rloo": {"policy__clip_fraction": None},
+    "reinforce_pp": {"reward__zero_variance_share": None, "reward__mean": 0.97},
+    "ppo": {"reward__zero_variance_share": None, "critic__value_mean": 0.4, "reward__mean": 0.97},
+    "ghpo": {"reward__mean": 0.97, "reward__zero_variance_share": 0.6, "guidance__hinted_share": 0.5},
+    "hpt": {"reward__zero_variance_share": None},  # every prompt of the step goes to its solution
+    "sft": {"reward__mean": None, "policy__entropy": None, "mismatch__mean_abs_gap": None},
+}
+
+
+@pytest.mark.parametrize("preset", LIKE)
+def test_what_is_healthy_for_a_method_gets_no_advice(preset):
+    made = rows(60, 50, **LIKE[preset])
+    if preset == "sft":
+        for row in made:
+            row.pop("reward/mean")
+    assert of(preset, made) == {}
+
+
+def test_a_gates_steps_of_rl_and_sft_take_turns():
+    made = rows(40)
+    for i, row in enumerate(made):
+        row["optimizer/grad_norm"] = 3.0 if i % 7 == 3 else 0.05
+    made[-1]["optimizer/grad_norm"] = 3.0
+    assert of("hpt", made) == {} and list(of("grpo", made)) == ["grad-exploding"]
+    made[-1]["optimizer/grad_norm"] = 40.0
+    assert list(of("hpt", made)) == ["grad-exploding"]
+
+
+TROUBLE = {
+    "zero-variance": {"reward__zero_variance_share": 0.9},
+    "entropy-collapse": {"policy__entropy": 0.02},
+    "clip-saturated": {"policy__clip_fraction": 0.7},
+    "sampler-gap": {"mismatch__mean_abs_gap": 0.3},
+    "grad-exploding": {"optimizer__grad_norm": 60.0},
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+@pytest.mark.parametrize("preset", preset_names())
+def test_advice_names_nothing_that_the_method_refuses_or_has_already(preset, trouble):
+    """Every `method.` key or mask that is advised can be set for the method, and is not in force already."""
+    section = MethodSection.model_validate({"preset": preset})
+    text = of(preset, rows(20, 1 if trouble == "grad-exploding" else 5, **TROUBLE[trouble])).get(trouble, "")
+    if section.pairs is not None:
+        assert not any(word in text for word in ("method.clip", "method.entropy", "method.kl", "mask", "guidance"))
+    if section.guidance is not None:
+        assert "guidance" not in text
+    if section.curvature is not None:
+        assert "CAPO" not in text
+    if section.kl_place is not None:
+        assert "method.kl" not in text
+    if section.clip.type != "ppo":
+        assert "clip-higher" not in text
+    if section.clip.type == "cispo" and trouble == "clip-saturated":
+        assert "thrown away" not in text and "weight cut" in text
+
+
+def test_rewards_above_one_have_no_ceiling_of_one():
+    made = rows(8, 8, reward__mean=1.0, reward__zero_variance_share=0.7, reward__max=3.0)
+    assert ids(made) == []
+
+
+def test_a_method_without_groups_is_at_the_ceiling_when_all_is_solved():
+    made = rows(8, 8, reward__mean=0.995, reward__zero_variance_share=None)
+    assert list(of("ppo", made)) == ["reward-ceiling"]
+
+
+def test_a_method_with_an_off_policy_mask_is_not_told_to_add_one():
+    made = rows(8, 5, mismatch__mean_abs_gap=0.3)
+    assert "off_policy" in of("grpo", made)["sampler-gap"]
+    assert "off_policy" not in of("grpo", made, masks=[{"type": "off_policy"}])["sampler-gap"]

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rlpost.experience import Message, Prompt
-from rlpost.recipe.sections.guidance import HintGuidance
+from rlpost.recipe.sections.base import unknown_choice
+from rlpost.recipe.sections.guidance import HintGuidance, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,7 +42,7 @@ _BRACES = {"{": "}", "[": "]"}
 def cut_hint(
     text: str,
     ratio: float,
-    unit: str = "characters",
+    unit: Unit = "characters",
     *,
     snap: bool = True,
     token_ends: Sequence[int] | None = None,
@@ -64,7 +65,7 @@ def cut_hint(
     return text[:end].rstrip() if snap else text[:end]
 
 
-def _unit_ends(text: str, unit: str, token_ends: Sequence[int] | None) -> Sequence[int]:
+def _unit_ends(text: str, unit: Unit, token_ends: Sequence[int] | None) -> Sequence[int]:
     """Where the units of a text end."""
     if unit == "characters":
         return range(1, len(text) + 1)
@@ -75,9 +76,11 @@ def _unit_ends(text: str, unit: str, token_ends: Sequence[int] | None) -> Sequen
     text = text.rstrip()
     if unit == "lines":
         ends = [match.end() for match in re.finditer(r"\n+", text) if match.start()]
-    else:
+    elif unit == "steps":
         atoms = _atoms(text)
         ends = [m.end() for m in _STEP.finditer(text) if m.start() and _cut_by(atoms, m.start()) is None]
+    else:
+        raise unknown_choice("guidance.unit", unit)
     return [*ends, len(text)]
 
 
@@ -204,7 +207,7 @@ class Hinter:
     def _hinted(self, wanted: Sequence[tuple[Prompt, str]]) -> list[Prompt]:
         if not wanted:
             return []
-        if self.section.place == "assistant":
+        if self.section.continues:
             # The turn that the template has opened is continued, so the prompt's own tokens stay as they are.
             more = self.tokenizer([hint for _, hint in wanted], add_special_tokens=False)["input_ids"]
             return [

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rlpost.data.preferences import SAYS, SETTING, Preference, load_preferences, refusal
 from rlpost.errors import DataError
 from rlpost.experience import Completion, Message, Prompt
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.data import DataSection
 from rlpost.recipe.sections.preference import PreferenceSource
 
@@ -154,12 +155,15 @@ class _Reader:
             source, where, long, [pair for pair in pairs if len(pair.token_ids) > self.prompt_limit], len(rows)
         )
         self.dropped["prompt"] += len(pairs) - len(fitting)
-        if source.too_long == "cut":
-            self.cut += sum(len(ids) > self.limit for pair in long for ids in pair.responses)
-            fitting = [self._shortened(pair) for pair in fitting]
-        else:
-            self.dropped["too_long"] += len(long)
-            fitting = [pair for pair in fitting if max(map(len, pair.responses)) <= self.limit]
+        match source.too_long:
+            case "cut":
+                self.cut += sum(len(ids) > self.limit for pair in long for ids in pair.responses)
+                fitting = [self._shortened(pair) for pair in fitting]
+            case "drop" | "refuse":
+                self.dropped["too_long"] += len(long)
+                fitting = [pair for pair in fitting if max(map(len, pair.responses)) <= self.limit]
+            case _:
+                raise unknown_choice("data.train.too_long", source.too_long)
         return self._distinct(fitting, source, where, len(rows))
 
     def _distinct(self, pairs: list[Pair], source: PreferenceSource, where: str, total: int) -> list[Pair]:

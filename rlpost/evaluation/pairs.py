@@ -72,7 +72,7 @@ def _judge(
 ) -> dict[str, float]:
     section = recipe.method.pairs
     assert section is not None  # the rules ask for it
-    initial = section.baseline == "initial"
+    initial = section.from_initial
     buffer = open_pairs(
         [pair_group(pairs[i]) for i in own],
         [pairs[i].baseline if initial else None for i in own],

@@ -6,39 +6,90 @@ import torch
 from torch import Tensor
 
 from rlpost.gradient.segments import count_by, spread_by, sum_by
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.method import AdvantageSection
+
+TOO_LARGE = 1e100
+"""Rewards beyond this are normalised in units of the largest, so that their squares do not overflow."""
 
 
 def normalise(section: AdvantageSection, reward: Tensor, prompt: Tensor, groups: int) -> Tensor:
-    """(reward - centre) / (scale + eps), [S]; 0 where `reward` [S] is NaN (unknown), which enters no mean either.
+    """(reward - centre) / (scale + eps), [S]; 0 where `reward` [S] is unknown (NaN, or infinite), which enters no mean either.
 
     GRPO (arXiv 2402.03300) eq. 3: group mean and std; Dr.GRPO (arXiv 2503.20783): scale none; RLOO (arXiv 2402.14740)
-    eq. 9: leave_one_out; REINFORCE++ (arXiv 2501.03262): batch mean and std. A group whose known rewards are all equal
-    gets exactly 0 from a group's centre, whatever rounding says.
+    eq. 9: leave_one_out; REINFORCE++ (arXiv 2501.03262): batch mean and std. Where all known rewards are equal (of a group,
+    or of the batch, as the centre has it) the result is exactly 0, whatever rounding and eps say. A scale of 0 divides
+    nothing: without a centre, equal rewards stay what they are instead of growing by 1 / eps.
     """
-    known = ~reward.isnan()
+    known = reward.isfinite()
     value = torch.where(known, reward, torch.zeros_like(reward))
+    size = float(value.abs().max()) if value.numel() else 0.0
+    if size > TOO_LARGE:  # its square has no place in a float64: the same in units of the largest reward
+        return _rescaled(section, reward, prompt, groups, size)
+    flat = _flat(section, value, known, prompt, groups)
     centred = torch.where(known, value - _centre(section, value, known, prompt, groups), torch.zeros_like(value))
-    if section.center in ("group", "leave_one_out"):
-        flat = spread_by(value[known], prompt[known], groups) == 0
-        centred = torch.where(flat[prompt], torch.zeros_like(centred), centred)
+    centred = torch.where(flat, torch.zeros_like(centred), centred)
     if section.scale == "none":
         return centred
-    return centred / (_scale(section, value, centred, known, prompt, groups) + section.eps)
+    scale = _scale(section, value, centred, known, prompt, groups)
+    return centred / torch.where(scale == 0, torch.ones_like(scale), scale + section.eps)
+
+
+def whiten_batch(section: AdvantageSection, advantage: Tensor, known: Tensor) -> Tensor:
+    """GDPO's last step (arXiv 2601.05242): the summed advantages [S] over their standard deviation in the batch, 0 where not
+    `known` [S] bool, which does not count.
+
+    The paper subtracts the batch's mean too. Rewards that were centred add up to 0 in every group (or in the batch), so that
+    this mean is 0, and is not subtracted: rounding would give groups without signal an advantage.
+    """
+    value = torch.where(known, advantage, torch.zeros_like(advantage))
+    less = 1 if section.unbiased else 0
+    scale = (value.square().sum() / (known.sum() - less).clamp(min=1)).sqrt()
+    return value / torch.where(scale == 0, torch.ones_like(scale), scale + section.eps)
+
+
+def _rescaled(section: AdvantageSection, reward: Tensor, prompt: Tensor, groups: int, size: float) -> Tensor:
+    """`normalise` of rewards as large as `size`, which does not overflow."""
+    found = normalise(section.model_copy(update={"eps": section.eps / size}), reward / size, prompt, groups)
+    most = torch.finfo(found.dtype).max
+    return (found * size).clamp(-most, most) if section.scale == "none" else found
+
+
+def _flat(section: AdvantageSection, value: Tensor, known: Tensor, prompt: Tensor, groups: int) -> Tensor:
+    """[S] bool: all known rewards that the centre is taken over are equal."""
+    match section.center:
+        case "none":
+            return torch.zeros_like(known)
+        case "batch":
+            there = value[known]
+            return torch.full_like(known, not there.numel() or bool(there.max() == there.min()))
+        case "group" | "leave_one_out":
+            return (spread_by(value[known], prompt[known], groups) == 0)[prompt]
+        case _:
+            raise unknown_choice("advantage.center", section.center)
 
 
 def _centre(section: AdvantageSection, value: Tensor, known: Tensor, prompt: Tensor, groups: int) -> Tensor:
     """[S] what is subtracted."""
-    if section.center == "none":
-        return torch.zeros_like(value)
-    if section.center == "batch":
-        return (value.sum() / known.sum().clamp(min=1)).expand_as(value)
-    total = sum_by(value, prompt, groups)[prompt]
-    count = count_by(prompt, groups, known)[prompt]
-    if section.center == "group":
-        return total / count.clamp(min=1)
-    # A completion without known siblings has no baseline: the rule below makes its advantage 0.
-    return torch.where(count > 1, (total - value) / (count - 1).clamp(min=1), value)
+    match section.center:
+        case "none":
+            return torch.zeros_like(value)
+        case "batch":
+            return (value.sum() / known.sum().clamp(min=1)).expand_as(value)
+        case "group":
+            total, count = _totals(value, known, prompt, groups)
+            return total / count.clamp(min=1)
+        case "leave_one_out":
+            total, count = _totals(value, known, prompt, groups)
+            # A completion without known siblings has no baseline: its group is flat, and its advantage 0.
+            return torch.where(count > 1, (total - value) / (count - 1).clamp(min=1), value)
+        case _:
+            raise unknown_choice("advantage.center", section.center)
+
+
+def _totals(value: Tensor, known: Tensor, prompt: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """([S] sum, [S] number) of the known rewards of a completion's group."""
+    return sum_by(value, prompt, groups)[prompt], count_by(prompt, groups, known)[prompt]
 
 
 def _scale(
@@ -46,12 +97,19 @@ def _scale(
 ) -> Tensor:
     """[S] or scalar standard deviation."""
     less = 1 if section.unbiased else 0
-    if section.scale == "batch_std":
-        count = known.sum()
-        mean = centred.sum() / count.clamp(min=1)
-        squares = torch.where(known, (centred - mean) ** 2, torch.zeros_like(centred)).sum()
-        return (squares / (count - less).clamp(min=1)).sqrt()
-    count = count_by(prompt, groups, known)
-    mean = sum_by(value, prompt, groups) / count.clamp(min=1)
-    squares = sum_by(torch.where(known, (value - mean[prompt]) ** 2, torch.zeros_like(value)), prompt, groups)
-    return (squares / (count - less).clamp(min=1)).sqrt()[prompt]
+    match section.scale:
+        case "none":
+            return torch.ones_like(value)
+        case "batch_std":
+            count = known.sum()
+            mean = centred.sum() / count.clamp(min=1)
+            squares = torch.where(known, (centred - mean) ** 2, torch.zeros_like(centred)).sum()
+            equal = count == 0 or bool((centred[known] == centred[known][0]).all())
+            return torch.zeros_like(squares) if equal else (squares / (count - less).clamp(min=1)).sqrt()
+        case "group_std":
+            count = count_by(prompt, groups, known)
+            mean = sum_by(value, prompt, groups) / count.clamp(min=1)
+            squares = sum_by(torch.where(known, (value - mean[prompt]) ** 2, torch.zeros_like(value)), prompt, groups)
+            return (squares / (count - less).clamp(min=1)).sqrt()[prompt]
+        case _:
+            raise unknown_choice("advantage.scale", section.scale)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from rlpost.gradient.metrics import Metric, max_of, mean_of
-from rlpost.gradient.ratio import MAX_LOG_RATIO
+from rlpost.gradient.ratio import MAX_LOG_RATIO, log_difference
 from rlpost.gradient.segments import sum_by
 from rlpost.gradient.types import TokenView
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.method import CorrectionSection
 
 
@@ -18,23 +19,32 @@ def sampler_correction(section: CorrectionSection, view: TokenView) -> tuple[Ten
     1 where the sampler's log-prob is not known. `level: sequence` takes the product over the completion's tokens.
     """
     known = ~view.sampler_logp.isnan() & ~view.demonstration[view.sequence]
-    gap = torch.where(known, view.old_logp - view.sampler_logp, torch.zeros_like(view.old_logp))
-    log_weight = gap
-    if section.level == "sequence":
-        log_weight = sum_by(gap, view.sequence, view.prompt.numel())[view.sequence]
+    gap = torch.where(known, log_difference(view.old_logp, view.sampler_logp), torch.zeros_like(view.old_logp))
+    match section.level:
+        case "token":
+            log_weight = gap
+        case "sequence":
+            log_weight = sum_by(gap, view.sequence, view.prompt.numel())[view.sequence]
+        case _:
+            raise unknown_choice("correction.level", section.level)
     weight = log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-    outside = weight > section.max
-    if section.action == "mask":
-        outside = outside | (weight < section.min)
+    small = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     metrics: dict[str, Metric] = {
         "mismatch/mean_abs_gap": mean_of(gap.abs(), known),
         "mismatch/max_abs_gap": max_of(gap[known].abs()),
         # Tokens come from the sampler, so this is the k3 estimate of KL(sampler || learner).
-        "mismatch/kl": mean_of(gap.exp() - 1 - gap, known),
+        "mismatch/kl": mean_of(small.exp() - 1 - small, known),
     }
-    if section.action == "none":
-        return torch.ones_like(weight), metrics
+    match section.action:
+        case "none":
+            return torch.ones_like(weight), metrics
+        case "truncate":
+            outside = weight > section.max
+            corrected = weight.clamp(max=section.max)
+        case "mask":
+            outside = (weight > section.max) | (weight < section.min)
+            corrected = torch.where(outside, torch.zeros_like(weight), weight)
+        case _:
+            raise unknown_choice("correction.action", section.action)
     metrics["mismatch/truncated_share"] = mean_of(outside.double(), known)
-    if section.action == "mask":
-        return torch.where(outside, torch.zeros_like(weight), weight), metrics
-    return weight.clamp(max=section.max), metrics
+    return corrected, metrics

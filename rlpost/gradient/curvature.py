@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlpost.recipe.sections.base import unknown_choice
+
 Kl = Literal["sampled", "exact"]
 
 
@@ -61,7 +63,18 @@ class Limits:
 def taylor_forms(shift: Tensor, variance: Tensor, advantage: Tensor, kl: Kl) -> Curvature:
     """m_F and m_H from s [N] and Var_p(u) [N]."""
     objective = advantage * (shift + 0.5 * (shift**2 - variance))
-    return Curvature(shift, 0.5 * (shift**2 if kl == "sampled" else variance), objective)
+    return Curvature(shift, _kl_of(kl, sampled=0.5 * shift**2, exact=0.5 * variance), objective)
+
+
+def _kl_of(kl: Kl, *, sampled: Tensor, exact: Tensor) -> Tensor:
+    """[N] m_F, from the sampled token or over the vocabulary."""
+    match kl:
+        case "sampled":
+            return sampled
+        case "exact":
+            return exact
+        case _:
+            raise unknown_choice("masks.kl", kl)
 
 
 def sgd_curvature(
@@ -88,14 +101,17 @@ def shift_curvature(
     """
     mean = (p * u).sum(-1)
     own = torch.where(onehot, u, torch.zeros_like(u)).sum(-1)
-    if form == "taylor":
-        variance = (p * (u - mean[:, None]) ** 2).sum(-1)
-        return taylor_forms(own - mean, variance, advantage, kl)
-    normaliser = torch.logsumexp(p.log() + u, dim=-1)
-    log_ratio = own - normaliser
-    return Curvature(
-        log_ratio, 0.5 * log_ratio**2 if kl == "sampled" else normaliser - mean, advantage * torch.expm1(log_ratio)
-    )
+    match form:
+        case "taylor":
+            variance = (p * (u - mean[:, None]) ** 2).sum(-1)
+            return taylor_forms(own - mean, variance, advantage, kl)
+        case "exact":
+            normaliser = torch.logsumexp(p.log() + u, dim=-1)
+            log_ratio = own - normaliser
+            predicted = _kl_of(kl, sampled=0.5 * log_ratio**2, exact=normaliser - mean)
+            return Curvature(log_ratio, predicted, advantage * torch.expm1(log_ratio))
+        case _:
+            raise unknown_choice("masks.form", form)
 
 
 def rank_correlation(predicted: Tensor, realised: Tensor) -> float:

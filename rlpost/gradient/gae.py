@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.critic import CriticSection, ValueLossSection
 
 
@@ -72,19 +73,29 @@ def soft_min(values: Tensor, alpha: float) -> Tensor:
 
 def aggregate_values(section: CriticSection, values: Tensor) -> Tensor:
     """[M] one value from the heads' [M, H]."""
-    if section.aggregate == "mean":
-        return values.mean(-1)
-    return values.amin(-1) if section.aggregate == "min" else soft_min(values, section.alpha)
+    match section.aggregate:
+        case "mean":
+            return values.mean(-1)
+        case "min":
+            return values.amin(-1)
+        case "soft_min":
+            return soft_min(values, section.alpha)
+        case _:
+            raise unknown_choice("critic.aggregate", section.aggregate)
 
 
 def head_shares(section: CriticSection, values: Tensor) -> Tensor:
     """[M, H] d aggregate / d V_i: shares that add up to 1. Equal smallest heads share alike."""
-    if section.aggregate == "mean":
-        return torch.full_like(values, 1.0 / values.shape[-1])
-    if section.aggregate == "min":
-        smallest = (values == values.amin(-1, keepdim=True)).to(values.dtype)
-        return smallest / smallest.sum(-1, keepdim=True)
-    return torch.softmax(-values / section.alpha, dim=-1)
+    match section.aggregate:
+        case "mean":
+            return torch.full_like(values, 1.0 / values.shape[-1])
+        case "min":
+            smallest = (values == values.amin(-1, keepdim=True)).to(values.dtype)
+            return smallest / smallest.sum(-1, keepdim=True)
+        case "soft_min":
+            return torch.softmax(-values / section.alpha, dim=-1)
+        case _:
+            raise unknown_choice("critic.aggregate", section.aggregate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +115,17 @@ def value_coefficients(section: CriticSection, values: Tensor, old: Tensor, targ
     at the start of the rollout's updates; `target` [M]. With `train: aggregate` the loss is l(agg(V)), with `heads` the
     mean over heads of l(V_i).
     """
-    if section.train == "heads":
-        target = target[:, None].expand_as(values)
-        loss, slope, clipped = value_loss(section.loss, values, old, target)
-        heads = values.shape[-1]
-        return ValueCoefficients(slope / heads, loss.mean(-1), clipped.any(-1))
-    loss, slope, clipped = value_loss(section.loss, aggregate_values(section, values), old, target)
-    return ValueCoefficients(slope[:, None] * head_shares(section, values), loss, clipped)
+    match section.train:
+        case "heads":
+            target = target[:, None].expand_as(values)
+            loss, slope, clipped = value_loss(section.loss, values, old, target)
+            heads = values.shape[-1]
+            return ValueCoefficients(slope / heads, loss.mean(-1), clipped.any(-1))
+        case "aggregate":
+            loss, slope, clipped = value_loss(section.loss, aggregate_values(section, values), old, target)
+            return ValueCoefficients(slope[:, None] * head_shares(section, values), loss, clipped)
+        case _:
+            raise unknown_choice("critic.train", section.train)
 
 
 def value_loss(section: ValueLossSection, value: Tensor, old: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,19 +142,28 @@ def value_loss(section: ValueLossSection, value: Tensor, old: Tensor, target: Te
     outside = move.abs() > section.clip
     limited, _ = _distance(section, old + move.clamp(-section.clip, section.clip) - target)
     limited = torch.where(outside, limited, loss)  # the same number, free of the rounding of old + (V - old)
-    if section.combine == "mean":
-        return (loss + limited) / 2, torch.where(outside, slope / 2, slope), outside
-    held = outside & (limited > loss)
-    return torch.maximum(loss, limited), torch.where(held, torch.zeros_like(slope), slope), held
+    match section.combine:
+        case "mean":
+            return (loss + limited) / 2, torch.where(outside, slope / 2, slope), outside
+        case "max":
+            held = outside & (limited > loss)
+            return torch.maximum(loss, limited), torch.where(held, torch.zeros_like(slope), slope), held
+        case _:
+            raise unknown_choice("critic.loss.combine", section.combine)
 
 
 def _distance(section: ValueLossSection, error: Tensor) -> tuple[Tensor, Tensor]:
     """(l, dl / d error)."""
-    if section.type == "squared":
-        return error.square() / 2, error
-    delta = section.delta
-    size = error.abs()
-    return torch.where(size <= delta, error.square() / 2, delta * (size - delta / 2)), error.clamp(-delta, delta)
+    match section.type:
+        case "squared":
+            return error.square() / 2, error
+        case "huber":
+            delta, size = section.delta, error.abs()
+            return torch.where(size <= delta, error.square() / 2, delta * (size - delta / 2)), error.clamp(
+                -delta, delta
+            )
+        case _:
+            raise unknown_choice("critic.loss.type", section.type)
 
 
 def value_surrogate(coefficients: ValueCoefficients, weight: Tensor, values: Tensor) -> Tensor:

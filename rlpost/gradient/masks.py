@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlpost.gradient.ratio import log_difference
 from rlpost.gradient.segments import count_by, mean_by
 from rlpost.gradient.types import TokenView
 from rlpost.recipe.sections.masks import OffPolicyMask
@@ -13,8 +14,12 @@ _MASK32 = 0xFFFFFFFF
 
 
 def token_uniform(token_index: Tensor, seed: int, step: int) -> Tensor:
-    """[N] float64 in [0, 1), a function of (seed, step, token) alone: the same however tokens are split or ordered."""
-    x = token_index.to(torch.int64) & _MASK32
+    """[N] float64 in [0, 1), a function of (seed, step, token) alone: the same however tokens are split or ordered.
+
+    `token_index` [N] int64, all 64 bits of which count, names a token (see `rlpost.learner.buffer.token_keys`).
+    """
+    x = token_index.to(torch.int64)
+    x = (x & _MASK32) ^ _mix32((x >> 32) & _MASK32)
     for word in (seed & _MASK32, (seed >> 32) & _MASK32, step & _MASK32):
         x = _mix32(x ^ _mix32(torch.full_like(x, word + 1)))
     return x.double() / 2**32
@@ -46,6 +51,6 @@ def off_policy_rejects(section: OffPolicyMask, view: TokenView) -> Tensor:
     Where the sampler's log-prob is not known, the learner's own from the rollout's start stands in.
     """
     behaviour = torch.where(view.sampler_logp.isnan(), view.old_logp, view.sampler_logp)
-    gap = mean_by(behaviour - view.logp, view.sequence, view.prompt.numel())[view.sequence]
+    gap = mean_by(log_difference(behaviour, view.logp), view.sequence, view.prompt.numel())[view.sequence]
     far = gap > section.max_gap
     return far & (view.advantage < 0) if section.negative_only else far

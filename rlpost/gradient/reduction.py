@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rlpost.gradient.segments import count_by, sum_by
 from rlpost.gradient.types import Counts, TokenView
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.method import ReductionSection
 
 
@@ -17,21 +18,35 @@ def token_weights(section: ReductionSection, view: TokenView, counts: Counts, ke
     prompt: 1 / (tokens of the prompt's completions * prompts). A masked token keeps its place in the denominator, except
     with `denominator: accepted`. The loss of a step is the SUM over micro-batches and processes of the weighted terms.
     """
-    if section.type == "token":
-        return torch.full_like(view.logp, 1.0 / max(counts.tokens, 1))
-    if section.type == "constant":
-        constant = section.constant or counts.max_completion_tokens
-        if constant <= 0:
-            raise ValueError("reduction `constant` without a constant needs Counts.max_completion_tokens")
-        return torch.full_like(view.logp, 1.0 / (constant * max(counts.sequences, 1)))
-    if section.type == "prompt":
-        if counts.prompt_tokens is None:
-            raise ValueError("reduction `prompt` needs Counts.prompt_tokens")
-        per_prompt = counts.prompt_tokens.to(view.logp.dtype).clamp(min=1) * max(counts.prompts, 1)
-        return 1.0 / per_prompt[view.prompt][view.sequence]
-    counted = keep if section.denominator == "accepted" else None
-    lengths = count_by(view.sequence, view.prompt.numel(), counted).clamp(min=1).to(view.logp.dtype)
-    return 1.0 / (lengths * max(counts.sequences, 1))[view.sequence]
+    match section.type:
+        case "token":
+            return torch.full_like(view.logp, 1.0 / max(counts.tokens, 1))
+        case "constant":
+            constant = section.constant or counts.max_completion_tokens
+            if constant <= 0:
+                raise ValueError("reduction `constant` without a constant needs Counts.max_completion_tokens")
+            return torch.full_like(view.logp, 1.0 / (constant * max(counts.sequences, 1)))
+        case "prompt":
+            if counts.prompt_tokens is None:
+                raise ValueError("reduction `prompt` needs Counts.prompt_tokens")
+            per_prompt = counts.prompt_tokens.to(view.logp.dtype).clamp(min=1) * max(counts.prompts, 1)
+            return 1.0 / per_prompt[view.prompt][view.sequence]
+        case "sequence":
+            lengths = count_by(view.sequence, view.prompt.numel(), _counted(section, keep))
+            return 1.0 / (lengths.clamp(min=1).to(view.logp.dtype) * max(counts.sequences, 1))[view.sequence]
+        case _:
+            raise unknown_choice("reduction.type", section.type)
+
+
+def _counted(section: ReductionSection, keep: Tensor) -> Tensor | None:
+    """[N] bool: the tokens that a completion's mean is over; None: all."""
+    match section.denominator:
+        case "all":
+            return None
+        case "accepted":
+            return keep
+        case _:
+            raise unknown_choice("reduction.denominator", section.denominator)
 
 
 def count_batch(lengths: Tensor, prompt: Tensor, max_completion_tokens: int) -> Counts:

@@ -9,15 +9,20 @@ from rlpost.gradient.segments import spread_by
 from rlpost.recipe.sections.method import MethodSection, OverlongSection
 
 
-def overlong_penalty(section: OverlongSection, lengths: Tensor, max_completion_tokens: int) -> Tensor:
-    """DAPO's soft overlong punishment (arXiv 2503.14476 eq. 13) as a penalty >= 0 to subtract, [S] float64.
+def overlong_share(section: OverlongSection, lengths: Tensor, max_completion_tokens: int) -> Tensor:
+    """How far into its buffer a completion is, in DAPO's soft overlong punishment (arXiv 2503.14476 eq. 13), [S] float64.
 
-    0 up to L_max - L_cache tokens, then linear, `section.penalty` from L_max on; L_cache is the share
-    `section.buffer` of L_max = `max_completion_tokens`.
+    0 up to L_max - L_cache tokens, then linear, 1 from L_max on; L_cache is the share `section.buffer` of L_max =
+    `max_completion_tokens`.
     """
     cache = section.buffer * max_completion_tokens
     into = lengths.double() - (max_completion_tokens - cache)
-    return section.penalty * (into / cache).clamp(0.0, 1.0)
+    return (into / cache).clamp(0.0, 1.0)
+
+
+def overlong_penalty(section: OverlongSection, lengths: Tensor, max_completion_tokens: int) -> Tensor:
+    """The penalty >= 0 to subtract, [S] float64: `section.penalty` times `overlong_share`."""
+    return section.penalty * overlong_share(section, lengths, max_completion_tokens)
 
 
 def sum_rewards(rewards: Tensor) -> Tensor:
@@ -41,7 +46,6 @@ def groups_to_refill(method: MethodSection, rewards: Tensor, prompt: Tensor, gro
     flat only if every reward is.
     """
     flat = torch.full((groups,), method.dynamic_sampling.enabled, device=rewards.device)
-    each = method.advantage.combine == "normalise_then_sum"
-    for column in rewards.unbind(1) if each else (sum_rewards(rewards),):
+    for column in rewards.unbind(1) if method.advantage.each_alone else (sum_rewards(rewards),):
         flat &= equal_rewards(column, prompt, groups)
     return flat

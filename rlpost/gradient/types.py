@@ -53,7 +53,7 @@ class TokenView:
     ref_logp: Tensor | None = None  # [N] log-prob under the reference policy
     statistics: HeadStatistics | None = None
     token: Tensor | None = None  # [N] int64: the token itself
-    token_index: Tensor | None = None  # [N] int64: the token's place in the rollout (a stable key for random masks)
+    token_index: Tensor | None = None  # [N] int64: names the token in the rollout of all processes (for random masks)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 from rlpost.experience import TokenRows
 from rlpost.gradient.gae import aggregate_values, value_coefficients, value_surrogate
 from rlpost.gradient.kl import kl_estimate
-from rlpost.gradient.metrics import Metric
+from rlpost.gradient.metrics import Metric, mean_of, merge
+from rlpost.gradient.metrics import values as metric_values
 from rlpost.gradient.segments import mean_by
 from rlpost.gradient.types import Counts
 from rlpost.learner.buffer import RolloutBuffer
@@ -31,7 +32,8 @@ from rlpost.methods.ppo import (
 )
 from rlpost.policy.critic import read_places
 from rlpost.policy.model import Policy
-from rlpost.recipe.sections.critic import CriticSection
+from rlpost.recipe.sections.base import unknown_choice
+from rlpost.recipe.sections.critic import CriticSection, penalty_place
 from rlpost.recipe.sections.method import MethodSection
 
 
@@ -57,14 +59,19 @@ class ActorCritic:
     def begin_rollout(self, buffer: RolloutBuffer, processes: Processes) -> float:
         """Measures KL of the fresh rollout; the coefficient of KL in the reward. Collective."""
         if self.controller is None:
-            kl = self.method.kl
-            return kl.coefficient if kl.where == "reward" else 0.0
+            match self.method.kl.where:
+                case "reward":
+                    return self.method.kl.coefficient
+                case "loss":
+                    return 0.0
+                case _:
+                    raise unknown_choice("kl.where", self.method.kl.where)
         assert buffer.old_logp is not None and buffer.ref_logp is not None
         own = Moments.of(kl_estimate(self.method.kl.estimator, buffer.old_logp.double(), buffer.ref_logp.double()))
         total = total_moments(processes.gather(own))
         self.seen["kl"] = total.mean if total.count else math.nan
         self.seen |= {"reward": buffer.metrics["reward/mean"], "reward_std": buffer.metrics["reward/std"]}
-        if self.controller.section.term != "reward":
+        if penalty_place(self.controller.section.term) == "loss":
             return 0.0
         decision = self._decide()
         buffer.metrics |= decision.metrics
@@ -72,7 +79,7 @@ class ActorCritic:
 
     def begin_step(self) -> Decision | None:
         """The controller's word on the coming optimizer step; None without one, or where it acts on rewards."""
-        if self.controller is None or self.controller.section.term == "reward":
+        if self.controller is None or penalty_place(self.controller.section.term) == "reward":
             return None
         return self._decide()
 
@@ -155,7 +162,8 @@ def weigh_tokens(
     buffer.target, buffer.known = found.target.float(), found.known
     buffer.advantage = mean_by(buffer.token_advantage, sequence, len(lengths))
     buffer.dead = (False,) * len(buffer.groups)  # every completion has values to be learned
-    buffer.metrics |= statistics.metrics()
+    size = merge(processes.gather({"advantage/mean_abs": mean_of(buffer.token_advantage.abs(), found.known)}))
+    buffer.metrics |= {**statistics.metrics(), **metric_values(size)}  # in place of what the rewards looked like
 
 
 def critic_loss(
@@ -167,7 +175,13 @@ def critic_loss(
     places = read_places(section, rows.sequence.cpu())
     index = index if places is None else index[places]
     old = buffer.old_values[index].to(values.device)
-    old = old if section.train == "heads" else aggregate_values(section, old)
+    match section.train:
+        case "heads":
+            pass
+        case "aggregate":
+            old = aggregate_values(section, old)
+        case _:
+            raise unknown_choice("critic.train", section.train)
     target, known = buffer.target[index].to(values.device), buffer.known[index].to(values.device)
     coefficients = value_coefficients(section, values.detach(), old, target)
     weight = value_weights(section, counts, known).to(values.dtype)

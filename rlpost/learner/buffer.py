@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -125,7 +127,23 @@ class RolloutBuffer:
             demonstration=~torch.tensor(self.sampled, dtype=torch.bool, device=device),
             group_tokens=torch.tensor(group_tokens, dtype=torch.float64, device=device),
             offsets=list(accumulate(lengths, initial=0)),
+            token_key=token_keys(self.groups, self.demonstrations).to(device),
         )
+
+
+def token_keys(groups: Sequence[Group], demonstrations: Sequence[DemonstrationRow | None]) -> Tensor:
+    """[N] int64: a name for every token of the groups and their demonstrations (() for none), a function of the prompt, the
+    sample's number in its group, what was sampled, and the token's place in it: never of the process that holds it."""
+    keys = []
+    for i, group in enumerate(groups):
+        row = demonstrations[i] if demonstrations else None
+        named = [(str(sample), completion.token_ids) for sample, completion in enumerate(group.completions)]
+        for name, token_ids in [*named, *([("demonstration", row.token_ids)] if row is not None else [])]:
+            named_by = hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=8, person=b"rlpost.token")
+            named_by.update(f"{name}|{group.prompt.id}".encode())
+            first = int.from_bytes(named_by.digest(), "big", signed=True) >> 1  # room for the tokens behind it
+            keys.append(torch.arange(len(token_ids)) + first)
+    return torch.cat(keys) if keys else torch.zeros(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +159,7 @@ class FlatArrays:
     demonstration: Tensor  # [S] bool
     group_tokens: Tensor  # [P] float64
     offsets: list[int]  # [S + 1]
+    token_key: Tensor  # [N] int64, see `token_keys`
     token_advantage: Tensor | None = None  # [N]
 
     def view(self, rows: TokenRows, output: PolicyOutput) -> tuple[TokenView, Tensor]:
@@ -163,7 +182,7 @@ class FlatArrays:
             demonstration=self.demonstration[sequences],
             ref_logp=None if self.ref_logp is None else self.ref_logp[index],
             statistics=output.statistics,
-            token_index=index,
+            token_index=self.token_key[index],
             token=rows.target.to(index.device),
         )
         return view, self.group_tokens[prompts]

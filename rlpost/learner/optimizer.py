@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.learner import LearnerSection
 
 
@@ -21,11 +22,15 @@ def learning_rate(section: LearnerSection, step: int) -> float:
         return section.learning_rate * (step + 1) / section.warmup_steps
     total = total_optimizer_steps(section)
     progress = (step - section.warmup_steps) / max(1, total - section.warmup_steps)
-    if section.schedule == "linear":
-        return section.learning_rate * max(0.0, 1.0 - progress)
-    if section.schedule == "cosine":
-        return section.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return section.learning_rate
+    match section.schedule:
+        case "linear":
+            return section.learning_rate * max(0.0, 1.0 - progress)
+        case "cosine":
+            return section.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        case "constant":
+            return section.learning_rate
+        case _:
+            raise unknown_choice("learner.schedule", section.schedule)
 
 
 def later_rates(section: LearnerSection, step: int) -> tuple[float, ...]:

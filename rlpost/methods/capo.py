@@ -14,6 +14,7 @@ from rlpost.gradient.step import StepContext
 from rlpost.gradient.types import Coefficients, HeadStatistics, TokenView
 from rlpost.methods.calibration import Calibration
 from rlpost.methods.moments import AllReduce, MomentRows, RowMeans
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.masks import CalibratedThresholds, CurvatureMask, FixedThresholds
 from rlpost.recipe.sections.method import MethodSection
 
@@ -46,13 +47,19 @@ class CurvatureTracker:
         self._vocabulary, self._width, self._dtype = vocabulary, width, dtype
         self._pending = self._new_means()
         rule = mask.thresholds
-        self._calibration = Calibration(rule) if isinstance(rule, CalibratedThresholds) else None
+        match rule:
+            case CalibratedThresholds():
+                self._calibration: Calibration | None = Calibration(rule)
+            case FixedThresholds():
+                self._calibration = None
+            case _:
+                raise unknown_choice("masks.thresholds", rule)
 
     def predict(self, view: TokenView, context: StepContext) -> Curvature:
         """m_F, m_H and s of the view's tokens for a step at the context's learning rate. Chunked: holds two tensors of
         chunk_tokens x k x d at the most."""
         statistics = _statistics(view)
-        if self.mask.step == "sgd":
+        if not self.mask.by_adam:
             if statistics.sum_p2 is None or statistics.sum_p3 is None:
                 raise ValueError("a curvature mask with `step: sgd` needs sum_p2 and sum_p3")
             if callable(context.logit_slope):
@@ -102,7 +109,7 @@ class CurvatureTracker:
         if self.calibrating and self._calibration is not None and context.learning_rate > 0:
             predicted = self.predict(view, context) if predicted is None else predicted
             self._calibration.observe(predicted, counted, self._largest_ahead(context))
-        if self.mask.step != "adam":
+        if not self.mask.by_adam:
             return
         statistics, accepted = _statistics(view), coefficients.keep & counted
         ids, p, own, inner = _top(view, statistics, slice(None), context)
@@ -114,7 +121,7 @@ class CurvatureTracker:
 
         `all_reduce` sums a tensor over processes and returns it, so that the state stays the same everywhere.
         """
-        if self.mask.step == "adam":
+        if self.mask.by_adam:
             self.moments.apply(*self._pending.total(all_reduce))
             self._pending = self._new_means()
         if self.calibrating and self._calibration is not None and context.learning_rate > 0:
@@ -149,7 +156,7 @@ class CurvatureTracker:
         assert self._calibration is not None
         waiting = self._calibration.rule.steps - self._calibration.steps - 1
         waiting = waiting if waiting < len(context.later_rates) else 0  # the run is shorter than the calibration
-        size = self.moments.unit if self.mask.step == "adam" else lambda ahead: 1.0
+        size = self.moments.unit if self.mask.by_adam else lambda ahead: 1.0
         now = context.learning_rate * size(0)
         later = [rate * size(1 + i) for i, rate in enumerate(context.later_rates) if i >= waiting]
         return max(later, default=now) / now

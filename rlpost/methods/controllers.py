@@ -24,6 +24,7 @@ from rlpost.methods.safe import (
     relative_phase,
     threshold_penalty,
 )
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.critic import (
     AdaptiveKlController,
     AsymmetricPenalty,
@@ -86,20 +87,31 @@ State = AdaptiveKlState | SafeState
 
 def initial_state(section: Controller) -> State:
     """The state before the first optimizer step."""
-    if isinstance(section, AdaptiveKlController):
-        return AdaptiveKlState(section.initial)
-    return SafeState(kl_average=0.0 if isinstance(section, PublishedSafeController) else None)
+    match section:
+        case AdaptiveKlController():
+            return AdaptiveKlState(section.initial)
+        case PublishedSafeController():
+            return SafeState(kl_average=0.0)
+        case SafeController():
+            return SafeState()
+        case _:
+            raise unknown_choice("controller", section)
 
 
 def control(section: Controller, state: State, seen: Observation) -> tuple[State, Decision]:
     """One call, at the beginning of an optimizer step: (state after it, what the step does). Pure."""
-    if isinstance(section, AdaptiveKlController):
-        assert isinstance(state, AdaptiveKlState)
-        return adaptive_kl(section, state, seen)
-    assert isinstance(state, SafeState)
-    if isinstance(section, PublishedSafeController):
-        return published_safe(section, state, seen)
-    return scale_free_safe(section, state, seen)
+    match section:
+        case AdaptiveKlController():
+            assert isinstance(state, AdaptiveKlState)
+            return adaptive_kl(section, state, seen)
+        case PublishedSafeController():
+            assert isinstance(state, SafeState)
+            return published_safe(section, state, seen)
+        case SafeController():
+            assert isinstance(state, SafeState)
+            return scale_free_safe(section, state, seen)
+        case _:
+            raise unknown_choice("controller", section)
 
 
 def adaptive_kl(
@@ -176,12 +188,26 @@ def scale_free_safe(section: SafeController, state: SafeState, seen: Observation
 
 def loss_coefficient(term: KlTerm, decision: Decision) -> float:
     """What multiplies d KL / d log pi in the loss."""
-    return {"coefficient": decision.coefficient, "literal": decision.literal}.get(term, 0.0)
+    match term:
+        case "coefficient":
+            return decision.coefficient
+        case "literal":
+            return decision.literal
+        case "reward" | "released":
+            return 0.0
+        case _:
+            raise unknown_choice("controller.term", term)
 
 
 def reward_coefficient(term: KlTerm, decision: Decision) -> float:
     """What multiplies KL that is subtracted from the reward."""
-    return decision.coefficient if term == "reward" else 0.0
+    match term:
+        case "reward":
+            return decision.coefficient
+        case "coefficient" | "literal" | "released":
+            return 0.0
+        case _:
+            raise unknown_choice("controller.term", term)
 
 
 class KlController:

@@ -19,8 +19,9 @@ from rlpost.gradient.correction import sampler_correction
 from rlpost.gradient.metrics import Metric, mean_of
 from rlpost.gradient.segments import count_by, sum_by
 from rlpost.gradient.types import Coefficients, Counts, TokenView
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.method import CorrectionSection
-from rlpost.recipe.sections.preference import NoSft, PairsSection, SequenceMeanSft, SumSft
+from rlpost.recipe.sections.preference import NoSft, PairsSection, SequenceMeanSft, SumSft, TokenMeanSft
 
 
 def preference_loss(section: PairsSection, difference: Tensor) -> Tensor:
@@ -30,23 +31,31 @@ def preference_loss(section: PairsSection, difference: Tensor) -> Tensor:
     max(0, 1 - beta h); ipo: (h - 1 / (2 beta))^2 (arXiv 2310.12036 eq. 17).
     """
     scaled = section.beta * difference
-    if section.loss == "hinge":
-        return torch.relu(1 - scaled)
-    if section.loss == "ipo":
-        return (difference - 1 / (2 * section.beta)) ** 2
-    e = section.label_smoothing
-    return -(1 - e) * logsigmoid(scaled) - e * logsigmoid(-scaled)
+    match section.loss:
+        case "hinge":
+            return torch.relu(1 - scaled)
+        case "ipo":
+            return (difference - 1 / (2 * section.beta)) ** 2
+        case "sigmoid":
+            e = section.label_smoothing
+            return -(1 - e) * logsigmoid(scaled) - e * logsigmoid(-scaled)
+        case _:
+            raise unknown_choice("pairs.loss", section.loss)
 
 
 def preference_slope(section: PairsSection, difference: Tensor) -> Tensor:
     """[P] -f'(h): how strongly a pair pulls its responses apart."""
     scaled = section.beta * difference
-    if section.loss == "hinge":
-        return section.beta * (scaled < 1).to(difference.dtype)
-    if section.loss == "ipo":
-        return -2 * (difference - 1 / (2 * section.beta))
-    e = section.label_smoothing
-    return section.beta * ((1 - e) * torch.sigmoid(-scaled) - e * torch.sigmoid(scaled))
+    match section.loss:
+        case "hinge":
+            return section.beta * (scaled < 1).to(difference.dtype)
+        case "ipo":
+            return -2 * (difference - 1 / (2 * section.beta))
+        case "sigmoid":
+            e = section.label_smoothing
+            return section.beta * ((1 - e) * torch.sigmoid(-scaled) - e * torch.sigmoid(scaled))
+        case _:
+            raise unknown_choice("pairs.loss", section.loss)
 
 
 def best_and_worst(
@@ -86,9 +95,15 @@ def read_pairs(section: PairsSection, view: TokenView) -> PairIndex:
     groups = int(view.prompt.max()) + 1 if view.prompt.numel() else 0
     chosen = _one_each(view.prompt, (side > 0) & ~view.demonstration, groups, "chosen")
     rejected = _one_each(view.prompt, (side < 0) & ~view.demonstration, groups, "rejected")
-    initial = section.baseline == "initial" and not isinstance(section.sft, NoSft)
-    baseline = _one_each(view.prompt, view.demonstration, groups, "baseline") if initial else chosen
-    return PairIndex(chosen, rejected, baseline)
+    if isinstance(section.sft, NoSft):
+        return PairIndex(chosen, rejected, chosen)
+    match section.baseline:
+        case "chosen":
+            return PairIndex(chosen, rejected, chosen)
+        case "initial":
+            return PairIndex(chosen, rejected, _one_each(view.prompt, view.demonstration, groups, "baseline"))
+        case _:
+            raise unknown_choice("pairs.baseline", section.baseline)
 
 
 def _one_each(prompt: Tensor, where: Tensor, groups: int, what: str) -> Tensor:
@@ -117,7 +132,7 @@ def pair_coefficients(
         raise ValueError("pairs need TokenView.ref_logp, the log-probs under the reference policy")
     with torch.no_grad():
         pairs, size = read_pairs(section, view), view.prompt.numel()
-        length = count_by(view.sequence, size).double()
+        length = count_by(view.sequence, size).clamp(min=1).double()
         logp, ref = (sum_by(values.double(), view.sequence, size) for values in (view.logp, view.ref_logp))
         scale = 1 / length if section.normalised else torch.ones_like(length)
         ratio = (logp - ref) * scale
@@ -146,17 +161,21 @@ def pair_coefficients(
 def _sft_pull(section: PairsSection, length: Tensor, counts: Counts) -> Tensor | None:
     """[P] what the SFT term adds to the coefficient of each token of the baseline responses; None for nothing."""
     sft = section.sft
-    if isinstance(sft, NoSft):
-        return None
-    if isinstance(sft, SumSft):
-        return torch.full_like(length, sft.eta * section.beta) if sft.eta else None
-    if not sft.weight:
-        return None
-    if isinstance(sft, SequenceMeanSft):
-        return sft.weight / length
-    if counts.demonstration_tokens <= 0:
-        raise ValueError("sft `token_mean` needs Counts.demonstration_tokens: the step's baseline tokens")
-    return torch.full_like(length, sft.weight * counts.prompts / counts.demonstration_tokens)
+    match sft:
+        case NoSft():
+            return None
+        case SumSft():
+            return torch.full_like(length, sft.eta * section.beta) if sft.eta else None
+        case SequenceMeanSft():
+            return sft.weight / length if sft.weight else None
+        case TokenMeanSft():
+            if not sft.weight:
+                return None
+            if counts.demonstration_tokens <= 0:
+                raise ValueError("sft `token_mean` needs Counts.demonstration_tokens: the step's baseline tokens")
+            return torch.full_like(length, sft.weight * counts.prompts / counts.demonstration_tokens)
+        case _:
+            raise unknown_choice("pairs.sft", sft)
 
 
 def pair_metrics(

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlpost.gradient.advantage import normalise
+from rlpost.gradient.advantage import normalise, whiten_batch
 from rlpost.gradient.correction import sampler_correction
 from rlpost.gradient.kl import kl_coefficient, kl_estimate
 from rlpost.gradient.metrics import Mean, Metric, max_of, mean_of, quantiles_of
 from rlpost.gradient.ratio import Limited, importance_ratio, limit_ratio
 from rlpost.gradient.reduction import token_weights
-from rlpost.gradient.shaping import equal_rewards, overlong_penalty, sum_rewards
+from rlpost.gradient.shaping import equal_rewards, overlong_share, sum_rewards
 from rlpost.gradient.step import StepContext
 from rlpost.gradient.types import Coefficients, Counts, StatisticsRequest, TokenView
 from rlpost.methods.dpo import pair_coefficients
 from rlpost.methods.imitation import demonstration_coefficient, demonstration_weights, loss_parts, sample_factor
 from rlpost.methods.masking import accepted_tokens
-from rlpost.recipe.sections.method import MethodSection
+from rlpost.methods.signal import advantage_metrics
+from rlpost.recipe.sections.method import MethodSection, NoClip
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,9 @@ class AdvantageResult:
 
     advantage: Tensor  # [S] float64; 0 where the reward is unknown
     zero_variance: Tensor  # [P] bool: the group's known (shaped) rewards are all equal
-    metrics: dict[str, Metric] = field(default_factory=dict)
+    metrics: dict[str, Metric]
+    known: Tensor  # [S] bool: the completion has a reward
+    shaping: Tensor | None  # [S] what was added to the rewards
 
 
 def compute_advantages(
@@ -46,49 +49,48 @@ def compute_advantages(
 
     `rewards` [S, R] are weighted; NaN: reward r does not apply to completion s. A completion whose scoring failed must
     have a row of NaN. `prompt` [S] int64 names the group. `weights` [R] are the factors already in `rewards` (needed by
-    `combine: normalise_then_sum`, which would cancel them). `lengths` [S] and `max_completion_tokens` are needed by
+    `combine: normalise_then_sum` and `gdpo`, which would cancel them). `lengths` [S] and `max_completion_tokens` are needed by
     `overlong.penalty`, `sequence_kl` [S] (see `rlpost.gradient.kl`) by `kl.where: reward`. Raises ValueError without.
     """
     rewards, groups = rewards.double(), int(prompt.max()) + 1 if prompt.numel() else 0
-    shaping = _shaping(method, rewards, lengths, max_completion_tokens, sequence_kl)
+    # What is too large for its weight is as unknown as what could not be scored.
+    rewards = torch.where(rewards.isinf().any(1, keepdim=True), torch.nan, rewards)
     total = sum_rewards(rewards)
-    if method.advantage.combine == "sum_then_normalise":
-        columns, factors = [total if shaping is None else total + shaping], [1.0]
-    else:
-        factors = [float(w) for w in (weights if weights is not None else [1.0] * rewards.shape[1])]
-        columns = [column / (w or 1.0) for column, w in zip(rewards.unbind(1), factors, strict=True)]
-        if shaping is not None:
-            columns, factors = [*columns, torch.where(total.isnan(), total, shaping)], [*factors, 1.0]
+    unknown = ~total.isfinite()
+    terms = _shaping(method, rewards, lengths, max_completion_tokens, sequence_kl)
+    shaping = torch.stack([coefficient * term for coefficient, term in terms]).sum(0) if terms else None
+    columns = [(1.0, total if shaping is None else total + shaping)]
+    if method.advantage.each_alone:  # factors stay outside: inside they would cancel
+        given = [float(w) for w in (weights if weights is not None else [1.0] * rewards.shape[1])]
+        columns = [(w, column / (w or 1.0)) for w, column in zip(given, rewards.unbind(1), strict=True)]
+        columns += [(coefficient, torch.where(unknown, torch.nan, term)) for coefficient, term in terms]
     advantage = torch.zeros_like(total)
     flat = torch.ones(groups, dtype=torch.bool, device=rewards.device)
-    for column, factor in zip(columns, factors, strict=True):
+    for factor, column in columns:
         advantage = advantage + factor * normalise(method.advantage, column, prompt, groups)
         flat &= equal_rewards(column, prompt, groups)
-    unknown = total.isnan()
-    metrics: dict[str, Metric] = {
-        "advantage/zero_variance_share": mean_of(flat.double()),
-        "advantage/unknown_share": mean_of(unknown.double()),
-        "advantage/mean_abs": mean_of(advantage.abs(), ~unknown),
-    }
-    if shaping is not None:
-        metrics["reward/shaping"] = mean_of(shaping, ~unknown)
-    return AdvantageResult(torch.where(unknown, torch.zeros_like(advantage), advantage), flat, metrics)
+    advantage = torch.where(unknown, torch.zeros_like(advantage), advantage)
+    if method.advantage.whitened:
+        advantage = whiten_batch(method.advantage, advantage, ~unknown)
+    metrics = advantage_metrics(method, advantage, ~unknown, flat=flat, shaping=shaping)
+    return AdvantageResult(advantage, flat, metrics, ~unknown, shaping)
 
 
 def _shaping(
     method: MethodSection, rewards: Tensor, lengths: Tensor | None, limit: int, sequence_kl: Tensor | None
-) -> Tensor | None:
-    """[S] what is added to every completion's reward, or None."""
-    parts: list[Tensor] = []
+) -> list[tuple[float, Tensor]]:
+    """What is added to every completion's reward: (coefficient, [S]) pairs. The coefficient stays outside the term, so that
+    it does not cancel where terms are normalised one by one."""
+    parts: list[tuple[float, Tensor]] = []
     if method.overlong.penalty > 0:
         if lengths is None or limit <= 0:
             raise ValueError("overlong.penalty needs `lengths` and `max_completion_tokens`")
-        parts.append(-overlong_penalty(method.overlong, lengths.to(rewards.device), limit))
+        parts.append((method.overlong.penalty, -overlong_share(method.overlong, lengths.to(rewards.device), limit)))
     if method.kl_place == "reward" and method.critic is None and method.kl.coefficient > 0:
         if sequence_kl is None:
             raise ValueError("kl.where `reward` needs `sequence_kl`: the summed KL of every completion")
-        parts.append(-method.kl.coefficient * sequence_kl.double())
-    return torch.stack(parts).sum(0) if parts else None
+        parts.append((method.kl.coefficient, -sequence_kl.double()))
+    return parts
 
 
 def compute_coefficients(
@@ -117,7 +119,7 @@ def compute_coefficients(
             keep, policy + torch.where(demonstration, zero, _kl_term(method, view, context)), zero
         )
         weight = token_weights(method.reduction, view, counts, keep)
-        metrics = {**_policy_metrics(view, ratio, limited, ~demonstration), **mismatch, **masking}
+        metrics = {**_policy_metrics(method, view, ratio, limited, ~demonstration), **mismatch, **masking}
         if method.controller is not None and view.ref_logp is not None:
             kl = kl_estimate(method.kl.estimator, view.logp, view.ref_logp)[~demonstration]
             metrics["policy/kl_penalised"] = mean_of(
@@ -146,20 +148,24 @@ def _kl_term(method: MethodSection, view: TokenView, context: StepContext) -> Te
     return -beta * kl_coefficient(method.kl.estimator, view.logp, view.ref_logp)
 
 
-def _policy_metrics(view: TokenView, ratio: Tensor, limited: Limited, sampled: Tensor) -> dict[str, Metric]:
-    """Means over sampled tokens; clip shares over those with an advantage, so that skipping groups changes nothing."""
+def _policy_metrics(
+    method: MethodSection, view: TokenView, ratio: Tensor, limited: Limited, sampled: Tensor
+) -> dict[str, Metric]:
+    """Means over the view's sampled tokens. Groups that are skipped are in no view, so these are means over groups with signal;
+    clip shares are over tokens with an advantage, so that they are the same whether a group without is skipped or not. What
+    a method does not have (a ratio, a clip) has no metric."""
     moved = sampled & (view.advantage != 0)
     low, high = mean_of(limited.low.double(), moved), mean_of(limited.high.double(), moved)
     metrics: dict[str, Metric] = {
         "policy/entropy": mean_of(view.entropy, sampled),
-        "policy/clip_fraction": Mean(low.total + high.total, low.count),
-        "policy/clip_low": low,
-        "policy/clip_high": high,
-        "policy/ratio_mean": mean_of(ratio, sampled),
-        "policy/ratio_max": max_of(ratio[sampled]),
         # Tokens come from the old policy, so k3 of (old, current) estimates KL(old || current).
         "policy/kl_old": mean_of(kl_estimate("k3", view.old_logp, view.logp), sampled),
     }
+    if method.ratio.level != "none":
+        metrics |= {"policy/ratio_mean": mean_of(ratio, sampled), "policy/ratio_max": max_of(ratio[sampled])}
+    if not isinstance(method.clip, NoClip):
+        either = Mean(low.total + high.total, low.count)
+        metrics |= {"policy/clip_fraction": either, "policy/clip_low": low, "policy/clip_high": high}
     if view.ref_logp is not None:
         kl = kl_estimate("k3", view.logp, view.ref_logp)[sampled]
         metrics |= {"policy/kl_reference": mean_of(kl), "policy/kl_reference_max": max_of(kl)}
@@ -177,7 +183,7 @@ def needs_statistics(method: MethodSection) -> StatisticsRequest | None:
     mask = method.curvature
     if mask is None:
         return None
-    return StatisticsRequest(k=mask.top_k, powers=False) if mask.step == "adam" else StatisticsRequest()
+    return StatisticsRequest(k=mask.top_k, powers=False) if mask.by_adam else StatisticsRequest()
 
 
 def skippable_groups(method: MethodSection, advantage: Tensor, prompt: Tensor) -> Tensor:

@@ -8,9 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rlpost.gradient.metrics import Metric
 from rlpost.methods.estimator import AdvantageResult, compute_advantages
 from rlpost.methods.imitation import joins_group
-from rlpost.recipe.sections.guidance import Gate, SftFirstGate, SoftGate, SolveRateGate, SrftGate
+from rlpost.methods.signal import advantage_metrics
+from rlpost.recipe.sections.base import unknown_choice
+from rlpost.recipe.sections.guidance import Gate, LuffyGate, SftFirstGate, SoftGate, SolveRateGate, SrftGate
 from rlpost.recipe.sections.method import MethodSection
 from rlpost.teaching.verdict import right_of_known
 
@@ -37,23 +40,27 @@ def route(gate: Gate, found: Sequence[float | None], rollout: int) -> Route:
     known is sent to SFT only by gamma = 1, which sends all.
     """
     right, known = right_of_known(found, gate.threshold)
-    if isinstance(gate, SftFirstGate):
-        first = gate.rollouts is None or rollout < gate.rollouts
-        return Route(not first, first, gate.rl_weight, gate.sft_weight if first else 0.0)
-    if isinstance(gate, SoftGate):
-        alpha, beta = gate.rl[min(right, len(gate.rl) - 1)], gate.sft[min(right, len(gate.sft) - 1)]
-        if not known:
-            return Route(rl_weight=gate.rl_weight)
-        return Route(alpha > 0, beta > 0, gate.rl_weight * alpha, gate.sft_weight * beta)
-    if isinstance(gate, SolveRateGate):
-        below = gate.gamma >= 0 and (right <= gate.gamma * known + 1e-9 if known else gate.gamma >= 1)
-        return Route(
-            samples=not below or gate.below != "sft",
-            demonstration=below,
-            rl_weight=gate.rl_weight,
-            sft_weight=gate.sft_weight if below else 0.0,
-        )
-    return Route(True, True, gate.rl_weight, gate.sft_weight)  # LUFFY and SRFT: every prompt, both
+    match gate:
+        case SftFirstGate():
+            first = gate.rollouts is None or rollout < gate.rollouts
+            return Route(not first, first, gate.rl_weight, gate.sft_weight if first else 0.0)
+        case SoftGate():
+            alpha, beta = gate.rl[min(right, len(gate.rl) - 1)], gate.sft[min(right, len(gate.sft) - 1)]
+            if not known:
+                return Route(rl_weight=gate.rl_weight)
+            return Route(alpha > 0, beta > 0, gate.rl_weight * alpha, gate.sft_weight * beta)
+        case SolveRateGate():
+            below = gate.gamma >= 0 and (right <= gate.gamma * known + 1e-9 if known else gate.gamma >= 1)
+            return Route(
+                samples=not below or gate.joins,
+                demonstration=below,
+                rl_weight=gate.rl_weight,
+                sft_weight=gate.sft_weight if below else 0.0,
+            )
+        case LuffyGate() | SrftGate():  # every prompt, both
+            return Route(True, True, gate.rl_weight, gate.sft_weight)
+        case _:
+            raise unknown_choice("gate", gate)
 
 
 def needs_samples(gate: Gate | None, rollout: int) -> bool:
@@ -68,6 +75,7 @@ class GatedAdvantages:
     samples: Tensor  # [S] float64, rl_weight included
     demonstrations: Tensor  # [P] float64; beta, or the advantage among the group's completions; 0 where there is none
     result: AdvantageResult  # the base method's
+    metrics: dict[str, Metric]  # of the samples; demonstrations that joined a group are in none
 
 
 def gated_advantages(
@@ -102,12 +110,26 @@ def gated_advantages(
         if n and sequence_kl is not None
         else sequence_kl,
     )
-    samples = result.advantage[: len(prompt)]
+    size = len(prompt)
+    samples, known = result.advantage[:size], result.known[:size]
     if isinstance(gate, SrftGate):
-        samples = torch.where(right.isnan(), torch.zeros_like(samples), 2 * right.to(samples.dtype) - 1)
+        known = ~right.isnan()
+        samples = torch.where(known, 2 * right.to(samples.dtype) - 1, torch.zeros_like(samples))
     alpha = torch.tensor([r.rl_weight for r in routes], dtype=torch.float64)
+    samples = samples * alpha[prompt] if len(routes) else samples
     demonstrations = torch.tensor([r.sft_weight for r in routes], dtype=torch.float64)
     if n:
         demonstrations = torch.zeros_like(demonstrations)
-        demonstrations[joined] = result.advantage[len(prompt) :]
-    return GatedAdvantages(samples * alpha[prompt] if len(routes) else samples, demonstrations, result)
+        demonstrations[joined] = result.advantage[size:]
+    metrics = advantage_metrics(
+        method,
+        samples,
+        known,
+        flat=result.zero_variance,
+        shaping=None if result.shaping is None else result.shaping[:size],
+        learned=torch.tensor([r.samples for r in routes], dtype=torch.bool)[: len(result.zero_variance)]
+        if routes
+        else None,
+        prompt=prompt,
+    )
+    return GatedAdvantages(samples, demonstrations, result, metrics)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from rlpost.gradient.segments import count_by
 from rlpost.gradient.step import StepContext
 from rlpost.gradient.types import TokenView
 from rlpost.methods.capo import curvature_metrics, moved_tokens, probability_metrics
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.masks import CurvatureMask, Mask, OffPolicyMask, ProbabilityMask, RandomMask
 from rlpost.recipe.sections.method import MethodSection
 
@@ -24,11 +27,15 @@ def accepted_tokens(method: MethodSection, view: TokenView, context: StepContext
     counted = moved_tokens(view)
     predicted, metrics = _curvature_rejects(method, view, counted, context)
     keep = torch.ones_like(counted)
+    places: Counter[str] = Counter()
     for mask in method.masks:
-        rejected = _rejects(mask, view, counted, predicted, context) & counted
-        metrics[f"mask/{mask.type}/rejected_share"] = mean_of(rejected.double(), counted)
-        if mask.type != "curvature":  # which has reported this already
-            metrics |= probability_metrics(f"mask/{mask.type}", view, rejected, counted)
+        place = places[mask.type]
+        places[mask.type] += 1
+        rejected = _rejects(mask, place, view, counted, predicted, context) & counted
+        name = f"mask/{mask.type}" + (f"_{place + 1}" if place else "")
+        metrics[f"{name}/rejected_share"] = mean_of(rejected.double(), counted)
+        if not isinstance(mask, CurvatureMask):  # which has reported this already
+            metrics |= probability_metrics(name, view, rejected, counted)
         keep &= ~rejected
     if method.overlong.filter:
         cut = view.truncated[view.sequence] & ~view.demonstration[view.sequence]
@@ -53,21 +60,29 @@ def _curvature_rejects(
     return limits.rejects(curvature) & counted, curvature_metrics(view, curvature, limits, counted)
 
 
-def _rejects(mask: Mask, view: TokenView, counted: Tensor, predicted: Tensor, context: StepContext) -> Tensor:
-    """[N] bool: what one mask rejects."""
-    if isinstance(mask, CurvatureMask):
-        return predicted
-    if isinstance(mask, OffPolicyMask):
-        return off_policy_rejects(mask, view)
-    if isinstance(mask, ProbabilityMask) and mask.below is not None:
-        return view.logp.exp() < mask.below
-    if isinstance(mask, RandomMask):
-        if view.token_index is None:
-            raise ValueError("a random mask needs TokenView.token_index")
-        score = token_uniform(view.token_index, context.seed, context.optimizer_step)
-        if mask.rate is not None:
-            return score < mask.rate
-    else:
-        score = view.logp
+def _rejects(
+    mask: Mask, place: int, view: TokenView, counted: Tensor, predicted: Tensor, context: StepContext
+) -> Tensor:
+    """[N] bool: what one mask rejects, the `place`-th of its type, from 0: two random masks do not draw alike."""
+    match mask:
+        case CurvatureMask():
+            return predicted
+        case OffPolicyMask():
+            return off_policy_rejects(mask, view)
+        case ProbabilityMask():
+            if mask.below is not None:
+                return view.logp.exp() < mask.below
+            return _as_many(view.logp, view, counted, predicted)
+        case RandomMask():
+            if view.token_index is None:
+                raise ValueError("a random mask needs TokenView.token_index")
+            score = token_uniform(view.token_index, context.seed + place, context.optimizer_step)
+            return score < mask.rate if mask.rate is not None else _as_many(score, view, counted, predicted)
+        case _:
+            raise unknown_choice("masks", mask)
+
+
+def _as_many(score: Tensor, view: TokenView, counted: Tensor, predicted: Tensor) -> Tensor:
+    """[N] bool: in every completion the tokens of lowest `score` [N], as many as the curvature mask would reject there."""
     quota = count_by(view.sequence, view.prompt.numel(), predicted)
     return reject_lowest(score, quota, view.sequence, counted)

@@ -14,6 +14,7 @@ from rlpost.gradient.gae import ValueCoefficients, aggregate_values, first_token
 from rlpost.gradient.metrics import Metric, max_of, mean_of
 from rlpost.gradient.segments import sum_by
 from rlpost.gradient.types import Counts
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.critic import CriticSection
 
 
@@ -82,10 +83,17 @@ class RewardWhitening:
 
     def __call__(self, reward: Tensor) -> Tensor:
         """Whitened rewards [S]; NaN (unknown) stays NaN and enters no statistic."""
-        if self.section.whiten_reward == "none":
-            return reward
+        match self.section.whiten_reward:
+            case "none":
+                return reward
+            case "scale":
+                center = False
+            case "full":
+                center = True
+            case _:
+                raise unknown_choice("critic.whiten_reward", self.section.whiten_reward)
         self.moments = self.moments + Moments.of(reward)
-        return whiten(reward, self.moments, center=self.section.whiten_reward == "full")
+        return whiten(reward, self.moments, center=center)
 
     def state_dict(self) -> dict[str, float]:
         return self.moments.to_dict()

@@ -25,7 +25,10 @@ def relative_gate(entropy: float, reference: float, softness: float, limits: tup
     """
     if reference <= 0:
         return 1.0
-    return min(max((1 + softness) * reference / (max(entropy, 0.0) + softness * reference), limits[0]), limits[1])
+    scale = max(entropy, 0.0) + softness * reference
+    # Where the smallest numbers underflow to 0, what is left is the gate at entropy 0.
+    gate = (1 + softness) * reference / scale if scale else (1 + softness) / softness
+    return min(max(gate, limits[0]), limits[1])
 
 
 def published_phase(rewards: Sequence[float], window: int, climb: float, steady: float, above: float) -> Phase:

@@ -12,6 +12,7 @@ from rlpost.errors import RecipeError
 from rlpost.experience import TokenRows
 from rlpost.gradient.gae import first_tokens, last_tokens
 from rlpost.policy.attention import mask_for
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.critic import CriticSection
 from rlpost.recipe.sections.model import ModelSection
 
@@ -88,9 +89,15 @@ def states_at(hidden: Tensor, rows: TokenRows) -> Tensor:
 
 def read_places(section: CriticSection, sequence: Tensor) -> Tensor | None:
     """Which of a view's N tokens [M] a value is read before; None: all of them."""
-    if section.per_token:
-        return None
-    return first_tokens(sequence) if section.level == "sequence" else last_tokens(sequence)
+    match section.level:
+        case "token":
+            return None
+        case "sequence":
+            return first_tokens(sequence)
+        case "answer":
+            return last_tokens(sequence)
+        case _:
+            raise unknown_choice("critic.level", section.level)
 
 
 def scale_gradient(tensor: Tensor, share: float) -> Tensor:
@@ -116,11 +123,15 @@ def make_critic(
 
     Raises RecipeError naming `method.critic.path` where that model is missing or incomplete.
     """
-    if section.model == "trunk":
-        return Critic(section, ValueHead(width, section, seed=seed)).to(device)
-    trunk = _load_trunk(model, path, device, longest)
-    head = ValueHead(trunk.config.get_text_config().hidden_size, section, seed=seed)
-    return Critic(section, head, trunk).to(device)
+    match section.model:
+        case "trunk":
+            return Critic(section, ValueHead(width, section, seed=seed)).to(device)
+        case "separate":
+            trunk = _load_trunk(model, path, device, longest)
+            head = ValueHead(trunk.config.get_text_config().hidden_size, section, seed=seed)
+            return Critic(section, head, trunk).to(device)
+        case _:
+            raise unknown_choice("critic.model", section.model)
 
 
 def _load_trunk(model: ModelSection, path: str, device: torch.device | str, longest: int | None) -> PreTrainedModel:

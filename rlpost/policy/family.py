@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from rlpost.errors import RecipeError
+from rlpost.recipe.sections.base import unknown_choice
 
 if TYPE_CHECKING:
     import torch
@@ -162,8 +163,13 @@ def choose_layout(
     config: PreTrainedConfig, wanted: Layout, attention: str = "sdpa", longest: int | None = None
 ) -> tuple[Layout, str | None]:
     """The layout to use, and a line saying why where it is not the wanted one. `longest` as in `check_tree_support`."""
-    if wanted != "tree":
-        return wanted, None
+    match wanted:
+        case "sorted" | "padded":
+            return wanted, None
+        case "tree":
+            pass
+        case _:
+            raise unknown_choice("learner.layout", wanted)
     if attention not in TREE_ATTENTION:
         return "sorted", f"learner.layout: sorted instead of tree, because model.attention={attention} takes no mask"
     reason = check_tree_support(config, longest)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.model import ModelSection
 from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.recipe.sections.root import Recipe
@@ -23,16 +24,24 @@ def has_bfloat16() -> bool:
 
 def autocast_of(section: ModelSection) -> Literal["bfloat16", "none"]:
     """`model.autocast` with `auto` decided."""
-    if section.autocast != "auto":
-        return section.autocast
-    return "bfloat16" if section.dtype == "bfloat16" or has_bfloat16() else "none"
+    match section.autocast:
+        case "bfloat16" | "none":
+            return section.autocast
+        case "auto":
+            return "bfloat16" if section.dtype == "bfloat16" or has_bfloat16() else "none"
+        case _:
+            raise unknown_choice("model.autocast", section.autocast)
 
 
 def sampler_dtype(section: VllmEngine) -> Literal["bfloat16", "float16", "float32"]:
     """`rollout.engine.dtype` with `auto` decided."""
-    if section.dtype != "auto":
-        return section.dtype
-    return "bfloat16" if has_bfloat16() else "float32"
+    match section.dtype:
+        case "bfloat16" | "float16" | "float32":
+            return section.dtype
+        case "auto":
+            return "bfloat16" if has_bfloat16() else "float32"
+        case _:
+            raise unknown_choice("rollout.engine.dtype", section.dtype)
 
 
 def decide_precision(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlpost.errors import DataError
 from rlpost.experience import TokenRows
 from rlpost.policy.packing import Stack, balanced_split, stack_rows
+from rlpost.recipe.sections.base import unknown_choice
 
 Layout = Literal["tree", "sorted", "padded"]
 ROW_CAP = 4096  # a tree row's attention mask costs T^2: a group whose tree is longer is split into several trees
@@ -64,12 +65,15 @@ def build_rows(
     if not trees:
         return []
     lengths = [tree.length for tree in trees]
-    if layout == "padded":
-        width = max(len(t.prompt_ids) for t in trees) + max(len(t.completions[0].token_ids) for t in trees)
-        step = max(1, micro_batch_tokens // width)
-        stacks = [Stack(tuple(range(i, min(i + step, len(trees)))), width) for i in range(0, len(trees), step)]
-    else:
-        stacks = stack_rows(lengths, micro_batch_tokens)
+    match layout:
+        case "padded":
+            width = max(len(t.prompt_ids) for t in trees) + max(len(t.completions[0].token_ids) for t in trees)
+            step = max(1, micro_batch_tokens // width)
+            stacks = [Stack(tuple(range(i, min(i + step, len(trees)))), width) for i in range(0, len(trees), step)]
+        case "tree" | "sorted":
+            stacks = stack_rows(lengths, micro_batch_tokens)
+        case _:
+            raise unknown_choice("learner.layout", layout)
     return [_tensors([trees[i] for i in stack.rows], stack.width, pad_id) for stack in stacks]
 
 
@@ -128,10 +132,14 @@ def _trees(group: RowGroup, layout: Layout, budget: int) -> list[_Tree]:
         )
     completions = [c if isinstance(c, RowCompletion) else RowCompletion(*c) for c in group.completions]
     completions = [c for c in completions if c.token_ids]
-    if layout != "tree":
-        return [_Tree(group.prompt_ids, (c,)) for c in completions]
-    parts = balanced_split([len(c.token_ids) for c in completions], budget - len(group.prompt_ids))
-    return [_Tree(group.prompt_ids, tuple(completions[i] for i in part)) for part in parts]
+    match layout:
+        case "sorted" | "padded":
+            return [_Tree(group.prompt_ids, (c,)) for c in completions]
+        case "tree":
+            parts = balanced_split([len(c.token_ids) for c in completions], budget - len(group.prompt_ids))
+            return [_Tree(group.prompt_ids, tuple(completions[i] for i in part)) for part in parts]
+        case _:
+            raise unknown_choice("learner.layout", layout)
 
 
 def _tensors(trees: Sequence[_Tree], width: int, pad_id: int) -> TokenRows:

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from typing import TYPE_CHECKING
 
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.model import ModelSection
 from rlpost.recipe.sections.rollout import TransformersEngine, VllmEngine
 from rlpost.rollout.engine import RolloutEngine
@@ -31,6 +32,8 @@ def make_engine(
     `model_path` is a folder with weights and tokenizer; `max_model_len` is prompt plus completion in tokens; `device`
     is a torch device ("cpu", "cuda", "cuda:1"). Raises RolloutError when the engine cannot start.
     """
+    if not isinstance(section, VllmEngine | TransformersEngine):
+        raise unknown_choice("rollout.engine", section)
     if isinstance(section, VllmEngine):
         if importlib.util.find_spec("vllm") is not None:
             from rlpost.rollout.vllm_engine import VllmRolloutEngine

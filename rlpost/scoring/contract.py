@@ -19,6 +19,10 @@ IN_WORKER = ("trainer_state", "log_extra", "log_metric")
 """Built-in keywords that are made in the scoring process instead of being sent there."""
 
 
+LARGEST_REWARD = 1e20
+"""A larger number is no reward: learning from it would overflow the learner's float32 numbers."""
+
+
 class Unparsable(Exception):
     """Raise it in a reward function whose input cannot be read (a gold answer in a strange form, say).
 

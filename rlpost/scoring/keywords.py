@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from rlpost.experience import Completion, Group
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.scoring.contract import BUILTINS, EXTRAS, IN_WORKER, RewardFunction
 from rlpost.scoring.formats import Text
 
@@ -42,10 +43,16 @@ def _completion(group: Group, completion: Completion, form: Form) -> Any:
 
 
 def _formed(messages: list[dict[str, Any]], form: Form, *, is_text: bool) -> Any:
-    if form == "messages" or (form == "auto" and not is_text):
-        return messages
     text = messages[-1]["content"]
-    return text if form == "text" else Text(text, messages)
+    match form:
+        case "messages":
+            return messages
+        case "text":
+            return text
+        case "auto":
+            return Text(text, messages) if is_text else messages
+        case _:
+            raise unknown_choice("rewards.completions", form)
 
 
 _VALUES: dict[str, Callable[[Group, Completion, Form], Any]] = {

@@ -15,7 +15,7 @@ from typing import Any
 
 from rlpost.experience import Outcome
 from rlpost.scoring import formats
-from rlpost.scoring.contract import Call, Reply, RewardFunction, Unparsable
+from rlpost.scoring.contract import LARGEST_REWARD, Call, Reply, RewardFunction, Unparsable
 from rlpost.scoring.files import shown_name
 from rlpost.scoring.formats import Chat, explain, misread
 
@@ -112,6 +112,9 @@ def _verdict(value: Any) -> tuple[str, float | None, str]:
         return Outcome.UNPARSABLE.value, None, f"returned {type(value).__name__}, which is no number: {error}"
     if not math.isfinite(number):
         return Outcome.UNPARSABLE.value, None, f"returned {number}"
+    if abs(number) > LARGEST_REWARD:
+        why = f"returned {number}, larger than {LARGEST_REWARD:g} (see docs/rewards.md)"
+        return Outcome.UNPARSABLE.value, None, why
     return Outcome.SCORED.value, number, ""
 
 

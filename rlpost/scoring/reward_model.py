@@ -17,6 +17,7 @@ from rlpost.errors import RewardError
 from rlpost.experience import Group, Outcome, Score
 from rlpost.policy.family import length_dependent_rope
 from rlpost.policy.packing import stack_rows
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.reward import RewardModelSection
 from rlpost.scoring.scorer import FailureTally
 
@@ -90,8 +91,13 @@ class RewardModel:
 
     def _encode(self, group: Group, i: int) -> list[int]:
         completion = group.completions[i]
-        if self.section.text == "plain":
-            return list(self.tokenizer(group.prompt.text + completion.text)["input_ids"])
+        match self.section.text:
+            case "plain":
+                return list(self.tokenizer(group.prompt.text + completion.text)["input_ids"])
+            case "chat":
+                pass
+            case _:
+                raise unknown_choice("rewards.text", self.section.text)
         chat = [*map(dict, group.prompt.messages), {"role": "assistant", "content": completion.text}]
         try:
             text = self.tokenizer.apply_chat_template(chat, tokenize=False)

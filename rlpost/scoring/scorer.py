@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rlpost.errors import RewardError
 from rlpost.experience import Group, Outcome, Score
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.scoring.contract import Call, Reply, RewardFunction, TrainerState
 from rlpost.scoring.keywords import Sample, keywords
 from rlpost.scoring.load import check_arguments, check_signature, load_reward
@@ -233,15 +234,17 @@ def _names(sections: Sequence[RewardSection], functions: Sequence[RewardFunction
     return names
 
 
-def _split(groups: Sequence[Group], call: str) -> Iterator[list[Sample]]:
+def _split(groups: Sequence[Group], call: Literal["sample", "group", "batch"]) -> Iterator[list[Sample]]:
     """The samples that one call sees, in order."""
     by_group = [[(group, completion) for completion in group.completions] for group in groups if group.completions]
     if call == "group":
         yield from by_group
     elif call == "sample":
         yield from ([sample] for samples in by_group for sample in samples)
-    elif by_group:
-        yield [sample for samples in by_group for sample in samples]
+    elif call == "batch":
+        yield from [[sample for samples in by_group for sample in samples]] if by_group else []
+    else:
+        raise unknown_choice("rewards.call", call)
 
 
 def _job(calls: Sequence[Call], function: RewardFunction) -> Job:

@@ -31,7 +31,7 @@ Tokens = tuple[int, ...]
 def lacks_baselines(recipe: Recipe, sets: PairSets) -> bool:
     """Whether the method learns from the initial model's responses and a pair has none of its own."""
     section = recipe.method.pairs
-    wanted = section is not None and recipe.data.has_pairs and section.baseline == "initial"
+    wanted = section is not None and recipe.data.has_pairs and section.from_initial
     return wanted and any(pair.baseline is None for pair in (*sets.train, *sets.held_out))
 
 

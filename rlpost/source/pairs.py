@@ -73,7 +73,8 @@ class PairSource:
 
     def _open(self, pairs: Sequence[Pair], minibatches: int, rollout: int) -> RolloutBuffer:
         """This process's pairs as a buffer; collective."""
-        initial = self.parts.recipe.method.pairs is not None and self.parts.recipe.method.pairs.baseline == "initial"
+        section = self.parts.recipe.method.pairs
+        initial = section is not None and section.from_initial
         return open_pairs(
             [pair_group(pair) for pair in pairs],
             [pair.baseline if initial else None for pair in pairs],
@@ -95,7 +96,7 @@ class PairSource:
     @property
     def _cached(self) -> bool:
         pairs = self.parts.recipe.method.pairs
-        return pairs is None or pairs.reference == "cached"
+        return pairs is None or pairs.cached
 
     def _build_table(self, pairs: Sequence[Pair], what: str) -> ReferenceTable:
         """From the cache, or computed: each process takes every world-th pair; collective."""

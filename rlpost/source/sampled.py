@@ -16,7 +16,7 @@ from rlpost.methods.estimator import needs_reference
 from rlpost.methods.safe import CrashState
 from rlpost.rollout.sampler import sample_groups
 from rlpost.source.shares import own_places
-from rlpost.source.weigh import flat_groups, open_buffer, weigh
+from rlpost.source.weigh import flat_groups, logged_metrics, open_buffer, weigh
 from rlpost.teaching.guide import remember
 from rlpost.teaching.teacher import Teacher, Teaching
 from rlpost.tracking.completions import ScoredRollout
@@ -92,7 +92,7 @@ class SampledSource:
             return Teaching([Group(prompt, ()) for prompt in prompts])
         groups = parts.phase("rollout", lambda: self._sample_together(prompts))
         groups = parts.phase("score", lambda: self._score_together(groups))
-        logged = {f"scores/{name}": value for name, value in parts.scorer.logged.items()}  # before more is scored
+        logged = logged_metrics(parts.scorer.logged, parts.processes)  # before more is scored
         teaching = parts.phase("guide", lambda: self._guide(groups)) if self.teacher.hinter else Teaching(groups)
         groups, refill = self._refill(teaching.groups)
         teaching = self.teacher.refilled(teaching, groups) if refill else teaching

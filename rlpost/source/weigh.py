@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -126,7 +126,7 @@ def weigh(
     routes = digests[processes.rank].routes
     buffer.dead = tuple(flat or not route.samples for flat, route in zip(idle, routes, strict=True))
     buffer.counts = _counts(digests, minibatches, max_completion_tokens)
-    buffer.metrics = {**_metrics(digests, matrix, gated.result.zero_variance, names), **values(gated.result.metrics)}
+    buffer.metrics = {**_metrics(digests, matrix, names), **values(gated.metrics)}
 
 
 def flat_groups(groups: Sequence[Group], weights: Sequence[float], method: MethodSection) -> list[bool]:
@@ -135,6 +135,14 @@ def flat_groups(groups: Sequence[Group], weights: Sequence[float], method: Metho
     prompt = [g for g, group in enumerate(groups) for _ in group.completions]
     matrix = torch.tensor(rewards, dtype=torch.float64).reshape(-1, len(weights))
     return groups_to_refill(method, matrix, torch.tensor(prompt), len(groups)).tolist()
+
+
+def logged_metrics(logged: Mapping[str, float], processes: Processes) -> dict[str, float]:
+    """`scores/<metric>`: what rewards gave to TRL's `log_metric`, the mean over processes (each with as many prompts) of the
+    mean over calls, where something was given. Collective."""
+    everyone = processes.gather(dict(logged))
+    names = {name: None for part in everyone for name in part}
+    return {f"scores/{name}": statistics.fmean(part[name] for part in everyone if name in part) for name in names}
 
 
 def weighted(scores: Sequence[Score], weights: Sequence[float]) -> list[float]:
@@ -185,9 +193,7 @@ def _counts(digests: Sequence[Digest], minibatches: int, max_completion_tokens: 
     return tuple(counts)
 
 
-def _metrics(
-    digests: Sequence[Digest], rewards: Tensor, zero_variance: Tensor, names: Sequence[str]
-) -> dict[str, float]:
+def _metrics(digests: Sequence[Digest], rewards: Tensor, names: Sequence[str]) -> dict[str, float]:
     lengths = [n for d in digests for group in d.lengths for n in group]
     truncated = [t for d in digests for group in d.truncated for t in group]
     if not lengths:  # nothing was sampled
@@ -198,7 +204,6 @@ def _metrics(
         "reward/std": float(total.std()) if len(total) > 1 else 0.0,
         "reward/min": float(total.min()) if len(total) else math.nan,
         "reward/max": float(total.max()) if len(total) else math.nan,
-        "reward/zero_variance_share": float(zero_variance.double().mean()),
         "completions/length_mean": statistics.fmean(lengths),
         "completions/length_max": float(max(lengths)),
         "completions/length_min": float(min(lengths)),

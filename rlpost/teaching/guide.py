@@ -145,7 +145,7 @@ def _hint_tokens(group: Group) -> int:
 
 def _judge(sampled: Sequence[Group], section: HintGuidance, score: Score) -> list[Group]:
     """Scores the samples: what was sampled, or the assistant's whole turn, the hint included."""
-    if section.judge == "completion":
+    if not section.judges_turn:
         return list(score(sampled))
     turns = [
         replace(g, completions=tuple(replace(c, text=g.prompt.hint + c.text) for c in g.completions)) for g in sampled

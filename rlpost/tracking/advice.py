@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, median
 
+from rlpost.recipe.sections.method import MethodSection
 from rlpost.tracking.metrics import MetricRow, number
 
 WINDOW = 5
@@ -22,18 +23,39 @@ class Advice:
     level: int = 0
 
 
-def advise(rows: Sequence[MetricRow], *, reward_ceiling: float = 1.0) -> list[Advice]:
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What advice must know of a run besides its metrics, so that it names what the run has and can do."""
+
+    reward_ceiling: float = 1.0
+    """The highest total reward there is: the sum of the positive weights for rewards within [0, 1], infinite where there is
+    no highest."""
+    method: MethodSection = field(default_factory=MethodSection)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether what is learned from are pairs: then masks, clip, entropy bonus and KL penalty are none of the method's."""
+        return self.method.pairs is not None
+
+    @property
+    def guided(self) -> bool:
+        return self.method.guidance is not None
+
+
+def advise(
+    rows: Sequence[MetricRow], *, reward_ceiling: float = 1.0, method: MethodSection | None = None
+) -> list[Advice]:
     """What the metrics of the training rows so far (oldest first; the first row of the run first) call for.
 
-    `reward_ceiling` is the highest total reward there is: the sum of the positive weights for rewards within [0, 1],
-    infinite where there is no highest.
-    Pure: the caller remembers what it has already said.
+    `reward_ceiling` as in `Setup`; `method` is the run's, GRPO where it is not given. Pure: the caller remembers what it has
+    already said.
     """
     rows = [row for row in rows if row.get("kind", "train") == "train"]
     if not rows:
         return []
-    found = [advice for rule in _RULES for advice in rule(rows)]
-    ceiling = _reward_ceiling(rows, reward_ceiling)
+    about = Setup(reward_ceiling) if method is None else Setup(reward_ceiling, method)
+    found = [advice for rule in _RULES for advice in rule(rows, about)]
+    ceiling = _reward_ceiling(rows, about)
     # At the ceiling all rewards of a group are equal: one cause, one line.
     return ceiling + [one for one in found if not (ceiling and one.id == "zero-variance")]
 
@@ -44,7 +66,7 @@ def _recent(rows: Sequence[MetricRow], key: str) -> float | None:
     return fmean(values) if len(values) == WINDOW else None
 
 
-def _truncated(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+def _truncated(rows: Sequence[MetricRow], about: Setup) -> Iterator[Advice]:
     share = _recent(rows, "completions/truncated_share")
     if share is not None and share > 0.9:
         yield Advice(
@@ -54,41 +76,52 @@ def _truncated(rows: Sequence[MetricRow]) -> Iterator[Advice]:
         )
 
 
-def _zero_variance(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+def _zero_variance(rows: Sequence[MetricRow], about: Setup) -> Iterator[Advice]:
+    # The metric is there where a group is its completions' baseline, over groups that are learned from by their samples.
     share = _recent(rows, "reward/zero_variance_share")
     if number(rows[-1], "critic/value_mean") is not None:
-        return  # a critic's baseline is its value, not the group: equal rewards teach as much as others
+        return  # a run from before this metric was left out with a critic
     if share is not None and share > 0.8:
         mean = _recent(rows, "reward/mean")
         level = "" if mean is None else f" (mean reward {mean:.2f})"
+        hints = "" if about.guided or about.pairs else ", or use method.guidance (GHPO)"
         yield Advice(
             "zero-variance",
             f"{share:.0%} of groups have equal rewards{level} and teach nothing: raise rollout.completions_per_prompt, "
-            "choose prompts of another difficulty, give partial credit, or use method.guidance (GHPO).",
+            f"choose prompts of another difficulty, or give partial credit{hints}.",
         )
 
 
-def _entropy(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+def _entropy(rows: Sequence[MetricRow], about: Setup) -> Iterator[Advice]:
     recent, start = _recent(rows, "policy/entropy"), number(rows[0], "policy/entropy")
     if recent is not None and start is not None and recent < 0.2 * start and recent < 0.3:
+        clipped = about.method.clip.type == "ppo"
+        cures = "raise method.clip.high (clip-higher), " if clipped else ""
+        cures += "lower learner.learning_rate, or add method.entropy"
+        cures += "" if about.method.curvature is not None else " or CAPO's mask"
+        if about.pairs:
+            cures = "lower learner.learning_rate, raise method.pairs.beta, or stop earlier"
         yield Advice(
             "entropy-collapse",
-            f"Entropy fell from {start:.2f} to {recent:.3f} nats, so samples hardly differ any more: raise "
-            "method.clip.high (clip-higher), lower learner.learning_rate, or add method.entropy or CAPO's mask.",
+            f"Entropy fell from {start:.2f} to {recent:.3f} nats, so the policy's samples hardly differ any more: {cures}.",
         )
 
 
-def _clip(rows: Sequence[MetricRow]) -> Iterator[Advice]:
-    share = _recent(rows, "policy/clip_fraction")
-    if share is not None and share > 0.3:
+def _clip(rows: Sequence[MetricRow], about: Setup) -> Iterator[Advice]:
+    share = None if about.pairs else _recent(rows, "policy/clip_fraction")
+    # GSPO's limits, a thousandth of others', are meant to act on far more completions (arXiv 2507.18071, fig. 2).
+    if share is not None and share > (0.3 if about.method.ratio.level == "token" else 0.6):
+        limited = "are clipped, so most of each update is thrown away"
+        if about.method.clip.type == "cispo":
+            limited = "have their weight cut, so the policy is far from the one that sampled"
         yield Advice(
             "clip-saturated",
-            f"{share:.0%} of tokens are clipped, so most of each update is thrown away: lower learner.learning_rate, "
-            "learner.epochs or learner.minibatches, or widen method.clip.",
+            f"{share:.0%} of tokens {limited}: lower learner.learning_rate, learner.epochs or learner.minibatches, or widen "
+            "method.clip.",
         )
 
 
-def _failed_scores(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+def _failed_scores(rows: Sequence[MetricRow], about: Setup) -> Iterator[Advice]:
     share = number(rows[-1], "scores/failed_share")
     if share is not None and share > 0.05:
         kinds = {
@@ -106,7 +139,7 @@ def _failed_scores(rows: Sequence[MetricRow]) -> Iterator[Advice]:
         )
 
 
-def _missing_reward(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+def _missing_reward(rows: Sequence[MetricRow], about: Setup) -> Iterator[Advice]:
     if "reward/mean" in rows[-1] and number(rows[-1], "reward/mean") is None:
         yield Advice(
             "reward-nan",
@@ -115,17 +148,19 @@ def _missing_reward(rows: Sequence[MetricRow]) -> Iterator[Advice]:
         )
 
 
-def _mismatch(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+def _mismatch(rows: Sequence[MetricRow], about: Setup) -> Iterator[Advice]:
     gap = _recent(rows, "mismatch/mean_abs_gap")
     if gap is not None and gap > 0.1:
+        masked = about.pairs or any(mask.type == "off_policy" for mask in about.method.masks)
+        cure = "Sample" if masked else "Add a mask {type: off_policy}, or sample"
         yield Advice(
             "sampler-gap",
-            f"Sampler and learner log-probs differ by {gap:.2f} nats a token: the data is off-policy. Add a mask "
-            "{type: off_policy}, sample in higher precision (rollout.engine.dtype), or use temperature 1 and top_p 1.",
+            f"Sampler and learner log-probs differ by {gap:.2f} nats a token: the data is off-policy. {cure} in higher "
+            "precision (rollout.engine.dtype).",
         )
 
 
-def _chosen_falls(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+def _chosen_falls(rows: Sequence[MetricRow], about: Setup) -> Iterator[Advice]:
     """Preference training's over-optimisation: pairs are told apart better while both responses become less likely. The
     log-ratio to the reference starts at 0 and, unlike the log-prob, does not depend on which pairs a batch holds. The
     accuracy starts at 0.5 by definition: before the first update policy and reference are one, and every pair is a tie. (The
@@ -140,7 +175,7 @@ def _chosen_falls(rows: Sequence[MetricRow]) -> Iterator[Advice]:
         )
 
 
-def _curvature(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+def _curvature(rows: Sequence[MetricRow], about: Setup) -> Iterator[Advice]:
     """A calibrated curvature mask that is off without anyone having said so."""
     left, limits = number(rows[-1], "mask/curvature/steps_to_observe"), number(rows[-1], "mask/curvature/limits")
     if left == 0 and limits == 0:
@@ -159,7 +194,7 @@ def _curvature(rows: Sequence[MetricRow]) -> Iterator[Advice]:
         )
 
 
-def _gradient(rows: Sequence[MetricRow]) -> Iterator[Advice]:
+def _gradient(rows: Sequence[MetricRow], about: Setup) -> Iterator[Advice]:
     key = "optimizer/grad_norm"
     if key in rows[-1] and number(rows[-1], key) is None:
         yield Advice(
@@ -172,28 +207,45 @@ def _gradient(rows: Sequence[MetricRow]) -> Iterator[Advice]:
     before = [value for row in rows[:-1] if (value := number(row, key)) is not None]
     # A step without signal has norm 0; only steps that had some say what is usual.
     before = [value for value in before if value > 0]
-    if last is not None and len(before) >= WINDOW and last > 10 * median(before):
+    if last is None or len(before) < WINDOW:
+        return
+    # With a gate, steps of RL and of SFT take turns, and the one's norm is no measure of the other's.
+    usual, what = (median(before), "the usual") if about.method.gate is None else (max(before), "the largest so far,")
+    if last > 10 * usual:
+        held = about.pairs or about.method.kl_place is not None or not about.method.samples
+        more = "raise method.pairs.beta" if about.pairs else "add method.kl to hold the policy near its start"
+        cures = "lower learner.learning_rate" + (
+            " or set learner.max_grad_norm" if held and not about.pairs else f", set learner.max_grad_norm, or {more}"
+        )
         yield Advice(
             "grad-exploding",
-            f"The gradient norm is {last:.3g}, over ten times the usual {median(before):.3g}: lower "
-            "learner.learning_rate, set learner.max_grad_norm, or add method.kl to hold the policy near its start.",
+            f"The gradient norm is {last:.3g}, over ten times {what} {usual:.3g}: {cures}.",
         )
 
 
-def _reward_ceiling(rows: Sequence[MetricRow], ceiling: float) -> list[Advice]:
-    mean, same = _recent(rows, "reward/mean"), _recent(rows, "reward/zero_variance_share")
-    if mean is None or same is None or ceiling <= 0 or mean < 0.95 * ceiling or same < 0.5:
+def _reward_ceiling(rows: Sequence[MetricRow], about: Setup) -> list[Advice]:
+    ceiling, mean = about.reward_ceiling, _recent(rows, "reward/mean")
+    if mean is None or ceiling <= 0:
         return []
+    hinted = _recent(rows, "guidance/hinted_share") or 0.0
+    highest = max((value for row in rows if (value := number(row, "reward/max")) is not None), default=ceiling)
+    if hinted > 0.05 or highest > ceiling * (1 + 1e-9):  # solved with hints; or rewards are not within [0, 1]
+        return []
+    same = _recent(rows, "reward/zero_variance_share")
+    # Methods that compare no group tell by the mean alone.
+    if (mean < 0.95 * ceiling or same < 0.5) if same is not None else mean < 0.99 * ceiling:
+        return []
+    solved = "" if same is None else f" and {same:.0%} of groups are solved throughout"
     return [
         Advice(
             "reward-ceiling",
-            f"The mean reward is {mean:.2f} of {ceiling:g} and {same:.0%} of groups are solved throughout: little "
-            "is left to learn here. Stop, or take harder prompts.",
+            f"The mean reward is {mean:.2f} of {ceiling:g}{solved}: little is left to learn here. Stop, or take harder "
+            "prompts.",
         )
     ]
 
 
-_RULES: tuple[Callable[[Sequence[MetricRow]], Iterator[Advice]], ...] = (
+_RULES: tuple[Callable[[Sequence[MetricRow], Setup], Iterator[Advice]], ...] = (
     _missing_reward,
     _failed_scores,
     _truncated,
@@ -210,8 +262,8 @@ _RULES: tuple[Callable[[Sequence[MetricRow]], Iterator[Advice]], ...] = (
 class Doctor:
     """Remembers recent rows and what has been said, so that every advice comes once, and again when it is much worse."""
 
-    def __init__(self, *, reward_ceiling: float = 1.0) -> None:
-        self._ceiling = reward_ceiling
+    def __init__(self, *, reward_ceiling: float = 1.0, method: MethodSection | None = None) -> None:
+        self._ceiling, self._method = reward_ceiling, method
         self._first: MetricRow | None = None
         self._recent: deque[MetricRow] = deque(maxlen=10 * WINDOW)
         self._said: dict[str, int] = {}  # the highest level by id
@@ -225,6 +277,7 @@ class Doctor:
         rows = list(self._recent)
         if rows[0] is not self._first:
             rows.insert(0, self._first)
-        new = [one for one in advise(rows, reward_ceiling=self._ceiling) if one.level > self._said.get(one.id, -1)]
+        found = advise(rows, reward_ceiling=self._ceiling, method=self._method)
+        new = [one for one in found if one.level > self._said.get(one.id, -1)]
         self._said.update({one.id: one.level for one in new})
         return new

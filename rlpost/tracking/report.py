@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlpost.errors import RlpostError
+from rlpost.recipe.sections.method import MethodSection
 from rlpost.tracking.advice import Doctor
 from rlpost.tracking.completions import CompletionRecord, completion_files, read_completions
 from rlpost.tracking.console import in_words
@@ -70,7 +71,7 @@ def write_report(run_dir: Path | str) -> Path:
     page = _template().render(
         name=run.name,
         summary=summarize(rows),
-        hints=_hints(rows, _reward_ceiling(run)),
+        hints=_hints(rows, _reward_ceiling(run), _method(run)),
         images=[Image(one.title, _data_uri(one.path)) for one in pictures],
         samples=_samples(run.completions),
         recipe=run.recipe.read_text(encoding="utf-8") if run.recipe.exists() else "",
@@ -128,8 +129,18 @@ def _reward_ceiling(run: RunDirectory) -> float:
         return 1.0
 
 
-def _hints(rows: Sequence[MetricRow], reward_ceiling: float) -> list[Hint]:
-    doctor = Doctor(reward_ceiling=reward_ceiling)
+def _method(run: RunDirectory) -> MethodSection | None:
+    """The run's method; None when there is no recipe that says, or one that this version cannot read."""
+    import yaml
+
+    try:
+        return MethodSection.model_validate(yaml.safe_load(run.recipe.read_text(encoding="utf-8"))["method"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RlpostError):
+        return None
+
+
+def _hints(rows: Sequence[MetricRow], reward_ceiling: float, method: MethodSection | None) -> list[Hint]:
+    doctor = Doctor(reward_ceiling=reward_ceiling, method=method)
     return [Hint(int(row["step"]), one.id, one.text) for row in rows for one in doctor.observe(row)]
 
 

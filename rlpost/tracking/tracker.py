@@ -51,7 +51,7 @@ class Tracker:
         self._steps_per_rollout = learner.steps_per_rollout
         self._show_every = tracking.show_completion_every
         self._metrics = MetricsWriter(run.metrics)
-        self._doctor = Doctor(reward_ceiling=reward_ceiling(recipe.rewards))
+        self._doctor = Doctor(reward_ceiling=reward_ceiling(recipe.rewards), method=getattr(recipe, "method", None))
         for row in read_metrics(run.metrics):
             self._doctor.observe(row)
         config = recipe.model_dump(mode="json")

@@ -18,6 +18,7 @@ from rlpost.recipe.sections.guidance import either_or
 from rlpost.recipe.sections.method import describe_order
 from rlpost.recipe.sections.reward import Reward, RewardModelSection
 from rlpost.recipe.sections.root import Recipe
+from rlpost.recipe.slots import describe_settings, slot_sections
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,6 +66,7 @@ class Plan:
     attention: str
     layout: str
     order: tuple[str, ...]
+    settings: tuple[str, ...]  # of every slot in force, all of them
     memory: tuple[MemoryLine, ...]
     memory_source: str
     advice: tuple[str, ...]
@@ -90,6 +92,7 @@ def make_plan(loaded: LoadedRecipe, *, processes: int | None = None, zero_stage:
         attention=_attention(recipe),
         layout=": ".join(filter(None, layout_in_use(recipe))),
         order=_order(recipe),
+        settings=_settings(recipe, loaded.origins),
         memory=memory,
         memory_source=source,
         advice=(*advise(recipe, setting), *seen.notes),
@@ -112,6 +115,9 @@ def print_plan(plan: Plan, *, as_json: bool = False) -> None:
     console.rule("Order of the method's slots", align="left")
     for i, step in enumerate(plan.order, start=1):
         console.print(f"{i:3}. {step}", markup=False, highlight=False)
+    console.rule("Settings of the slots in force", align="left")
+    for line in plan.settings:
+        console.print(f"  {line}", markup=False, highlight=False)
     _print_memory(console, plan)
     for note in plan.advice:
         console.print(f"note: {note}.", style="yellow", markup=False, highlight=False)
@@ -125,6 +131,12 @@ def _values(recipe: Recipe, origins: Mapping[str, str]) -> tuple[Value, ...]:
     found = leaves(recipe)
     plain = leaves_as_json(found)
     return tuple(Value(key, plain[key], origins.get(key, "default")) for key in found)
+
+
+def _settings(recipe: Recipe, origins: Mapping[str, str]) -> tuple[str, ...]:
+    """One line a slot: every setting, and where it came from."""
+    sections = slot_sections(recipe.method).items()
+    return tuple(f"{key}: {describe_settings(section, origins, f'{key}.')}" for key, section in sections)
 
 
 def leaves_as_json(found: Mapping[str, Any]) -> dict[str, Any]:

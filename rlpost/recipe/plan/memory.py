@@ -114,7 +114,7 @@ def _weights(recipe: Recipe, size: ModelSize, trained: int, processes: int, stag
         # The head's, and a layer's at a time (`policy/linear.py`).
         lines.append(line("autocast copies", size.vocabulary * size.hidden + size.hidden * size.intermediate, 2, False))
     pairs = recipe.method.pairs
-    live = pairs is not None and (pairs.reference == "live" or not recipe.data.has_pairs)
+    live = pairs is not None and (not pairs.cached or not recipe.data.has_pairs)
     if (recipe.method.kl_place is not None or live) and recipe.model.lora is None:
         lines.append(line("reference model", size.parameters, width, stage >= 3))
     return lines
@@ -160,7 +160,7 @@ def _engine(recipe: Recipe, size: ModelSize) -> list[MemoryLine]:
 def _curvature(recipe: Recipe, size: ModelSize) -> list[MemoryLine]:
     """CAPO's tracker, at its largest: when every row of the head was among some token's most likely ones."""
     mask = recipe.method.curvature
-    if mask is None or mask.step != "adam":
+    if mask is None or not mask.by_adam:
         return []
     rows, chunk = 3 * size.vocabulary * size.hidden * 4, 2 * mask.chunk_tokens * mask.top_k * size.hidden * 4
     formula = (

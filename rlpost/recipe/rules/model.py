@@ -106,7 +106,7 @@ def _token_problems(r: Recipe, rows: int) -> Iterator[str]:
 def capped_logits(r: Recipe, _: Setting) -> Iterator[str]:
     """CAPO's SGD form is of plain logits; where the model is not on this machine, the first step says so."""
     mask = r.method.curvature
-    if mask is None or mask.step != "sgd":
+    if mask is None or mask.by_adam:
         return
     from rlpost.recipe.plan.memory import local_config
 

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Never, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic.fields import FieldInfo
+
+
+def unknown_choice(slot: str, choice: Never) -> NotImplementedError:
+    """To be raised by the last branch of every dispatch on a recipe's choice: there is no code for `choice`, which stands
+    in `slot` (a dotted key).
+
+    The annotation lets mypy refuse a dispatch that leaves a choice out, as `typing.assert_never` does; at run time the
+    error names the key, so that a choice without code never runs as another one.
+    """
+    kind = getattr(choice, "type", choice)
+    return NotImplementedError(
+        f"There is no code for {slot} = `{kind}`: a choice that a recipe may make was added without the branch that carries "
+        "it out. This is a defect of rlpost, not of the recipe."
+    )
 
 
 def members(annotation: Any) -> Iterator[Any]:

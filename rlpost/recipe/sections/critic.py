@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
-from rlpost.recipe.sections.base import Section
+from rlpost.recipe.sections.base import Section, unknown_choice
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -75,7 +75,13 @@ class CriticSection(Section):
     @property
     def per_token(self) -> bool:
         """Whether every token has a value of its own; else a completion has one."""
-        return self.level == "token"
+        match self.level:
+            case "token":
+                return True
+            case "sequence" | "answer":
+                return False
+            case _:
+                raise unknown_choice("critic.level", self.level)
 
     @model_validator(mode="after")
     def _check(self) -> CriticSection:
@@ -92,6 +98,17 @@ class CriticSection(Section):
                 "critic.trunk_gradient is for critic.model `trunk`: a separate critic shares nothing with the policy"
             )
         return self
+
+
+def penalty_place(term: KlTerm) -> Literal["loss", "reward"]:
+    """Where the penalty of a controller with this `term` acts; one that does not act is measured where a loss would be."""
+    match term:
+        case "reward":
+            return "reward"
+        case "coefficient" | "literal" | "released":
+            return "loss"
+        case _:
+            raise unknown_choice("controller.term", term)
 
 
 class AdaptiveKlController(Section):
@@ -282,7 +299,13 @@ def describe_controller(controller: AdaptiveKlController | SafeController | Publ
         "reward": "coefficient * KL subtracted from the reward",
         "released": "ABLATION: logged only, no gradient, as in the released code",
     }[controller.term]
-    if isinstance(controller, AdaptiveKlController):
-        return f"controller: adaptive KL, target {controller.target:g} nats per token; {where}"
-    kind = "scale-free" if isinstance(controller, SafeController) else "published constants"
+    match controller:
+        case AdaptiveKlController():
+            return f"controller: adaptive KL, target {controller.target:g} nats per token; {where}"
+        case SafeController():
+            kind = "scale-free"
+        case PublishedSafeController():
+            kind = "published constants"
+        case _:
+            raise unknown_choice("controller", controller)
     return f"controller: SAFE ({kind}), KL above about {controller.threshold:g} nats per token; {where}"

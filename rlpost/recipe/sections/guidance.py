@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from rlpost.recipe.sections.base import Section
+from rlpost.recipe.sections.base import Section, unknown_choice
 
 Ratio = Annotated[float, Field(gt=0, le=1)]
+Unit = Literal["characters", "tokens", "lines", "steps"]
 
 
 class HintGuidance(Section):
@@ -17,7 +18,7 @@ class HintGuidance(Section):
     type: Literal["hint"] = "hint"
     ratios: tuple[Ratio, ...] = Field((0.25, 0.5, 0.75), min_length=1)
     """The levels: which share of the worked solution is shown. Groups still unsolved go on to the next one, in one step."""
-    unit: Literal["characters", "tokens", "lines", "steps"] = "characters"
+    unit: Unit = "characters"
     """What the share is counted in. A step is a line or a sentence."""
     snap: bool = True
     """Shorten the hint so that no word, number or LaTeX command (with its arguments) is cut; false: the exact share."""
@@ -43,6 +44,28 @@ class HintGuidance(Section):
     condition: Literal["hinted", "question", "released"] = "hinted"
     """The prompt that completions are learned under: the one they were sampled from; ablations: always the bare question,
     or the released code's rule (bare for groups solved before the last level that this process sampled)."""
+
+    @property
+    def continues(self) -> bool:
+        """Whether the assistant's turn begins with the hint, and is continued; else the hint is behind the question."""
+        match self.place:
+            case "assistant":
+                return True
+            case "user":
+                return False
+            case _:
+                raise unknown_choice("guidance.place", self.place)
+
+    @property
+    def judges_turn(self) -> bool:
+        """Whether rewards see the hint in front of what was sampled."""
+        match self.judge:
+            case "turn":
+                return True
+            case "completion":
+                return False
+            case _:
+                raise unknown_choice("guidance.judge", self.judge)
 
     @model_validator(mode="after")
     def _check(self) -> HintGuidance:
@@ -86,6 +109,17 @@ class SolveRateGate(_Gate):
     SFT on top (the paper's ablations; `sft_weight` 0.1 there)."""
     shaping: PositiveFloat = 0.1
     """c of the off-policy objective pi / (pi + c)."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether a demonstration joins its prompt's samples, instead of taking their place."""
+        match self.below:
+            case "sft":
+                return False
+            case "off_policy" | "both":
+                return True
+            case _:
+                raise unknown_choice("gate.below", self.below)
 
 
 class SoftGate(_Gate):
@@ -139,7 +173,7 @@ Gate = Annotated[SolveRateGate | SoftGate | LuffyGate | SrftGate | SftFirstGate,
 
 def either_or(gate: Gate) -> bool:
     """Whether a prompt is learned from its samples or from its demonstration, never from both."""
-    return isinstance(gate, SftFirstGate) or (isinstance(gate, SolveRateGate) and gate.below == "sft")
+    return isinstance(gate, SftFirstGate) or (isinstance(gate, SolveRateGate) and not gate.joins)
 
 
 def describe_guidance(guidance: HintGuidance) -> list[str]:
@@ -160,16 +194,23 @@ def describe_guidance(guidance: HintGuidance) -> list[str]:
 
 def describe_gate(gate: Gate, guided: bool) -> str:
     """For `rlpost plan`: where prompts go."""
-    if isinstance(gate, SftFirstGate) and gate.rollouts is None:
-        return "gate: SFT on every prompt's demonstration; nothing is sampled"
-    if isinstance(gate, SftFirstGate):
-        return f"gate: SFT on every prompt's demonstration for {gate.rollouts} rollouts, then RL"
-    if isinstance(gate, SoftGate):
-        return f"gate: by right completions 0, 1, 2...: RL x {list(gate.rl)}, SFT x {list(gate.sft)}"
-    if isinstance(gate, LuffyGate):
-        return "gate: every group gets its demonstration as one more, off-policy completion"
-    if isinstance(gate, SrftGate):
-        return f"gate: RL, off-policy and SFT terms on every prompt; SFT weight {gate.sft_weight:g} exp(-entropy)"
+    match gate:
+        case SftFirstGate():
+            until = "; nothing is sampled" if gate.rollouts is None else f" for {gate.rollouts} rollouts, then RL"
+            return f"gate: SFT on every prompt's demonstration{until}"
+        case SoftGate():
+            return f"gate: by right completions 0, 1, 2...: RL x {list(gate.rl)}, SFT x {list(gate.sft)}"
+        case LuffyGate():
+            return "gate: every group gets its demonstration as one more, off-policy completion"
+        case SrftGate():
+            return f"gate: RL, off-policy and SFT terms on every prompt; SFT weight {gate.sft_weight:g} exp(-entropy)"
+        case SolveRateGate():
+            return _describe_solve_rate(gate, guided)
+        case _:
+            raise unknown_choice("gate", gate)
+
+
+def _describe_solve_rate(gate: SolveRateGate, guided: bool) -> str:
     still = ", also at the last hint" if guided else ""
     what = {
         "sft": f"SFT (x {gate.sft_weight:g}) on the demonstration instead of RL",

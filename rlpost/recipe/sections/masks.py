@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from rlpost.recipe.sections.base import Section
+from rlpost.recipe.sections.base import Section, unknown_choice
 
 
 class FixedThresholds(Section):
@@ -56,6 +56,17 @@ class CurvatureMask(Section):
     """Tokens whose k x d predicted step is held at once; on a CPU at most 16 are, which is faster there."""
     verify_every: NonNegativeInt = 10
     """Every so many optimizer steps the prediction is compared with what the step did (one more forward pass); 0: never."""
+
+    @property
+    def by_adam(self) -> bool:
+        """Whether predicted steps are Adam's, from tracked moments."""
+        match self.step:
+            case "adam":
+                return True
+            case "sgd":
+                return False
+            case _:
+                raise unknown_choice("masks.step", self.step)
 
     @model_validator(mode="after")
     def _check(self) -> CurvatureMask:

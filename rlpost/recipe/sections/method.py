@@ -7,12 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from rlpost.recipe.sections.base import Section
-from rlpost.recipe.sections.critic import Controller, CriticSection, describe_controller, describe_critic
+from rlpost.recipe.sections.base import Section, unknown_choice
+from rlpost.recipe.sections.critic import Controller, CriticSection, describe_controller, describe_critic, penalty_place
 from rlpost.recipe.sections.guidance import Gate, HintGuidance, SftFirstGate, describe_gate, describe_guidance
 from rlpost.recipe.sections.masks import CurvatureMask, Mask, ProbabilityMask, RandomMask
 from rlpost.recipe.sections.preference import PairsSection, describe_pairs
 from rlpost.recipe.sections.presets import fill_preset
+from rlpost.recipe.slots import describe_settings
 
 
 class AdvantageSection(Section):
@@ -22,12 +23,36 @@ class AdvantageSection(Section):
     """What is subtracted: the group's mean, the mean of the group's other completions, the batch's mean, or nothing."""
     scale: Literal["none", "group_std", "batch_std"] = "group_std"
     """What the centred reward is divided by."""
-    combine: Literal["sum_then_normalise", "normalise_then_sum"] = "sum_then_normalise"
-    """Several rewards: add them first, or centre and scale each alone and add the results."""
+    combine: Literal["sum_then_normalise", "normalise_then_sum", "gdpo"] = "sum_then_normalise"
+    """Several rewards, and what is added to them (`overlong.penalty`, KL with `kl.where: reward`): add them first; or centre
+    and scale each alone and add the results times their weights and coefficients; or, with GDPO (arXiv 2601.05242), divide
+    that sum by its standard deviation over the batch as well."""
     eps: NonNegativeFloat = 1e-4
-    """Added to the standard deviation."""
+    """Added to the standard deviation; 0 is allowed: where rewards do not differ, nothing is divided."""
     unbiased: bool = True
     """Standard deviation with n - 1 (as TRL and verl compute it) rather than n."""
+
+    @property
+    def whitened(self) -> bool:
+        """Whether the sum of what was normalised is scaled once more, over the batch."""
+        match self.combine:
+            case "sum_then_normalise" | "normalise_then_sum":
+                return False
+            case "gdpo":
+                return True
+            case _:
+                raise unknown_choice("advantage.combine", self.combine)
+
+    @property
+    def each_alone(self) -> bool:
+        """Whether rewards are centred and scaled one by one."""
+        match self.combine:
+            case "sum_then_normalise":
+                return False
+            case "normalise_then_sum" | "gdpo":
+                return True
+            case _:
+                raise unknown_choice("advantage.combine", self.combine)
 
 
 class RatioSection(Section):
@@ -191,7 +216,7 @@ class MethodSection(Section):
     def kl_place(self) -> Literal["loss", "reward"] | None:
         """Where a penalty on KL to the reference acts; None: there is none, and no reference is needed."""
         if self.controller is not None:
-            return "reward" if self.controller.term == "reward" else "loss"
+            return penalty_place(self.controller.term)
         return self.kl.where if self.kl.coefficient > 0 else None
 
     @property
@@ -235,6 +260,11 @@ def _rules(m: MethodSection) -> list[tuple[bool, str]]:
         (
             adv.center in ("batch", "none") and adv.scale == "group_std",
             f"advantage.scale `group_std` needs center `group` or `leave_one_out`, not `{adv.center}`",
+        ),
+        (
+            adv.combine == "gdpo" and adv.center == "none",
+            "advantage.combine `gdpo` adds up rewards that are normalised, but advantage.center is `none`: set it to "
+            "`group`, or combine to `sum_then_normalise`",
         ),
         (
             red.constant is not None and red.type != "constant",
@@ -287,6 +317,8 @@ def _slot_rules(m: MethodSection) -> list[tuple[bool, str]]:
                 ("masks", bool(m.masks), "[]"),
                 ("kl.coefficient", m.kl.coefficient != 0, "0 (pairs.beta ties the policy to its reference)"),
                 ("entropy.coefficient", m.entropy.coefficient != 0, "0"),
+                ("overlong.penalty", m.overlong.penalty != 0, "0 (pairs are made by the rewards alone)"),
+                ("overlong.filter", m.overlong.filter, "false"),
                 ("controller", m.controller is not None, "null (pairs.beta ties the policy to its reference)"),
             )
         ],
@@ -342,26 +374,54 @@ def describe_order(method: MethodSection) -> list[str]:
             f"reward -= {kl.coefficient:g} * KL to the reference ({kl.estimator})",
         ),
         *[(True, text) for text in (describe_critic(m.critic) if m.critic is not None else [])],
-        (m.critic is None, f"advantage: centre {adv.center}, scale {adv.scale} ({adv.combine})"),
+        (m.critic is None, f"advantage: centre {adv.center}, {_describe_scale(adv)} ({adv.combine})"),
         (m.controller is not None, describe_controller(m.controller) if m.controller is not None else ""),
         (m.ratio.level != "none", f"ratio per {m.ratio.level}, clip {_describe_clip(m.clip)}"),
-        (fix.action != "none", f"sampler correction: {fix.action} pi_old/pi_sampler per {fix.level} at {fix.max:g}"),
+        (fix.action != "none", f"sampler correction: {_describe_correction(fix)}"),
         (
             kl.where == "loss" and kl.coefficient > 0,
             f"coefficient -= {kl.coefficient:g} * d KL({kl.estimator})/d log pi",
         ),
         (m.entropy.coefficient != 0, f"entropy bonus {m.entropy.coefficient:g}"),
-        *[(True, f"mask: {mask.type}") for mask in m.masks],
+        *[(True, f"mask: {describe_settings(mask).removeprefix('type ')}") for mask in m.masks],
         (m.overlong.filter, "mask: truncated completions"),
-        (True, f"reduction: {m.reduction.type}"),
+        (True, f"reduction: {_describe_reduction(m.reduction)}"),
     ]
     return [text for present, text in steps if present]
 
 
+def _describe_scale(adv: AdvantageSection) -> str:
+    return "scale none" if adv.scale == "none" and not adv.whitened else f"scale {adv.scale} + {adv.eps:g}"
+
+
+def _describe_correction(fix: CorrectionSection) -> str:
+    what = f"{fix.action} pi_old/pi_sampler per {fix.level}"
+    match fix.action:
+        case "truncate":
+            return f"{what} at {fix.max:g}"
+        case "mask":
+            return f"{what} outside [{fix.min:g}, {fix.max:g}]"
+        case "none":
+            return "none"
+        case _:
+            raise unknown_choice("correction.action", fix.action)
+
+
+def _describe_reduction(reduction: ReductionSection) -> str:
+    constant = "the token limit" if reduction.constant is None else f"{reduction.constant}"
+    more = f" {constant}" if reduction.type == "constant" else ""
+    more += " over accepted tokens" if reduction.denominator == "accepted" else ""
+    return f"{reduction.type}{more}"
+
+
 def _describe_clip(clip: Clip) -> str:
-    if isinstance(clip, PpoClip):
-        dual = f", dual {clip.dual:g}" if clip.dual is not None else ""
-        return f"ppo [{1 - clip.low:g}, {1 + clip.high:g}]{dual}"
-    if isinstance(clip, CispoClip):
-        return f"cispo [{0 if clip.low is None else 1 - clip.low:g}, {1 + clip.high:g}]"
-    return "none"
+    match clip:
+        case PpoClip():
+            dual = f", dual {clip.dual:g}" if clip.dual is not None else ""
+            return f"ppo [{1 - clip.low:g}, {1 + clip.high:g}]{dual}"
+        case CispoClip():
+            return f"cispo [{0 if clip.low is None else 1 - clip.low:g}, {1 + clip.high:g}]"
+        case NoClip():
+            return "none"
+        case _:
+            raise unknown_choice("clip", clip)

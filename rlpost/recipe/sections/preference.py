@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from rlpost.recipe.sections.base import Section
+from rlpost.recipe.sections.base import Section, unknown_choice
 
 
 class NoSft(Section):
@@ -70,6 +70,28 @@ class PairsSection(Section):
     def normalised(self) -> bool:
         """Whether log-ratios are divided by lengths."""
         return self.loss == "ipo" if self.length_normalised is None else self.length_normalised
+
+    @property
+    def from_initial(self) -> bool:
+        """Whether `sft` holds up responses of the initial model, instead of the chosen ones."""
+        match self.baseline:
+            case "initial":
+                return True
+            case "chosen":
+                return False
+            case _:
+                raise unknown_choice("pairs.baseline", self.baseline)
+
+    @property
+    def cached(self) -> bool:
+        """Whether the reference's log-probs of a data set are computed once and kept."""
+        match self.reference:
+            case "cached":
+                return True
+            case "live":
+                return False
+            case _:
+                raise unknown_choice("pairs.reference", self.reference)
 
     @field_validator("sft", mode="before")
     @classmethod
@@ -145,11 +167,16 @@ def describe_pairs(pairs: PairsSection) -> list[str]:
     smooth = f", labels smoothed by {pairs.label_smoothing:g}" if pairs.label_smoothing else ""
     steps = [f"pairs: {h}", f"loss: {loss}{smooth}"]
     whose = "chosen responses" if pairs.baseline == "chosen" else "the initial model's responses"
-    if isinstance(pairs.sft, SumSft):
-        steps.append(f"+ {pairs.sft.eta:g} x {pairs.beta:g} x (-sum of log pi) of {whose} (RPO as published)")
-    elif isinstance(pairs.sft, SequenceMeanSft):
-        steps.append(f"+ {pairs.sft.weight:g} x (-mean log pi of each response) of {whose} (RPO, average variant)")
-    elif isinstance(pairs.sft, TokenMeanSft):
-        steps.append(f"+ {pairs.sft.weight:g} x (-mean log pi of all tokens) of {whose} (TRL's sft loss)")
+    match pairs.sft:
+        case NoSft():
+            pass
+        case SumSft():
+            steps.append(f"+ {pairs.sft.eta:g} x {pairs.beta:g} x (-sum of log pi) of {whose} (RPO as published)")
+        case SequenceMeanSft():
+            steps.append(f"+ {pairs.sft.weight:g} x (-mean log pi of each response) of {whose} (RPO, average variant)")
+        case TokenMeanSft():
+            steps.append(f"+ {pairs.sft.weight:g} x (-mean log pi of all tokens) of {whose} (TRL's sft loss)")
+        case _:
+            raise unknown_choice("pairs.sft", pairs.sft)
     steps.append("reduction: mean over the pairs of the optimizer step")
     return steps

@@ -1,0 +1,77 @@
+"""Which of a method's slots are in force, and their settings in words: for `rlpost plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rlpost.recipe.sections.base import Section
+
+if TYPE_CHECKING:
+    from rlpost.recipe.sections.method import MethodSection
+
+# When a slot acts although it is filled by default; slots that are not named here act where they are not null.
+_IN_FORCE: Mapping[str, Callable[[MethodSection], bool]] = {
+    "preset": lambda m: False,  # the other slots are what it stands for
+    "masks": lambda m: bool(m.masks),
+    "correction": lambda m: m.correction.action != "none",
+    "kl": lambda m: m.kl_place is not None,
+    "entropy": lambda m: m.entropy.coefficient != 0,
+    "dynamic_sampling": lambda m: m.dynamic_sampling.enabled,
+    "overlong": lambda m: m.overlong.filter or m.overlong.penalty > 0,
+}
+
+
+def slots_in_force(method: MethodSection) -> tuple[str, ...]:
+    """The names of the slots that act in this method, in the order of `MethodSection`.
+
+    Pairs have coefficients of their own, and plain SFT samples nothing: there only what touches them acts.
+    """
+    names, gate = tuple(type(method).model_fields), method.gate
+    if method.pairs is not None:
+        names = ("dynamic_sampling", "pairs")
+    elif not method.samples and gate is not None:
+        of_samples = (("entropy", gate.entropy), ("reduction", gate.reduction == "as_samples"))
+        names = (*(name for name, acts in of_samples if acts), "gate")
+    return tuple(
+        name for name in names if getattr(method, name) is not None and _IN_FORCE.get(name, lambda m: True)(method)
+    )
+
+
+def slot_sections(method: MethodSection) -> dict[str, Section]:
+    """The filled sections of the slots in force by their dotted key: `method.kl`, `method.masks.0`."""
+    found: dict[str, Section] = {}
+    for name in slots_in_force(method):
+        value = getattr(method, name)
+        parts = enumerate(value) if isinstance(value, tuple) else [(None, value)]
+        found |= {f"method.{name}" + ("" if i is None else f".{i}"): part for i, part in parts}
+    return found
+
+
+def describe_settings(section: Section, origins: Mapping[str, str] | None = None, prefix: str = "") -> str:
+    """Every field of a section: `level token, action mask (recipe), min 0.5 (recipe), max 2`.
+
+    With `origins` by dotted key, which begin with `prefix`, where a value came from stands behind it, if it is no default.
+    """
+    return ", ".join(_fields(section, origins or {}, prefix))
+
+
+def _fields(section: Section, origins: Mapping[str, str], prefix: str) -> Iterator[str]:
+    for name in type(section).model_fields:
+        value, origin = getattr(section, name), origins.get(f"{prefix}{name}", "default")
+        if isinstance(value, Section):
+            yield f"{name} ({describe_settings(value, origins, f'{prefix}{name}.')})"
+        else:
+            yield f"{name} {_word(value)}" + ("" if origin == "default" else f" ({origin})")
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_word, value))}]"
+    return (
+        "null" if value is None else repr(value) if isinstance(value, str) and not value.isidentifier() else str(value)
+    )
