@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the nouns are imported by light processes (scoring workers,
 
 
 class Message(TypedDict):
-    """One chat message."""
+    """One chat message. It may have further keys (`name`, `tool_calls`, `reasoning_content`), as it stands in the data set."""
 
     role: str
     content: str
@@ -36,7 +36,8 @@ class Demonstration:
 class Prompt:
     """One question, ready to be sampled from.
 
-    `id` is stable across runs and resumes (`<source>/<row>`). `columns` holds what reward functions receive as keywords.
+    `id` is stable across runs and resumes (`<source>/<row>`). `columns` holds what reward functions receive as keywords,
+    `options` the row's own keywords of the chat template (such as `tools`).
     """
 
     id: str
@@ -48,6 +49,7 @@ class Prompt:
     hint: str = ""  # the part of the demonstration that this prompt shows
     origin: Prompt | None = None  # of a hinted prompt: the bare one
     is_text: bool = False  # the data's question is a text and no chat: rewards are handed texts, as in TRL
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bare(self) -> Prompt:

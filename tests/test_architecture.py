@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import grimp
 import networkx
 import pytest
 from conftest import REPOSITORY
+
+from rlpost.moved import MOVED
 
 PACKAGE = REPOSITORY / "rlpost"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -64,6 +67,12 @@ def test_a_planted_upward_import_breaks_a_contract(file, line, tmp_path) -> None
     planted.write_text(planted.read_text() + f"\n\ndef _planted() -> None:\n    {line}\n")
     done = subprocess.run(LINTER, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 1 and "BROKEN" in done.stdout, done.stdout + done.stderr
+
+
+def test_modules_are_found_under_their_former_names() -> None:
+    for former, now in MOVED.items():
+        assert importlib.import_module(former) is importlib.import_module(now)
+        assert importlib.import_module(now).__spec__.name == now
 
 
 def test_methods_and_gradients_call_nothing_distributed() -> None:

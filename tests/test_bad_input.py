@@ -156,7 +156,7 @@ def test_a_broken_line(refused, tmp_path):
 
 
 def test_no_data(refused, tmp_path):
-    refused("data.train has 0 prompts", changes=data(tmp_path))
+    refused("data.jsonl` is empty", changes=data(tmp_path))
 
 
 def test_all_prompts_too_long(refused):

@@ -211,6 +211,7 @@ ALLOWED = {  # questions about one value where every other one is meant to be th
     ("data/prompts.py", "too_long"): "refuse before drop",
     ("data/pairs.py", "too_long"): "refuse before the match that knows all three",
     ("data/pairs.py", "identical"): "refuse before drop",
+    ("data/pairs.py", "missing"): "refuse before drop",
     ("data/demonstrations.py", "long_demonstrations"): "refuse before drop",
     ("data/dataset.py", "system"): "whether something is dropped",
     ("policy/model.py", "attention"): "a kernel's own limit",
@@ -300,7 +301,7 @@ ELSEWHERE = {
     "too_long": "drop or refuse, and for pairs a match",
     "unit": "an `if` chain that raises at its end (`data/hints.py: _unit_ends`)",
 }
-ALIASES = {"wanted": "layout", "form": "completions"}
+ALIASES = {"wanted": "layout"}
 
 
 def matched() -> dict[str, set[str]]:

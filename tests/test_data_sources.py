@@ -54,7 +54,7 @@ def test_other_local_formats(tmp_path, ending):
         getattr(Dataset.from_list(GSM), f"to_{ending}")(str(path))
     rows = load_rows(DatasetSource(path=str(path), prompt="question"))
     assert [row.question for row in rows] == [row["question"] for row in GSM]
-    assert [row.columns["level"] for row in rows] == [1, 2]
+    assert [row.columns["level"] for row in rows] == (["1", "2"] if ending == "csv" else [1, 2])  # CSV knows texts only
 
 
 def test_glob_reads_files_in_order_of_their_names(tmp_path):

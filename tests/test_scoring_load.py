@@ -118,8 +118,8 @@ def test_tryout(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"completion": "a"}\n{"completion": ', "line 2: not JSON"),
-        ("[1]", "line 1: a JSON list"),
+        ('{"completion": "a"}\n{"completion": ', "line 2, is no JSON object"),
+        ("[1]", "line 1, is no JSON object but a JSON array"),
         ('\n{"prompt": "a"}', "line 2: `completion` is missing"),
         ('{"prompt": [{"role": "user"}], "completion": "a"}', "line 1: `prompt` is neither"),
         ('{"completion": "a", "completion_ids": "b"}', "line 1: `completion_ids`"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from rlpost.data.answers import AnswerFault, Answers
 from rlpost.data.hints import Hinter
 from rlpost.data.solutions import SOLVERS
+from rlpost.data.template import ChatTemplate
 from rlpost.errors import DataError
 from rlpost.experience import Prompt
 from rlpost.recipe.sections.data import DataSection, DatasetSource
@@ -20,29 +22,61 @@ if TYPE_CHECKING:
 BATCH = 1000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DemonstrationReader:
     """Turns a prompt's demonstration into the tokens that the policy should have answered with."""
 
     tokenizer: PreTrainedTokenizerBase
     max_tokens: int
     context: int | None = None  # the model's, in tokens; None: not known
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    _answers: Answers | None = field(default=None, init=False)
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[tuple[int, ...] | None]:
-        """Token ids with the end-of-sequence token; None without a demonstration, or with more than `limit` of them."""
-        texts = [prompt.demonstration.text for prompt in prompts if prompt.demonstration is not None]
-        made = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-        end = int(self.tokenizer.eos_token_id)
-        found = [None if prompt.demonstration is None else (*next(made), end) for prompt in prompts]
+        """Token ids with the end of the answer, as the chat template ends one; None without a demonstration, or with more
+        than `limit` of them. Raises DataError for a solution that cannot be an answer under the template."""
+        having = [prompt for prompt in prompts if prompt.demonstration is not None]
+        bare = [prompt.bare for prompt in having]
+        made = iter(
+            self.answers.token_ids(
+                [prompt.text for prompt in bare],
+                [prompt.token_ids for prompt in bare],
+                [self._whole(prompt) for prompt in having],
+            )
+        )
+        found = [None if prompt.demonstration is None else next(made) for prompt in prompts]
         return [
             ids if ids is not None and 1 < len(ids) <= self.limit(prompt) else None
             for prompt, ids in zip(prompts, found, strict=True)
         ]
 
+    @property
+    def answers(self) -> Answers:
+        """What knows how the chat template opens and ends an answer."""
+        if self._answers is None:
+            self._answers = answers_of(self.tokenizer, self.template_options)
+        return self._answers
+
+    def _whole(self, prompt: Prompt) -> str:
+        assert prompt.demonstration is not None
+        bare = prompt.bare
+        try:
+            return self.answers.whole(bare.text, bare.messages, prompt.demonstration.text, prompt.id, prompt.options)
+        except AnswerFault as error:
+            raise DataError(
+                f"data.train.demonstration: the worked solution of row {prompt.id} {error}. Correct it, or leave it out (null)."
+            ) from error
+
     def limit(self, prompt: Prompt) -> int:
         """The most tokens that a prompt's demonstration may have: behind the bare question it must fit the context too."""
         room = self.max_tokens if self.context is None else self.context - len(prompt.bare.token_ids)
         return min(self.max_tokens, room)
+
+
+def answers_of(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> Answers:
+    """Answers under the tokenizer's chat template; as bare texts, where it has none."""
+    template = ChatTemplate(tokenizer, options) if getattr(tokenizer, "chat_template", None) else None
+    return Answers(tokenizer, template)
 
 
 def check_demonstrations(
@@ -62,6 +96,7 @@ def check_demonstrations(
         notes += _note_hints(having, data, hinter)
     if method.gate is not None:
         notes.append(_note_long(having, method.gate, data, reader))
+        notes += reader.answers.notes()
     return "; ".join(notes)
 
 

@@ -6,8 +6,10 @@ import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from rlpost.data.answers import Answers
+from rlpost.data.template import ChatTemplate
 from rlpost.experience import Message, Prompt
 from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.guidance import HintGuidance, Unit
@@ -174,12 +176,21 @@ class Hinter:
     tokenizer: PreTrainedTokenizerBase
     max_prompt_tokens: int
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    _answers: Answers | None = field(default=None, init=False)
+
+    @property
+    def answers(self) -> Answers:
+        """What knows how the chat template opens and ends an answer."""
+        if self._answers is None:
+            self._answers = Answers(self.tokenizer, ChatTemplate(self.tokenizer, self.template_options))
+        return self._answers
 
     def hint(self, prompt: Prompt, ratio: float) -> str:
         """The hint that a prompt's demonstration gives; empty without a demonstration or where nothing is left."""
         if prompt.demonstration is None or ratio <= 0:
             return ""
-        text = prompt.demonstration.text
+        bare = prompt.bare
+        text = self.answers.bare(prompt.demonstration.text, bare.text, bare.messages, prompt.id, prompt.options)
         ends = self._token_ends(text) if self.section.unit == "tokens" else None
         return cut_hint(text, ratio, self.section.unit, snap=self.section.snap, token_ends=ends)
 
@@ -209,15 +220,16 @@ class Hinter:
             return []
         if self.section.continues:
             # The turn that the template has opened is continued, so the prompt's own tokens stay as they are.
-            more = self.tokenizer([hint for _, hint in wanted], add_special_tokens=False)["input_ids"]
+            begun = [self.answers.beginning(p.text, p.messages, hint, p.id, p.options) for p, hint in wanted]
+            more = self.answers.token_ids([p.text for p, _ in wanted], [p.token_ids for p, _ in wanted], begun)
             return [
-                replace(p, text=p.text + hint, token_ids=(*p.token_ids, *ids), hint=hint, origin=p)
-                for (p, hint), ids in zip(wanted, more, strict=True)
+                replace(p, text=p.text + text, token_ids=(*p.token_ids, *ids), hint=hint, origin=p)
+                for (p, hint), text, ids in zip(wanted, begun, more, strict=True)
             ]
         messages = [with_hint(p.messages, self.section.wording.replace("{hint}", hint)) for p, hint in wanted]
-        texts = self.tokenizer.apply_chat_template(
-            [list(chat) for chat in messages], tokenize=False, add_generation_prompt=True, **self.template_options
-        )
+        template = self.answers.template
+        assert template is not None
+        texts = template.prompts(messages, [p.id for p, _ in wanted], [p.options for p, _ in wanted])
         token_ids = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [
             replace(p, messages=chat, text=text, token_ids=tuple(ids), hint=hint, origin=p)
@@ -234,5 +246,6 @@ def with_hint(messages: Sequence[Message], addition: str) -> tuple[Message, ...]
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     at = users[-1] if users else len(messages) - 1
     return tuple(
-        Message(role=m["role"], content=m["content"] + addition) if i == at else m for i, m in enumerate(messages)
+        cast(Message, {**m, "content": (m["content"] or "") + addition}) if i == at else m
+        for i, m in enumerate(messages)
     )

@@ -10,7 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from rlpost.data.answers import AnswerFault, Answers
 from rlpost.data.preferences import SAYS, SETTING, Preference, load_preferences, refusal
+from rlpost.data.template import ChatTemplate
 from rlpost.errors import DataError
 from rlpost.experience import Completion, Message, Prompt
 from rlpost.recipe.sections.base import unknown_choice
@@ -50,6 +52,7 @@ class PairSets:
     held_out: tuple[Pair, ...]
     dropped: Counter[str] = field(default_factory=Counter)  # by reason
     cut: int = 0  # responses
+    remarks: tuple[str, ...] = ()  # what should be known of prompts and responses
 
     @property
     def fingerprint(self) -> str:
@@ -57,11 +60,11 @@ class PairSets:
         return fingerprint(self.train)
 
     def note(self) -> str:
-        """The counts in one line."""
+        """The counts in one line, and what should be known of the pairs."""
         reasons = "; ".join(f"{n} {_SAYS[reason]}" for reason, n in sorted(self.dropped.items()) if n)
-        return f"{len(self.train)} training and {len(self.held_out)} held-out pairs; dropped: {reasons or 'none'}" + (
-            f"; {self.cut} responses cut at the token limit" if self.cut else ""
-        )
+        counts = f"{len(self.train)} training and {len(self.held_out)} held-out pairs; dropped: {reasons or 'none'}"
+        cut = [f"{self.cut} responses cut at the token limit"] if self.cut else []
+        return "; ".join((counts, *cut, *self.remarks))
 
     def way_out(self) -> str:
         """What to do about the pairs that were dropped, for each reason that there was."""
@@ -118,7 +121,7 @@ def build_pairs(
     kept = [pair for pair in train if pair.text not in texts]
     shared = len(train) - len(kept) - (len(held_out) if section.eval is None else 0)
     reader.dropped["held_out"] += shared
-    sets = PairSets(tuple(kept), tuple(held_out), reader.dropped, reader.cut)
+    sets = PairSets(tuple(kept), tuple(held_out), reader.dropped, reader.cut, reader.remarks())
     if not kept:
         raise _nothing_left(sets)
     return sets
@@ -138,6 +141,21 @@ class _Reader:
         self.prompt_limit, self.limit = prompt_limit, limit
         self.dropped: Counter[str] = Counter()
         self.cut = 0
+        self._answers: dict[bool, Answers] = {}
+
+    def answers(self, plain: bool) -> Answers:
+        """What knows how the chat template, or without one the tokenizer, ends a response."""
+        if plain not in self._answers:
+            template = None if plain else ChatTemplate(self.tokenizer, self.section.template_options)
+            self._answers[plain] = Answers(self.tokenizer, template)
+        return self._answers[plain]
+
+    def remarks(self) -> tuple[str, ...]:
+        return tuple(
+            line
+            for answers in self._answers.values()
+            for line in (*answers.notes(), *(() if answers.template is None else answers.template.notes()))
+        )
 
     def read(self, source: object, where: str) -> list[Pair]:
         if not isinstance(source, PreferenceSource):
@@ -147,8 +165,12 @@ class _Reader:
         rows, dropped = load_preferences(source, where)
         self.dropped += dropped
         pairs: list[Pair] = []
+        faults: list[tuple[str, str]] = []
         for start in range(0, len(rows), BATCH):
-            pairs += self._batch(rows[start : start + BATCH], source)
+            pairs += self._batch(rows[start : start + BATCH], source, faults)
+        if faults and source.missing == "refuse":
+            raise refusal("malformed", len(faults), len(rows), faults[0], where)
+        self.dropped["malformed"] += len(faults)
         fitting = [pair for pair in pairs if len(pair.token_ids) <= self.prompt_limit]
         long = [pair for pair in fitting if max(map(len, pair.responses)) > self.limit]
         self._refuse(
@@ -194,80 +216,64 @@ class _Reader:
         baseline = None if pair.baseline is None else pair.baseline[: self.limit]
         return replace(pair, chosen=chosen, rejected=rejected, baseline=baseline)
 
-    def _batch(self, rows: Sequence[Preference], source: PreferenceSource) -> Iterator[Pair]:
-        plain = source.plain  # otherwise the chat template has written the special tokens already
-        texts = [self._text(row, plain) for row in rows]
-        prompt_ids = self.tokenizer(texts, add_special_tokens=plain)["input_ids"]
-        for row, text, ids in zip(rows, texts, prompt_ids, strict=True):
-            tails = [
-                self._ended(row, text, one, plain)
-                for one in (row.chosen, row.rejected, row.baseline)
-                if one is not None
-            ]
-            joined = self.tokenizer([text + tail for tail in tails], add_special_tokens=plain)["input_ids"]
-            # Where a token would reach over the border, the response is tokenised by itself, as it would be sampled.
-            responses = [
-                tuple(both[len(ids) :])
-                if both[: len(ids)] == ids
-                else tuple(self.tokenizer(tail, add_special_tokens=False)["input_ids"])
-                for both, tail in zip(joined, tails, strict=True)
-            ]
+    def _batch(
+        self, rows: Sequence[Preference], source: PreferenceSource, faults: list[tuple[str, str]]
+    ) -> Iterator[Pair]:
+        """Pairs in tokens; `faults` collects (row, why) of rows with a response that cannot be one."""
+        answers = self.answers(source.plain)
+        chats = [self._messages(row) for row in rows]
+        texts = self._texts(rows, chats, answers)
+        ids = answers.prompt_ids(texts)
+        for row, chat, text, own in zip(rows, chats, texts, ids, strict=True):
+            try:
+                ends = [
+                    answers.whole(text, chat, one, row.id, row.options)
+                    for one in (row.chosen, row.rejected, row.baseline)
+                    if one is not None
+                ]
+            except AnswerFault as fault:
+                faults.append((row.id, f"one {fault}"))
+                continue
+            responses = answers.token_ids([text] * len(ends), [own] * len(ends), ends)
             yield Pair(
                 row.id,
-                self._messages(row),
+                chat,
                 text,
-                tuple(ids),
+                own,
+                options=row.options,
                 chosen=_completion(responses[0], row.chosen),
                 rejected=_completion(responses[1], row.rejected),
                 baseline=responses[2] if len(responses) > 2 else None,
             )
 
-    def _text(self, row: Preference, plain: bool) -> str:
-        """The prompt as the model reads it."""
-        if not plain:
-            return self._template(self._messages(row), row, answer=True)
-        if not isinstance(row.prompt, str):
+    def _texts(self, rows: Sequence[Preference], chats: Sequence[tuple[Message, ...]], answers: Answers) -> list[str]:
+        """The prompts as the model reads them."""
+        if answers.template is not None:
+            return answers.template.prompts(chats, [row.id for row in rows], [row.options for row in rows])
+        chat = next((row for row in rows if not isinstance(row.prompt, str)), None)
+        if chat is not None:
             raise DataError(
-                f"plain=true is for texts, but the prompt of row {row.id} is a list of chat messages, which need the chat "
+                f"plain=true is for texts, but the prompt of row {chat.id} is a list of chat messages, which need the chat "
                 "template. Set data.train.plain=false (data.eval.plain)."
             )
-        return row.prompt
+        for key in ("system_prompt", "template_options"):
+            if getattr(self.section, key):
+                raise DataError(
+                    f"data.{key} is for the chat template, which plain=true does without. Set one of them only."
+                )
+        return [str(row.prompt) for row in rows]
 
     def _messages(self, row: Preference) -> tuple[Message, ...]:
         messages = (Message(role="user", content=row.prompt),) if isinstance(row.prompt, str) else row.prompt
         system = self.section.system_prompt
-        if system is None or messages[0]["role"] == "system":
+        if system is None:
             return messages
-        return (Message(role="system", content=system), *messages)
-
-    def _template(self, messages: Sequence[Message], row: Preference, *, answer: bool) -> str:
-        from jinja2 import TemplateError
-
-        options = {**self.section.template_options, **row.options}
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=answer, **options
-            )
-        except (TemplateError, TypeError, ValueError) as error:
+        if messages[0]["role"] == "system":
             raise DataError(
-                f"The chat template fails on row {row.id}: {error}. Check the roles of its messages, its `tools` and "
-                "`chat_template_kwargs`, data.system_prompt and model.chat_template; for texts that need no template set "
-                "data.train.plain=true."
-            ) from error
-
-    def _ended(self, row: Preference, prompt: str, response: str, plain: bool) -> str:
-        """What follows the prompt's text: the response and the mark that ends the turn, nothing behind it."""
-        end = str(self.tokenizer.eos_token)
-        bare = response if response.endswith(end) else response + end
-        if plain:
-            return bare
-        answer = Message(role="assistant", content=response)
-        whole = self._template((*self._messages(row), answer), row, answer=False)
-        tail, text = whole.removeprefix(prompt), response.strip()
-        if tail == whole or text not in tail:  # the template writes a past answer differently from one to be sampled
-            return bare
-        written = tail.index(text) + len(text)
-        return tail.rstrip() if tail[written:].strip() else tail[:written] + end
+                f"data.system_prompt is given, but row {row.id} has a system message of its own, and there can be only "
+                "one. Remove data.system_prompt, or the system messages from the data set."
+            )
+        return (Message(role="system", content=system), *messages)
 
 
 def _completion(ids: tuple[int, ...], text: str, *, cut: bool = False) -> Completion:

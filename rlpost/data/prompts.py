@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from rlpost.data.answers import Answers
 from rlpost.data.rows import Row
 from rlpost.data.sources import load_rows
+from rlpost.data.template import ChatTemplate, require_template
 from rlpost.errors import DataError
 from rlpost.experience import Message, Prompt
 from rlpost.recipe.sections.data import DataSection
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+__all__ = ["PromptSets", "build_prompts", "require_template"]
 TOKENIZER_BATCH = 1000  # rows at once: fast tokenizers work through a batch in parallel, memory stays small
 
 
@@ -32,6 +35,7 @@ class PromptSets:
     held_out: tuple[Prompt, ...]
     dropped_too_long: int = 0  # of both sets, for `data.too_long: drop`
     dropped_duplicates: int = 0  # training prompts whose text is among the held-out ones
+    remarks: tuple[str, ...] = ()  # what should be known of the prompts
 
     @property
     def longest(self) -> int:
@@ -47,7 +51,10 @@ class PromptSets:
         return digest.hexdigest()
 
     def note(self) -> str:
-        """The counts in one line."""
+        """The counts in one line, and what should be known of the prompts."""
+        return "; ".join((self._counts(), *self.remarks))
+
+    def _counts(self) -> str:
         return (
             f"{len(self.train)} training and {len(self.held_out)} held-out prompts, longest {self.longest} tokens; "
             f"dropped: {self.dropped_too_long} too long, {self.dropped_duplicates} from training for being held out"
@@ -67,14 +74,14 @@ def build_prompts(
     `max_context` is the model's context window in tokens, of which `max_completion_tokens` are kept free. The split
     is determined by `seed` and the data alone. Raises DataError; see docs/data.md for the rules.
     """
-    require_template(tokenizer)
+    template = ChatTemplate(tokenizer, section.template_options)
     limit = _prompt_limit(section, max_context, max_completion_tokens)
-    train = list(_tokenised(load_rows(section.train, "data.train"), section, tokenizer))
+    train = list(_tokenised(load_rows(section.train, "data.train"), section, template))
     train, too_long = _fitting(train, limit, section, "data.train")
     if section.eval is None:
         held_out = _split_off(train, section.held_out, seed)
     else:
-        held_out = list(_tokenised(load_rows(section.eval, "data.eval"), section, tokenizer))
+        held_out = list(_tokenised(load_rows(section.eval, "data.eval"), section, template))
         held_out, more = _fitting(held_out, limit, section, "data.eval")
         too_long += more
     held_texts = {prompt.text for prompt in held_out}
@@ -86,18 +93,9 @@ def build_prompts(
         )
     set_aside = len(held_out) if section.eval is None else 0
     duplicates = len(train) - len(kept) - set_aside
-    sets = PromptSets(tuple(kept), tuple(held_out), too_long, duplicates)
+    sets = PromptSets(tuple(kept), tuple(held_out), too_long, duplicates, tuple(template.notes()))
     logger.debug("%s", sets.note())
     return sets
-
-
-def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises DataError for a tokenizer without a chat template."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"The tokenizer of `{tokenizer.name_or_path or 'the model'}` has no chat template, so prompts cannot be "
-            "turned into tokens. Give one in the recipe: `model.chat_template: path/to/template.jinja`."
-        )
 
 
 def _prompt_limit(section: DataSection, max_context: int | None, max_completion_tokens: int) -> int:
@@ -124,32 +122,30 @@ def _messages(row: Row, system_prompt: str | None) -> tuple[Message, ...]:
     return (Message(role="system", content=system_prompt), *messages)
 
 
-def _tokenised(rows: Iterable[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Iterator[Prompt]:
-    rows = iter(rows)
+def _tokenised(rows: Iterable[Row], section: DataSection, template: ChatTemplate) -> Iterator[Prompt]:
+    rows, checked = iter(rows), False
     while batch := list(islice(rows, TOKENIZER_BATCH)):
         messages = [_messages(row, section.system_prompt) for row in batch]
-        texts = _apply_template(messages, batch, section, tokenizer)
+        texts = template.prompts(messages, [row.id for row in batch], [row.options for row in batch])
+        if not checked:
+            _check_opening(template, texts[0], messages[0], batch[0])
+            checked = True
         # The template has written the special tokens (the beginning of the text among them) already.
-        token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        token_ids = template.tokenizer(texts, add_special_tokens=False)["input_ids"]
         for row, chat, text, ids in zip(batch, messages, texts, token_ids, strict=True):
             is_text = isinstance(row.question, str)
-            yield Prompt(row.id, chat, text, tuple(ids), row.columns, row.demonstration, is_text=is_text)
+            made = Prompt(
+                row.id, chat, text, tuple(ids), row.columns, row.demonstration, is_text=is_text, options=row.options
+            )
+            yield made
 
 
-def _apply_template(
-    messages: list[tuple[Message, ...]], rows: Sequence[Row], section: DataSection, tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    from jinja2 import TemplateError
-
+def _check_opening(template: ChatTemplate, text: str, chat: Sequence[Message], row: Row) -> None:
+    """Raises RecipeError for a template that does not open the answer."""
     try:
-        return tokenizer.apply_chat_template(
-            [list(chat) for chat in messages], tokenize=False, add_generation_prompt=True, **section.template_options
-        )
-    except (TemplateError, TypeError) as error:  # TypeError: keywords that the template or the tokenizer cannot take
-        raise DataError(
-            f"The chat template fails on rows {rows[0].id} to {rows[-1].id}: {error}. Check the roles of the messages, "
-            "data.system_prompt (some templates take no system message), data.template_options and model.chat_template."
-        ) from error
+        Answers(template.tokenizer, template).form(text, chat, row.id, row.options)
+    except DataError:  # a template for prompts alone, which takes no answers: there is nothing to compare with
+        return
 
 
 def _fitting(prompts: list[Prompt], limit: int, section: DataSection, where: str) -> tuple[list[Prompt], int]:

@@ -14,13 +14,15 @@ from rlpost.experience import Demonstration, Message
 class Row:
     """One question, before the chat template.
 
-    `id` is `<source>/<row>` and the same in every run. `columns` holds everything but the question itself.
+    `id` is `<source>/<row>` and the same in every run. `columns` holds everything but the question itself; `options` are the
+    row's own keywords of the chat template.
     """
 
     id: str
     question: str | tuple[Message, ...]
     columns: Mapping[str, Any] = field(default_factory=dict)
     demonstration: Demonstration | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

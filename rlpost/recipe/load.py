@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlpost.errors import RecipeError
+from rlpost.recipe.places import with_places
 from rlpost.recipe.problems import describe_errors
 from rlpost.recipe.sections.base import Section
 from rlpost.recipe.sections.presets import fill_preset
@@ -35,6 +36,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     """Reads and checks a recipe; raises RecipeError naming every problem at once.
 
     What can only be judged with the machine at hand (files, processes, GPUs) is checked by `rlpost.recipe.rules.check`.
+    Relative paths in it are looked for in the working directory, then beside the recipe (`rlpost.recipe.places`).
     """
     path = Path(path).expanduser()
     given = [_split(override) for override in overrides]
@@ -48,6 +50,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     if problems:
         head = f"{path}: " if len(problems) == 1 else f"{path} has {len(problems)} problems:\n  - "
         raise RecipeError(head + "\n  - ".join(problems))
+    recipe = with_places(recipe, path.parent)
     origins = {leaf: _origin(leaf, tree, changed, presets) for leaf in leaves(recipe)}
     return LoadedRecipe(recipe, origins, path)
 

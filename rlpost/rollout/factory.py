@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from typing import TYPE_CHECKING
 
+from rlpost.data.answers import end_ids
 from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.model import ModelSection
 from rlpost.recipe.sections.rollout import TransformersEngine, VllmEngine
@@ -45,6 +46,7 @@ def make_engine(
                 seed=seed,
                 device=device,
                 trust_remote_code=model.trust_remote_code,
+                ends=end_ids(tokenizer),
             )
         _log.warning(
             "vLLM IS NOT INSTALLED: sampling with transformers instead, ten or more times slower. Install "

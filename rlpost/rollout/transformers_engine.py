@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from rlpost.data.answers import end_ids
 from rlpost.errors import RolloutError
 from rlpost.experience import Completion
 from rlpost.policy.family import sampler_attention
@@ -247,7 +248,8 @@ def _note_slowness() -> None:
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """What ends a completion: the tokenizer's and the generation config's end-of-sequence tokens, as in vLLM."""
+    """What ends a completion: the tokenizer's and the generation config's end-of-sequence tokens and the chat template's end of
+    an answer, as in vLLM."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = configured if isinstance(configured, list) else [configured]
-    return frozenset(end for end in (*ends, tokenizer.eos_token_id) if end is not None)
+    return frozenset(end for end in (*ends, tokenizer.eos_token_id, *end_ids(tokenizer)) if end is not None)

@@ -63,12 +63,14 @@ class VllmRolloutEngine:
         seed: int,
         device: str,
         trust_remote_code: bool = False,
+        ends: Sequence[int] = (),
     ) -> None:
-        """Starts vLLM on `model_path` (weights and tokenizer). `max_model_len`: prompt plus completion, in tokens.
+        """Starts vLLM on `model_path` (weights and tokenizer). `max_model_len`: prompt plus completion, in tokens. `ends`:
+        tokens that end a completion beside the tokenizer's and the generation configuration's.
 
         Raises RolloutError, with the recipe key to change, when vLLM cannot start.
         """
-        self._max_model_len = max_model_len
+        self._max_model_len, self._ends = max_model_len, tuple(ends)
         self._on_cpu = device.split(":")[0] == "cpu"
         self._asleep = False
         self._sleeps = section.sleep and not self._on_cpu
@@ -146,7 +148,7 @@ class VllmRolloutEngine:
             self._llm.reset_prefix_cache()  # so that rounding does not depend on what was sampled before
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(request.token_ids)} for request in requests],
-                [_sampling_params(request, settings) for request in requests],
+                [_sampling_params(request, settings, self._ends) for request in requests],
                 use_tqdm=False,
             )
             completions = [_completion(output.outputs[0]) for output in outputs]
@@ -248,7 +250,7 @@ def _weight_names(config: Any, trust_remote_code: bool) -> WeightNames:
     return weight_names(model)
 
 
-def _sampling_params(request: SamplingRequest, settings: SamplingSettings) -> Any:
+def _sampling_params(request: SamplingRequest, settings: SamplingSettings, ends: Sequence[int] = ()) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(
@@ -258,6 +260,7 @@ def _sampling_params(request: SamplingRequest, settings: SamplingSettings) -> An
         top_p=settings.top_p,
         top_k=settings.top_k,
         stop=list(settings.stop) or None,
+        stop_token_ids=list(ends) or None,
         include_stop_str_in_output=True,
         logprobs=0,  # of the sampled token only
     )

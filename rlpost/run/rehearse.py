@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SAMPLE = 2000  # rows of a source; a larger one is not read to its end
-_DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
@@ -131,9 +130,11 @@ def _causal_config(section: ModelSection) -> object:
 
 def _local_data(recipe: Recipe, found: Rehearsal) -> bool:
     """Whether all sources are generated, or files of this machine."""
+    from rlpost.data.files import is_local
+
     local = True
     for key, source in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
-        if isinstance(source, DatasetSource | PreferenceSource) and not source.path.lower().endswith(_DATA_ENDINGS):
+        if isinstance(source, DatasetSource | PreferenceSource) and not is_local(source.path):
             found.notes.append(
                 f"{key}.path={source.path} is a hub name: its columns and the lengths of its prompts are checked when the run "
                 "starts"

@@ -42,9 +42,9 @@ def _completion(group: Group, completion: Completion, form: Form) -> Any:
     return _formed([{"role": "assistant", "content": completion.text}], form, is_text=group.prompt.is_text)
 
 
-def _formed(messages: list[dict[str, Any]], form: Form, *, is_text: bool) -> Any:
+def _formed(messages: list[dict[str, Any]], completions: Form, *, is_text: bool) -> Any:
     text = messages[-1]["content"]
-    match form:
+    match completions:
         case "messages":
             return messages
         case "text":
@@ -52,7 +52,7 @@ def _formed(messages: list[dict[str, Any]], form: Form, *, is_text: bool) -> Any
         case "auto":
             return Text(text, messages) if is_text else messages
         case _:
-            raise unknown_choice("rewards.completions", form)
+            raise unknown_choice("rewards.completions", completions)
 
 
 _VALUES: dict[str, Callable[[Group, Completion, Form], Any]] = {

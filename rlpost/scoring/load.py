@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from rlpost.errors import RewardError
+from rlpost.recipe.places import candidates
 from rlpost.scoring.contract import BUILTINS, EXTRAS, RewardFunction
 from rlpost.scoring.files import module_name
 from rlpost.scoring.surroundings import Surroundings
@@ -127,8 +128,7 @@ def _find_file(place: str, base: Path | None) -> Path | None:
     """The file that `place` names by path or by a name in rewards/; None if it can only be a module."""
     if not place.endswith(".py") and "/" not in place:
         return list_rewards(base).get(place)
-    path = Path(place).expanduser()
-    tried = [path] if path.is_absolute() else [Path.cwd() / path, *([base / path] if base is not None else [])]
+    tried = [Path.cwd() / path for path in candidates(place, base)]
     for candidate in tried:
         if candidate.is_file():
             return candidate.resolve()

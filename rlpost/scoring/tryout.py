@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlpost.errors import RewardError
+from rlpost.errors import DataError, RewardError
 from rlpost.experience import Completion, Group, Message, Outcome, Prompt, Score
 from rlpost.scoring.keywords import Form
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 CallSize = Literal["sample", "group", "batch"]
+_WANTED = 'A sample is {"prompt": text or messages, "completion": text, ...columns}, one JSON object a line'
 _OWN_KEYS = ("prompt", "completion", "completions", "completion_ids")
 
 
@@ -136,39 +136,34 @@ def _table(spec: str, rows: Sequence[Row]) -> Table:
 
 
 def _read_samples(path: Path) -> list[tuple[int, Group]]:
+    from rlpost.data.readers import numbered_objects
+
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "do not exist"
+        raise RewardError(f"The samples {path} {what}. Name a file of samples, one JSON object a line.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RewardError(f"The samples {path} cannot be read: {error}.") from error
-    samples = [(n, _read_sample(path, n, line)) for n, line in enumerate(lines, start=1) if line.strip()]
+        samples = [(number, _read_sample(path, number, sample)) for number, sample in numbered_objects(path, _WANTED)]
+    except DataError as error:
+        raise RewardError(f"The samples cannot be read: {error}") from error
     if not samples:
         raise RewardError(f'The samples {path} are empty: write lines like {{"prompt": "1+1?", "completion": "2"}}.')
     return samples
 
 
-def _read_sample(path: Path, number: int, line: str) -> Group:
+def _read_sample(path: Path, number: int, sample: Mapping[str, Any]) -> Group:
     def refuse(why: str) -> RewardError:
-        wanted = '{"prompt": text or messages, "completion": text, ...columns}'
-        return RewardError(f"{path}, line {number}: {why}. A sample is {wanted}, one JSON object a line.")
+        return RewardError(f"{path}, line {number}: {why}. {_WANTED}.")
 
-    try:
-        sample = json.loads(line)
-    except ValueError as error:
-        raise refuse(f"not JSON ({error})") from error
-    if not isinstance(sample, dict):
-        raise refuse(f"a JSON {type(sample).__name__} instead of an object")
     texts, ids = sample.get("completions", [sample.get("completion")]), sample.get("completion_ids")
     texts = [_text(one) for one in texts] if isinstance(texts, list) else texts
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise refuse("`completion` is missing or no text")
     if ids is not None and not (isinstance(ids, list) and all(isinstance(i, int) for i in ids) and len(texts) == 1):
         raise refuse("`completion_ids` is no list of integers, or stands beside several `completions`")
-    messages = _messages(sample.get("prompt", ""))
-    if messages is None:
-        raise refuse("`prompt` is neither text nor a list of messages with `role` and `content`")
+    messages = _messages(sample.get("prompt", ""), refuse)
     columns = {name: value for name, value in sample.items() if name not in _OWN_KEYS}
     is_text = not isinstance(sample.get("prompt"), list)
-    prompt = Prompt(f"{path.name}/{number}", messages, messages[-1]["content"], (), columns, is_text=is_text)
+    prompt = Prompt(f"{path.name}/{number}", messages, messages[-1]["content"] or "", (), columns, is_text=is_text)
     return Group(prompt, tuple(_completion(text, ids) for text in texts))
 
 
@@ -184,13 +179,13 @@ def _completion(text: str, ids: Sequence[int] | None) -> Completion:
     return Completion(tokens, (0.0,) * len(tokens), text, "stop")
 
 
-def _messages(prompt: object) -> tuple[Message, ...] | None:
+def _messages(prompt: object, refuse: Callable[[str], RewardError]) -> tuple[Message, ...]:
+    from rlpost.data.messages import as_messages, chat_fault
+
     if isinstance(prompt, str):
         return (Message(role="user", content=prompt),)
-    if not isinstance(prompt, list) or not prompt:
-        return None
-    if not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
-    ):
-        return None
-    return tuple(Message(role=m["role"], content=m["content"]) for m in prompt)
+    if (fault := chat_fault(prompt)) is not None or not isinstance(prompt, list) or not prompt:
+        raise refuse(
+            f"`prompt` is neither text nor a list of messages with `role` and `content` (it {fault or 'is empty'})"
+        )
+    return as_messages(prompt)

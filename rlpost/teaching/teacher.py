@@ -95,7 +95,7 @@ class Teacher:
 def make_reader(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int | None) -> DemonstrationReader:
     """What makes a recipe's worked solutions into tokens."""
     limit = demonstration_limit(recipe.data, recipe.rollout.max_completion_tokens)
-    return DemonstrationReader(tokenizer, limit, context)
+    return DemonstrationReader(tokenizer, limit, context, recipe.data.template_options)
 
 
 def make_hinter(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Hinter | None:

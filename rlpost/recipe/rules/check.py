@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections import Counter
 from collections.abc import Iterator
-from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlpost.errors import RecipeError, RewardError
+from rlpost.errors import DataError, RecipeError, RewardError
+from rlpost.recipe.places import candidates
 from rlpost.recipe.rules.actor import critic_advice, kl_advice
 from rlpost.recipe.rules.model import (
     adapter_problems,
@@ -31,8 +31,6 @@ from rlpost.recipe.sections.root import Recipe
 
 if TYPE_CHECKING:
     from rlpost.recipe.load import LoadedRecipe
-
-_DATA_ENDINGS = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def check(recipe: Recipe, setting: Setting) -> list[str]:
@@ -62,12 +60,11 @@ def known_size(source: Source) -> int | None:
     """How many prompts a source gives, where that is known without loading it."""
     if isinstance(source, ReasoningGymSource | ArithmeticSource):
         return source.size
-    path = Path(source.path).expanduser()
-    if path.suffix == ".jsonl" and path.is_file():
-        with path.open("rb") as lines:
-            count = sum(1 for line in lines if line.strip())
-        return min(count, source.limit or count)
-    return None
+    from rlpost.data.files import is_local
+    from rlpost.data.readers import count_rows
+
+    count = count_rows(source.path) if is_local(source.path) else None
+    return None if count is None else min(count, source.limit or count)
 
 
 def training_prompts(recipe: Recipe) -> int | None:
@@ -258,22 +255,20 @@ def _resume(r: Recipe, _: Setting) -> Iterator[str]:
         yield f"resume={r.resume}: there is no such folder ({known}). Name one, or use auto or never"
 
 
-def _files(r: Recipe, _: Setting) -> Iterator[str]:
+def _files(r: Recipe, s: Setting) -> Iterator[str]:
+    from rlpost.data.files import find_files, is_local
+
     for key, source in (("data.train", r.data.train), ("data.eval", r.data.eval)):
-        if isinstance(source, DatasetSource | PreferenceSource) and source.path.lower().endswith(_DATA_ENDINGS):
-            path = Path(source.path).expanduser()
-            if not path.is_file() and not (has_magic(source.path) and _matches(source.path)):
-                yield f"{key}.path={source.path}: there is no such file (looked in {Path.cwd()}). Correct the path"
+        if isinstance(source, DatasetSource | PreferenceSource) and is_local(source.path):
+            try:
+                find_files(source.path, key, s.base)
+            except DataError as error:
+                yield str(error).rstrip(".")
     if r.model.chat_template is not None and not Path(r.model.chat_template).expanduser().is_file():
-        yield f"model.chat_template={r.model.chat_template}: there is no such file. Correct the path, or set it to null"
+        looked = " or ".join(str(place) for place in candidates(r.model.chat_template, s.base))
+        yield f"model.chat_template={r.model.chat_template}: no such file ({looked}). Correct the path, or set it to null"
     if r.run_dir.exists() and not r.run_dir.is_dir():
         yield f"output_dir and name give {r.run_dir}, which is a file. Choose another name"
-
-
-def _matches(pattern: str) -> bool:
-    from glob import glob
-
-    return bool(glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute patterns
 
 
 def _low_precision(r: Recipe, setting: Setting) -> Iterator[str]:

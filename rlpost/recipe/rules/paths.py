@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlpost.recipe.places import looks_local
 from rlpost.recipe.sections.reward import RewardModelSection
 from rlpost.recipe.sections.root import Recipe
 
@@ -22,11 +23,6 @@ def model_problems(r: Recipe, _: Setting) -> Iterator[str]:
     for i, reward in enumerate(r.rewards):
         if isinstance(reward, RewardModelSection):
             yield from _folder(f"rewards.{i}.path", reward.path)
-
-
-def looks_local(path: str) -> bool:
-    """Whether a model's path can only be a folder: hub names are `name` or `owner/name`."""
-    return path.startswith(("/", "./", "../", "~")) or path.endswith("/") or path.count("/") > 1
 
 
 def _packaged_or_folder(key: str, path: str) -> Iterator[str]:

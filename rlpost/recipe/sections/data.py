@@ -15,7 +15,8 @@ class DatasetSource(Section):
 
     type: Literal["dataset"] = "dataset"
     path: str
-    """A hub name such as `openai/gsm8k`, or a local file or glob ending in .jsonl, .json, .csv or .parquet."""
+    """A hub name such as `openai/gsm8k`, or a local file or glob ending in .jsonl, .json, .csv or .parquet (the first three
+    also compressed: .gz, .bz2, .xz)."""
     name: str | None = None
     """The hub dataset's configuration, such as `main`."""
     split: str = "train"

@@ -121,7 +121,8 @@ class PreferenceSource(Section):
 
     type: Literal["preference"] = "preference"
     path: str
-    """A hub name such as `argilla/dpo-mix-7k`, or a local file or glob ending in .jsonl, .json, .csv or .parquet."""
+    """A hub name such as `argilla/dpo-mix-7k`, or a local file or glob ending in .jsonl, .json, .csv or .parquet (the first
+    three also compressed: .gz, .bz2, .xz)."""
     name: str | None = None
     """The hub dataset's configuration."""
     split: str = "train"
