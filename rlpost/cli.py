@@ -82,11 +82,12 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Option(help="A checkpoint's folder, such as runs/<name>/checkpoints/step_100.")],
     overrides: Overrides = None,
 ) -> None:
-    """Judge a checkpoint on the recipe's held-out prompts: pass@k and avg@k."""
+    """Judge a checkpoint on the recipe's held-out prompts: pass@k and avg@k. The checkpoint's run says which these are."""
+    from rlpost.evaluation.recipe import recipe_for
     from rlpost.recipe.load import load_recipe
     from rlpost.recipe.rules.check import refuse_unsound
 
-    loaded = load_recipe(recipe, overrides or ())
+    loaded = recipe_for(load_recipe(recipe, overrides or ()), checkpoint.expanduser())
     refuse_unsound(loaded)
     if loaded.recipe.data.has_pairs:
         from rlpost.evaluation.pairs import evaluate_pairs

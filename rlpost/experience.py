@@ -61,8 +61,8 @@ class Prompt:
 class Completion:
     """One sampled answer. `token_ids` includes the end-of-sequence token when `finish` is "stop".
 
-    `sampler_logprobs` are the rollout engine's own log-probs (nats) of the sampled tokens, one a token, under the
-    distribution that was sampled from.
+    `sampler_logprobs` are the rollout engine's own log-probs (nats) of the sampled tokens, one a token, under
+    softmax(logits / temperature) over the whole vocabulary, whatever top-k and top-p left out.
     """
 
     token_ids: tuple[int, ...]

@@ -42,6 +42,11 @@ CASES = [
         ["rollout.completions_per_prompt=1", "method.advantage.center", "at least 2"],
     ),
     (["learner.minibatches=3"], ["rollout.prompts_per_step=8", "learner.minibatches=3", "6 or 9"]),
+    (["rollout.top_k=1"], ["rollout.top_k=1", "the same"]),
+    (
+        ["method.preset=sft", "rollout.temperature=0.7", "data.train={type: reasoning_gym, task: chain_sum}"],
+        ["rollout.temperature=0.7", "method.preset=sft", "samples nothing"],
+    ),
     (["evaluation.k=[1,4]"], ["evaluation.k=4", "evaluation.samples=1"]),
     (["learner.micro_batch_tokens=700"], ["learner.micro_batch_tokens=700", "max_prompt_tokens", "at least 768"]),
     (["data.held_out=0"], ["evaluation.prompts=64", "data.held_out=0"]),
@@ -193,3 +198,19 @@ def test_a_hang_must_not_count_as_right(base):
     assert "rewards.0.timeout_score=1 is not below scoring.threshold=1" in problem
     assert problems(base, "rewards.0.timeout_score=0") == [] == problems(base, "rewards.0.timeout_score=0.5")
     assert problems(base, "rewards.0.timeout_score=0.5", "scoring.threshold=0.5") != []
+
+
+def test_what_no_engine_samples_as_it_is_told_is_refused(base):
+    for override in (
+        "rollout.temperature=0.005",
+        "rollout.temperature=0",
+        "evaluation.temperature=0.001",
+        "rollout.stop=['']",
+    ):
+        with pytest.raises(RecipeError, match=override.partition("=")[0]):
+            load_recipe(base / "r.yaml", [override])
+
+
+def test_a_temperature_that_is_not_used_is_said(base):
+    loaded = load_recipe(base / "r.yaml", ["evaluation.temperature=0.7"])
+    assert any("evaluation.samples=1" in note for note in advise(loaded.recipe, Setting(1, base)))

@@ -10,10 +10,11 @@ from method_cases import method
 
 from rlpost.recipe.load import leaves, load_recipe
 from rlpost.recipe.plan.describe import make_plan, print_plan
+from rlpost.recipe.plan.slots import slot_sections, slots_in_force
 from rlpost.recipe.sections.base import Section
+from rlpost.recipe.sections.describe import describe_settings
 from rlpost.recipe.sections.method import MethodSection, describe_order
 from rlpost.recipe.sections.presets import preset_names
-from rlpost.recipe.slots import describe_settings, slot_sections, slots_in_force
 
 ROOT = Path(__file__).parents[1]
 DATA = "data: {train: {type: arithmetic, size: 64, low: 0, high: 20}, held_out: 8, max_demonstration_tokens: 120}\n"

@@ -78,7 +78,12 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(place, unbroken, write_reci
     [
         ("learner.minibatches=1", "learner.minibatches", "=2, in the middle of a rollout"),
         ("learner.epochs=1", "learner.epochs", "=2, in the middle of a rollout"),
-        ("method.kl.coefficient=0.1", "method.kl", "=null, in the middle of a rollout"),
+        ("method.kl.coefficient=0.1", "method.kl.coefficient", "=0.0, in the middle of a rollout"),
+        ("rollout.temperature=0.3", "rollout.temperature", "=1.0, in the middle of a rollout"),
+        ("rollout.top_k=5", "rollout.top_k", "=-1, in the middle of a rollout"),
+        ("rewards.0.weight=2", "rewards.0.weight", "=1.0, in the middle of a rollout"),
+        ("method.advantage.scale=none", "method.advantage.scale", '="group_std", in the middle of a rollout'),
+        ("seed=1", "seed", "=0, and the recipe now has"),
         ("method.preset=ppo", "method.critic", "=null, and the recipe now has"),
         ("method.preset=capo", "method.masks", '"step": "adam"'),
         ("model.lora={rank: 4}", "model.lora", '"rank": 4'),

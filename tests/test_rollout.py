@@ -116,10 +116,12 @@ def test_probe_measures_gaps():
 
 def test_probe_names_the_cause():
     bad = ProbeResult(3.0, 9.0, 40)
-    with pytest.raises(RolloutError, match="never agreed.*dtype.*chat template") as first:
+    with pytest.raises(
+        RolloutError, match=r"template, temperature, top-k and top-p are not the cause\..*no probe.*dtype"
+    ) as first:
         check(bad, 0.5, step=0)
     assert "Step 0" in str(first.value) and "max_mean_gap" in str(first.value)
-    with pytest.raises(RolloutError, match="did not reach the engine.*passed with 0.01 nats"):
+    with pytest.raises(RolloutError, match="passed with 0.01 nats.*did not reach the engine"):
         check(bad, 0.5, step=7, earlier=ProbeResult(0.01, 0.1, 40))
     with pytest.raises(RolloutError, match="not finite"):
         check(compare([[-1.0, math.nan]], [[-1.0, -1.0]]), 0.5, step=7)
@@ -182,23 +184,32 @@ def test_greedy_takes_the_likeliest(saved, engine):
     assert completion.sampler_logprobs == pytest.approx(direct(saved[1], tokens)[2:], abs=1e-4)
 
 
-def test_top_k_and_top_p_restrict_and_renormalise(saved, engine):
-    for request, completion in zip(
-        requests(), engine.sample(requests(), SamplingSettings(8, 1.0, top_k=3)), strict=True
-    ):
-        tokens = list(request.token_ids)
-        for token, logprob in zip(completion.token_ids, completion.sampler_logprobs, strict=True):
-            with torch.no_grad():
-                kept = saved[1](torch.tensor([tokens])).logits[0, -1].topk(3)
-            assert token in kept.indices.tolist()
-            assert logprob == pytest.approx(
-                kept.values.log_softmax(-1)[kept.indices.tolist().index(token)].item(), abs=1e-4
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_top_k_and_top_p_restrict_what_is_drawn_and_log_probs_are_of_the_whole(saved, engine, temperature):
+    for settings in (SamplingSettings(8, temperature, top_k=3), SamplingSettings(8, temperature, top_p=0.5)):
+        for request, completion in zip(requests(), engine.sample(requests(), settings), strict=True):
+            whole = direct(saved[1], request.token_ids + completion.token_ids, temperature)[
+                len(request.token_ids) - 1 :
+            ]
+            assert completion.sampler_logprobs == pytest.approx(whole, abs=1e-4)
+            assert all(
+                token in kept
+                for token, kept in zip(completion.token_ids, nuclei(saved[1], request, completion, settings))
             )
-            tokens.append(token)
-    narrow = engine.sample(requests(), SamplingSettings(8, 1.0, top_p=1e-6))
+    narrow = engine.sample(requests(), SamplingSettings(8, temperature, top_p=1e-6))
     greedy = engine.sample(requests(), SamplingSettings(8, 0.0))
     assert [c.token_ids for c in narrow] == [c.token_ids for c in greedy]
-    assert all(logprob == 0.0 for c in narrow for logprob in c.sampler_logprobs)
+
+
+def nuclei(model, request, completion, settings) -> list[set[int]]:
+    """By token of the completion: what could be drawn there."""
+    tokens = request.token_ids + completion.token_ids
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0, len(request.token_ids) - 1 : -1] / settings.temperature
+    ordered, ids = logits.softmax(-1).sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    sizes = [settings.top_k] * len(ids) if settings.top_k > 0 else (before < settings.top_p).sum(-1).tolist()
+    return [set(row[:size].tolist()) for row, size in zip(ids, sizes, strict=True)]
 
 
 def test_stop_strings_end_a_completion_and_stay_in_it(saved, engine):

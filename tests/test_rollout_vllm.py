@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import json
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_rollout import EOS, direct, tiny
+from test_rollout import EOS, direct, nuclei, tiny
 
 from rlpost.errors import RolloutError
 from rlpost.recipe.sections.model import ModelSection
@@ -16,6 +21,7 @@ from rlpost.rollout.factory import make_engine
 from rlpost.rollout.probe import check, compare
 from rlpost.rollout.vllm_engine import VllmRolloutEngine
 from rlpost.rollout.vllm_errors import explain_startup
+from rlpost.rollout.vllm_logprobs import report_whole_distribution
 
 SETTINGS = SamplingSettings(max_completion_tokens=24, temperature=1.0)
 SECTION = VllmEngine(dtype="float32", kv_cache_gib=0.25, max_sequences=32)
@@ -24,8 +30,19 @@ engine_test = pytest.mark.engine
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
+    """Its generation_config.json asks for sampling that no engine must take up: the learner has none of it."""
     pytest.importorskip("vllm")
-    return tiny(tmp_path_factory.mktemp("tiny"))
+    found = tiny(tmp_path_factory.mktemp("tiny"))
+    asked = {
+        "do_sample": True,
+        "temperature": 0.3,
+        "top_k": 2,
+        "min_p": 0.2,
+        "repetition_penalty": 1.7,
+        "eos_token_id": EOS,
+    }
+    Path(found[0], "generation_config.json").write_text(json.dumps(asked))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -99,12 +116,37 @@ def test_sampler_logprobs_are_of_the_distribution_sampled_from(saved, engine, te
 
 
 @engine_test
-def test_top_k_logprobs_are_renormalised(saved, engine):
-    [completion] = engine.sample(requests(1), SamplingSettings(1, 1.0, top_k=3))
-    with torch.no_grad():
-        kept = saved[1](torch.tensor([requests(1)[0].token_ids])).logits[0, -1].topk(3)
-    place = kept.indices.tolist().index(completion.token_ids[0])
-    assert completion.sampler_logprobs[0] == pytest.approx(kept.values.log_softmax(-1)[place].item(), abs=1e-3)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_top_k_and_top_p_restrict_what_is_drawn_and_log_probs_are_of_the_whole(saved, engine, temperature):
+    for settings in (SamplingSettings(8, temperature, top_k=3), SamplingSettings(8, temperature, top_p=0.5)):
+        for request, completion in zip(requests(8), engine.sample(requests(8), settings), strict=True):
+            whole = direct(saved[1], request.token_ids + completion.token_ids, temperature)[
+                len(request.token_ids) - 1 :
+            ]
+            assert completion.sampler_logprobs == pytest.approx(whole, abs=1e-3)
+            assert all(
+                token in kept
+                for token, kept in zip(completion.token_ids, nuclei(saved[1], request, completion, settings))
+            )
+
+
+def test_both_samplers_of_vllm_report_the_whole_distribution():
+    """The second model runner needs a GPU: its sampler is stood for by one with the same method."""
+
+    class Second:
+        def _sample_random(self, logits, mapping, mapping_np, pos, top_k, top_p, fused):
+            return logits.argmax(-1), logits.masked_fill_(logits < logits.max(), -torch.inf)
+
+    pytest.importorskip("vllm")
+    source = Path(importlib.util.find_spec("vllm").origin).parent / "v1/worker/gpu/sample/sampler.py"
+    [method] = [f for f in ast.walk(ast.parse(source.read_text())) if getattr(f, "name", "") == "_sample_random"]
+    assert len(method.args.args) == 8, "the wrapper passes these on"
+    worker = SimpleNamespace(model_runner=SimpleNamespace(sampler=Second()))
+    assert report_whole_distribution(worker)
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    tokens, reported = worker.model_runner.sampler._sample_random(logits.clone(), None, None, None, 1, None, False)
+    assert tokens.tolist() == [1] and torch.equal(reported, logits)
+    assert not report_whole_distribution(SimpleNamespace(model_runner=SimpleNamespace(sampler=object())))
 
 
 @engine_test

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlpost.errors import CheckpointError, TrainingError
+from rlpost.evaluation.accuracy import evaluation_rows, select_prompts
 from rlpost.evaluation.judge import judge
-from rlpost.learner.checkpoint import MANIFEST, verify
+from rlpost.evaluation.recipe import open_checkpoint, recipe_for, warn_of_trained_on
 from rlpost.learner.process import Processes
 from rlpost.learner.rng import seed_everything
 from rlpost.policy.precision import decide_precision
@@ -35,19 +36,14 @@ def evaluate_checkpoint(loaded: LoadedRecipe, checkpoint: Path) -> EvaluationRes
 
     Raises CheckpointError when there is no readable model in `checkpoint`, or nothing can be written beside it.
     """
-    recipe, _ = decide_precision(loaded.recipe)
-    checkpoint = checkpoint.expanduser()
-    if not checkpoint.is_dir():
-        raise CheckpointError(
-            f"There is no folder {checkpoint}. Name a checkpoint such as runs/<name>/checkpoints/step_000010, or any folder "
-            f"with a model in Hugging Face layout."
-        )
-    if (checkpoint / MANIFEST).is_file():
-        verify(checkpoint)
+    checkpoint = open_checkpoint(checkpoint)
+    recipe, _ = decide_precision(recipe_for(loaded, checkpoint).recipe)
     processes = Processes()
     seed_everything(recipe.seed)
     with closing(make_scorer(recipe.rewards, recipe.scoring, loaded.path.parent)) as scorer:
         tokenizer, sets = processes.together(lambda: load_prompts(recipe, scorer))
+        chosen = select_prompts(sets.held_out, recipe.evaluation.prompts)
+        seen = warn_of_trained_on(chosen, recipe, checkpoint, tokenizer)
         model_path, policy = processes.together(lambda: build_policy(recipe, checkpoint, processes))
         engine = build_engine(recipe, model_path, tokenizer, processes)
         try:
@@ -60,7 +56,7 @@ def evaluate_checkpoint(loaded: LoadedRecipe, checkpoint: Path) -> EvaluationRes
             engine.close()
             names = scorer.names
     if processes.is_main:
-        report(recipe, checkpoint, result, greedy, names)
+        report(recipe, checkpoint, result, greedy, names, seen)
     processes.close()
     return result
 
@@ -72,12 +68,17 @@ def greedily(recipe: Recipe) -> Recipe:
 
 
 def report(
-    recipe: Recipe, checkpoint: Path, result: EvaluationResult, greedy: EvaluationResult | None, names: Sequence[str]
+    recipe: Recipe,
+    checkpoint: Path,
+    result: EvaluationResult,
+    greedy: EvaluationResult | None,
+    names: Sequence[str],
+    trained_on: int | None = None,
 ) -> None:
     """Prints the figures, and writes them with every completion beside the checkpoint."""
-    from rlpost.evaluation.accuracy import evaluation_rows
-
     metrics = result.metrics()
+    if trained_on is not None:
+        metrics["eval/trained_on"] = float(trained_on)
     page: dict[str, Any] = {"settings": settings(recipe), "metrics": metrics}
     page["completions"] = evaluation_rows(result, names)
     if greedy is not None:

@@ -11,6 +11,7 @@ from rlpost.evaluation.accuracy import EvaluationResult, evaluate
 from rlpost.experience import Group, Prompt, TokenRows
 from rlpost.gradient.metrics import Metric, merge, values
 from rlpost.learner.buffer import RolloutBuffer
+from rlpost.learner.optimizer import total_optimizer_steps
 from rlpost.learner.process import Processes
 from rlpost.methods.dpo import pair_coefficients
 from rlpost.policy.model import Policy
@@ -26,18 +27,26 @@ class JointScorer:
 
     scorer: GroupScorer
     processes: Processes
+    step: int = 0
+    max_steps: int = 0
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
-        return self.processes.together(lambda: self.scorer.score(groups))
+        return self.processes.together(lambda: self.scorer.score(groups, self.step, self.max_steps))
 
 
 def judge(
-    recipe: Recipe, engine: RolloutEngine, scorer: GroupScorer, held_out: Sequence[Prompt], processes: Processes
+    recipe: Recipe,
+    engine: RolloutEngine,
+    scorer: GroupScorer,
+    held_out: Sequence[Prompt],
+    processes: Processes,
+    step: int = 0,
 ) -> EvaluationResult:
-    """Held-out accuracy of the weights in the engine; each process takes its share of the prompts."""
+    """Held-out accuracy of the weights in the engine, those of optimizer step `step`; each process takes its share of the
+    prompts."""
     return evaluate(
         engine,
-        JointScorer(scorer, processes),
+        JointScorer(scorer, processes, step, total_optimizer_steps(recipe.learner)),
         held_out,
         recipe.evaluation,
         recipe.rollout,

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlpost.data.pairs import Pair
-from rlpost.errors import CheckpointError
 from rlpost.evaluation.checkpoint import settings, show, write_page
 from rlpost.evaluation.judge import judge_pairs
-from rlpost.learner.checkpoint import MANIFEST, verify
+from rlpost.evaluation.recipe import open_checkpoint, recipe_for, warn_of_trained_on
 from rlpost.learner.learner import token_logprobs
 from rlpost.learner.pair_rows import pair_batches
 from rlpost.learner.process import Processes
@@ -35,14 +34,8 @@ def evaluate_pairs(loaded: LoadedRecipe, checkpoint: Path) -> dict[str, float]:
 
     Raises CheckpointError when there is no readable model in `checkpoint`.
     """
-    recipe, _ = decide_precision(loaded.recipe)
-    checkpoint = checkpoint.expanduser()
-    if not checkpoint.is_dir():
-        raise CheckpointError(
-            f"There is no folder {checkpoint}. Name a checkpoint such as runs/<name>/checkpoints/step_000010."
-        )
-    if (checkpoint / MANIFEST).is_file():
-        verify(checkpoint)
+    checkpoint = open_checkpoint(checkpoint)
+    recipe, _ = decide_precision(recipe_for(loaded, checkpoint).recipe)
     processes = Processes()
     seed_everything(recipe.seed)
     with Scorer((), recipe.scoring) as scorer:
@@ -51,8 +44,10 @@ def evaluate_pairs(loaded: LoadedRecipe, checkpoint: Path) -> dict[str, float]:
     start = partial(start_engine, recipe, model_path, tokenizer, processes)
     sets, _ = with_baselines(recipe, sets, model_path, start, processes)  # of all pairs: as the run kept them
     pairs = [pair for pair in sets.held_out if isinstance(pair, Pair)][: recipe.evaluation.prompts]
+    seen = warn_of_trained_on(pairs, recipe, checkpoint, tokenizer)
     own = list(range(processes.rank, len(pairs), processes.world))
     found = _judge(recipe, policy, model_path, pairs, own, tokenizer.pad_token_id, processes)
+    found |= {} if seen is None else {"trained_on": float(seen)}
     if processes.is_main:
         show(found, len(pairs), checkpoint, "pairs")
         page = {"settings": settings(recipe), "metrics": {f"eval/{k}": v for k, v in found.items()}}

@@ -17,6 +17,15 @@ def sampler_correction(section: CorrectionSection, view: TokenView) -> tuple[Ten
     """[N] weight pi_old / pi_sampler, truncated at `max` (truncated importance sampling), or 0 outside [min, max].
 
     1 where the sampler's log-prob is not known. `level: sequence` takes the product over the completion's tokens.
+
+    Both are softmax(scores / temperature) over the whole vocabulary, computed by the learner and by the engine, also where
+    top-k or top-p kept tokens from being drawn: the weight is 1 where the two compute alike, and corrects numerics only.
+    What was drawn from is mu = pi_sampler / Z on the tokens kept, with Z(state) the mass kept. The weight pi_old / mu, lower
+    by the factor Z, is not used: it cannot bring back what was never drawn, and would only turn down states in which the
+    policy is unsure, by a product over the tokens. Nor is it needed: the score of mu is grad log pi - grad log Z, whose
+    second part depends on the state alone, and like a baseline has mean zero under an advantage that has mean zero in that
+    state (as nearly as the method's advantage has it: exactly with a perfect critic, nearly with a group's mean). So the
+    update is the policy gradient of the truncated policy, which is what was sampled and scored.
     """
     known = ~view.sampler_logp.isnan() & ~view.demonstration[view.sequence]
     gap = torch.where(known, log_difference(view.old_logp, view.sampler_logp), torch.zeros_like(view.old_logp))

@@ -2,7 +2,7 @@
 
 checkpoints/step_000012/
     config.json model.safetensors tokenizer.json ...   Hugging Face layout: load it with transformers or vLLM
-    trainer/state.json                                 counters, the sampler
+    trainer/state.json                                 counters, the sampler, the recipe
     trainer/optimizer.pt, trainer/zero_rank_0.pt ...   optimizer state, whole or DeepSpeed's shard of each process
     trainer/rank_0.pt ...                              each process's RNGs and rollout in progress
     manifest.json                                      size and SHA-256 of every file; its presence marks completion
@@ -71,6 +71,10 @@ class CheckpointStore:
         except (CheckpointError, SystemExit) as error:
             logging.getLogger(__name__).warning("%s", error)
 
+    def newest(self) -> Path | None:
+        """The newest checkpoint, complete or not: a folder has its name only once it was complete."""
+        return next(reversed(self._all()), None)
+
     def recover(self) -> None:
         """Clears away what a killed run left half written; a checkpoint caught between two renames is put back."""
         for aside in self.folder.glob(".replaced_*"):
@@ -129,7 +133,7 @@ class CheckpointStore:
             shutil.rmtree(doomed, ignore_errors=True)
 
     def _all(self) -> list[Path]:
-        return sorted(p for p in self.folder.glob("step_*") if p.is_dir())
+        return checkpoints_in(self.folder)
 
     @staticmethod
     def _guarded(action: Callable[[], None]) -> str | None:
@@ -212,24 +216,46 @@ def file_writer(files: Mapping[str, object], *, snapshot: bool) -> Callable[[Pat
     return write_streams
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints that lie in a folder, complete or not, the oldest first."""
+    return sorted((p for p in folder.glob("step_*") if p.is_dir()), key=lambda p: (len(p.name), p.name))
+
+
+def refuse_run_folder(path: Path, key: str) -> None:
+    """Raises CheckpointError where `path` is a run's folder, naming the checkpoints in it; `key` is what it was given as."""
+    if (path / "config.json").is_file() or (path / MANIFEST).is_file():
+        return
+    found = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
+    if found:
+        raise CheckpointError(
+            f"{path} is a run's folder, not a checkpoint. It has {', '.join(p.name for p in found)}; the newest is "
+            f"{key}{found[-1]}"
+        )
+    if (path / "metrics.jsonl").is_file():
+        raise CheckpointError(f"{path} is the folder of a run that has saved no checkpoint yet.")
+
+
 def verify(path: Path) -> None:
     """Checks a checkpoint against its manifest. Raises CheckpointError naming the first file that differs."""
     manifest = path / MANIFEST
+    refuse_run_folder(path, "resume=")
     if not manifest.is_file():
         raise CheckpointError(
             f"{path} is not a complete rlpost checkpoint: it has no {MANIFEST}. Name a folder checkpoints/step_<N> of a "
-            f"run, or resume=auto for the newest complete one."
+            "run, or resume=auto for the newest one."
         )
     try:
-        listed = json.loads(manifest.read_text())["files"]
-    except (json.JSONDecodeError, KeyError) as error:
-        raise CheckpointError(f"{manifest} is damaged ({error}). Resume from an earlier checkpoint.") from error
-    for name, entry in listed.items():
+        listed = [
+            (name, entry["bytes"], entry["sha256"]) for name, entry in json.loads(manifest.read_text())["files"].items()
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"The checkpoint {path} is damaged: its {MANIFEST} cannot be read ({error}).") from error
+    for name, size, digest in listed:
         file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+        if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
             raise CheckpointError(
-                f"{file} is missing or differs from what was saved (checked by size and SHA-256). The checkpoint {path} "
-                f"is damaged: resume from an earlier one with resume=<folder>."
+                f"The checkpoint {path} is damaged: {file} is missing or differs from what was saved (checked by size and "
+                "SHA-256)."
             )
 
 

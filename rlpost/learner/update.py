@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +41,7 @@ class Updater:
     seed: int
     curvature: CurvatureTracker | None = None
     actor_critic: ActorCritic | None = None
+    probed: list[ProbeResult] = field(default_factory=list)  # the last probe that passed since this process started
 
     def rows(self, buffer: RolloutBuffer, minibatch: int | None, *, skip_dead: bool = True) -> list[TokenRows]:
         """The micro-batches of a minibatch (None: of the whole rollout)."""
@@ -125,9 +126,10 @@ class Updater:
         if gap is None:  # every group was dead: nothing was computed
             return
         largest = metrics.get("mismatch/max_abs_gap", gap)
-        earlier = ProbeResult(0.0, 0.0, 0) if step > 0 else None
+        earlier = self.probed[-1] if self.probed else None
         result = ProbeResult(gap, largest, int(metrics["tokens/useful"]))
         self.learner.processes.together(lambda: check(result, probe.max_mean_gap, step=step, earlier=earlier))
+        self.probed[:] = [result]
 
     def _accumulate(
         self,

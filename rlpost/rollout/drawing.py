@@ -27,30 +27,34 @@ class Row:
     done: Completion | None = None
 
 
-def make_warpers(settings: SamplingSettings) -> LogitsProcessorList:
-    """Temperature, top-k and top-p in transformers' own order; empty for greedy decoding."""
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+def make_truncation(settings: SamplingSettings) -> LogitsProcessorList:
+    """Top-k and top-p in transformers' own order, for logits that the temperature has divided already; empty for none."""
+    from transformers import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-    warpers = LogitsProcessorList()
-    if settings.temperature > 0:
-        if settings.temperature != 1:
-            warpers.append(TemperatureLogitsWarper(settings.temperature))
-        if settings.top_k > 0:
-            warpers.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1:
-            warpers.append(TopPLogitsWarper(settings.top_p))
-    return warpers
+    truncation = LogitsProcessorList()
+    if settings.truncates and settings.top_k > 0:
+        truncation.append(TopKLogitsWarper(settings.top_k))
+    if settings.truncates and settings.top_p < 1:
+        truncation.append(TopPLogitsWarper(settings.top_p))
+    return truncation
 
 
 def draw(
-    logits: Tensor, rows: list[Row], settings: SamplingSettings, warpers: LogitsProcessorList
+    logits: Tensor, rows: list[Row], settings: SamplingSettings, truncation: LogitsProcessorList
 ) -> tuple[Tensor, Tensor]:
-    """The next token of every row [B] and its log-prob [B] under the distribution sampled from; logits are [B, V]."""
-    logps = warpers(None, logits.float()).log_softmax(-1)
+    """The next token of every row [B] and its log-prob [B]; logits are [B, V].
+
+    Tokens are drawn from what truncation leaves; log-probs are of the whole distribution (see `RolloutEngine`).
+    """
+    scores = logits.float()
+    if settings.temperature not in (0, 1):
+        scores = scores / settings.temperature
+    logps = scores.log_softmax(-1)
     if settings.temperature == 0:
         tokens = logps.argmax(-1)
     else:
-        cumulative = logps.double().exp().cumsum(-1)
+        drawn_from = truncation(None, scores).log_softmax(-1) if truncation else logps
+        cumulative = drawn_from.double().exp().cumsum(-1)
         uniform = torch.stack([row.uniforms[len(row.tokens)] for row in rows]).to(logits.device)
         # right=True: the first token whose cumulative probability is above the draw, never one of probability zero.
         place = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)

@@ -27,7 +27,8 @@ class SamplingRequest:
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
-    """How to sample; temperature 0 is greedy (log-probs are then those of temperature 1, without top-k and top-p)."""
+    """How to sample; temperature 0 is greedy (log-probs are then those of temperature 1). Nothing else is set: penalties,
+    min-p, biases and whatever a model's generation_config.json says of sampling stay out, for the learner has none of it."""
 
     max_completion_tokens: int
     temperature: float
@@ -35,16 +36,21 @@ class SamplingSettings:
     top_k: int = -1
     stop: tuple[str, ...] = ()
 
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
+
 
 class RolloutEngine(Protocol):
     """What the loop asks of an engine. All calls are blocking and local to the process.
 
-    `Completion.sampler_logprobs` are of the distribution sampled from: temperature, top-k and top-p applied. A learner
-    that compares its own log-probs with them must divide its logits by the same temperature first; with top-k or top-p
-    the two differ even then, since the engine renormalises over the tokens kept (a learner log-prob is then lower by
-    the log of the kept probability mass). A completion that ended at a stop string keeps its tokens as sampled, the
-    stop string among them and in `text`, and no end-of-sequence token. Engines leave torch's, numpy's and Python's
-    global random state as it was.
+    `Completion.sampler_logprobs` are of softmax(logits / temperature) over the whole vocabulary, also where top-k or
+    top-p left tokens out: the distribution that the learner's log-probs are of, so that the two can be compared, and
+    what is left of their difference is numerics (see `rlpost.gradient.correction`). A log-prob renormalised over the
+    tokens kept would be higher by minus the log of the mass kept, which the learner does not know. A completion that
+    ended at a stop string keeps its tokens as sampled, the stop string among them and in `text`, and no end-of-sequence
+    token. Engines leave torch's, numpy's and Python's global random state as it was.
     """
 
     name: str

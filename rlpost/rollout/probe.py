@@ -50,9 +50,9 @@ def check(result: ProbeResult, max_mean_gap: float, *, step: int, earlier: Probe
     if math.isnan(result.mean_gap):
         finding = f"some of the {result.tokens} probed log-probs are not finite"
         cause = (
-            "the learner's weights are NaN or infinite, or the engine's precision overflows. Look at `loss` and "
-            "`grad_norm` in metrics.jsonl; lower `learner.learning_rate`, or set `rollout.engine.dtype=bfloat16` where "
-            "it is float16"
+            "the learner's weights are NaN or infinite, or the engine's precision overflows. Look at `optimizer/loss` and "
+            "`optimizer/grad_norm` in metrics.jsonl; lower `learner.learning_rate`, or set `rollout.engine.dtype=bfloat16` "
+            "where it is float16"
         )
     else:
         finding = (
@@ -61,22 +61,29 @@ def check(result: ProbeResult, max_mean_gap: float, *, step: int, earlier: Probe
         )
         cause = _cause(earlier)
     raise RolloutError(
-        f"Step {step}: learner and rollout engine disagree about the same tokens: {finding}. Likely cause: {cause}."
+        f"Step {step}: learner and rollout engine disagree about the same tokens: {finding}. {_SHARED} {cause}."
     )
+
+
+# What cannot be the cause is said too: it is what people look at first.
+_SHARED = (
+    "Both were given the same token ids, and both give log-probs at `rollout.temperature` over the whole vocabulary: chat "
+    "template, temperature, top-k and top-p are not the cause."
+)
 
 
 def _cause(earlier: ProbeResult | None) -> str:
     if earlier is not None:
         return (
-            f"the new weights did not reach the engine (weights not synced, or only some of them): an earlier probe "
-            f"passed with {earlier.mean_gap:.3g} nats, so dtype, template and positions are right. Resume from the "
-            "last checkpoint; if it comes back, use `rollout.engine.type=transformers`, and with LoRA see that the "
-            "merged weights are sent"
+            f"The last probe before, after an earlier sync, passed with {earlier.mean_gap:.3g} nats, so likely the new weights "
+            "did not reach the engine, or only some of them. Resume from the last checkpoint; if it comes back, use "
+            "`rollout.engine.type=transformers`. If the gap has been growing step by step (`mismatch/mean_abs_gap` in "
+            "metrics.jsonl), it is precision: try `rollout.engine.dtype=float32`"
         )
     return (
-        "the engine never agreed, so look in this order: (1) weights not synced, or engine and learner started from "
-        "different checkpoints; (2) wrong dtype: try `rollout.engine.dtype=float32`, which should bring the gap below "
-        "0.001; (3) wrong positions or wrong chat template: learner and engine see different token ids or position "
-        "ids for the same text, or the engine implements this model type differently: try "
-        "`rollout.engine.type=transformers`. Raise `rollout.probe.max_mean_gap` only for quantised engines"
+        "Since the start of this process no probe has passed, so look in this order: (1) precision: where "
+        "`rollout.engine.dtype` is not float32, float32 should bring the gap below 0.01; (2) engine and learner compute this "
+        "type of model differently (attention, positions, scaling of the logits): try the other `rollout.engine.type`, or "
+        "`model.attention=eager`; (3) the engine holds other weights than the learner: see that `model.path` was not changed "
+        "on disk since the start. Raise `rollout.probe.max_mean_gap` only for quantised engines"
     )

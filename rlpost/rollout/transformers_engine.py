@@ -19,7 +19,7 @@ from rlpost.policy.verify import apart
 from rlpost.policy.weights import weight_names
 from rlpost.recipe.sections.rollout import TransformersEngine
 from rlpost.rollout.decoding import CachedDecoding, WholeDecoding
-from rlpost.rollout.drawing import Row, draw, make_warpers
+from rlpost.rollout.drawing import Row, draw, make_truncation
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
 from rlpost.rollout.sync_errors import incomplete, refusal
 
@@ -35,8 +35,8 @@ class TransformersRolloutEngine:
 
     Every sample draws one uniform number a token from its own generator and inverts the cumulative distribution, so it
     does not depend on what else is in the batch (up to rounding: padding changes the last bits of the logits, which
-    matters only where a draw falls within 1e-7 of a boundary in float32). `sampler_logprobs` are of the distribution
-    sampled from: after temperature, top-k and top-p, as vLLM's `processed_logprobs`. No global random state is used.
+    matters only where a draw falls within 1e-7 of a boundary in float32). `sampler_logprobs` are as
+    `RolloutEngine` promises: after temperature, before top-k and top-p. No global random state is used.
     """
 
     name = "transformers"
@@ -93,13 +93,13 @@ class TransformersRolloutEngine:
     def sample(self, requests: Sequence[SamplingRequest], settings: SamplingSettings) -> list[Completion]:
         """One completion a request, in the order of the requests. Raises RolloutError for prompts that are too long."""
         check_lengths([len(request.token_ids) for request in requests], self._max_model_len)
-        warpers = make_warpers(settings)
+        truncation = make_truncation(settings)
         # By length, so that little is padded; equal prompts side by side, so that they share their prefill.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].token_ids), requests[i].token_ids, i))
         done: dict[int, Completion] = {}
         for start in range(0, len(order), self._batch_size):
             rows = [self._row(i, requests[i], settings) for i in order[start : start + self._batch_size]]
-            self._decode(rows, settings, warpers)
+            self._decode(rows, settings, truncation)
             done.update((row.index, row.done) for row in rows if row.done is not None)
         return [done[i] for i in range(len(requests))]
 
@@ -108,11 +108,11 @@ class TransformersRolloutEngine:
         generator = torch.Generator().manual_seed(request.seed)
         return Row(index, request.token_ids, torch.rand(new, generator=generator, dtype=torch.float64))
 
-    def _decode(self, rows: list[Row], settings: SamplingSettings, warpers: LogitsProcessorList) -> None:
+    def _decode(self, rows: list[Row], settings: SamplingSettings, truncation: LogitsProcessorList) -> None:
         decoding = self._decoding(self._model)
         logits = decoding.start([row.prompt for row in rows])
         while True:
-            tokens, logprobs = draw(logits, rows, settings, warpers)
+            tokens, logprobs = draw(logits, rows, settings, truncation)
             for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
                 row.tokens.append(token)
                 row.logprobs.append(logprob)
@@ -163,7 +163,7 @@ class TransformersRolloutEngine:
             for i, (prompt, new) in enumerate(lengths)
         ]
         settings = SamplingSettings(max_completion_tokens=4, temperature=1.0)
-        self._decode(rows, settings, make_warpers(settings))
+        self._decode(rows, settings, make_truncation(settings))
         theirs = [score for row in rows for score in row.logprobs]
         ours: list[float] = []
         for row in rows:

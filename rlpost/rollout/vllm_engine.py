@@ -18,6 +18,7 @@ from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengt
 from rlpost.rollout.process_state import memory_binding_kept, process_group_kept, random_state_kept, threads_kept
 from rlpost.rollout.sync_errors import incomplete, not_replaced
 from rlpost.rollout.vllm_errors import explain_startup
+from rlpost.rollout.vllm_logprobs import report_whole_distribution
 from rlpost.rollout.vllm_reload import is_borrowed, replace_weights, transformers_classes_kept
 
 if TYPE_CHECKING:
@@ -35,10 +36,9 @@ _ENVIRONMENT = {
 class VllmRolloutEngine:
     """Samples with vLLM. One engine a process; tensor parallelism is not offered.
 
-    Log-probs. vLLM is started with `logprobs_mode="processed_logprobs"`: `sampler_logprobs` are of the distribution
-    sampled from, after temperature, top-k and top-p (see `RolloutEngine` for what a learner must do to compare). At
-    temperature 1 without top-k and top-p that is the model's own distribution. `logprobs()` always gives the model's
-    own.
+    Log-probs. vLLM is started with `logprobs_mode="processed_logprobs"`, and its sampler reports them as they are before
+    top-k and top-p (`rlpost.rollout.vllm_logprobs`): `sampler_logprobs` are after temperature, over the whole vocabulary,
+    as `RolloutEngine` promises. `logprobs()` always gives those of temperature 1.
 
     Determinism. Every request has its own generator, and prefixes cached by earlier calls are forgotten before each
     `sample`, so the same requests under the same weights give the same completions, in a fresh process too. Rounding
@@ -93,6 +93,7 @@ class VllmRolloutEngine:
             self._eager = True
         with self._guarded(), memory_binding_kept(), process_group_kept(), transformers_classes_kept(config):
             self._llm = _start(model_path, section, self._options(section, seed, trust_remote_code))
+            self._whole = all(self._llm.collective_rpc(report_whole_distribution))
         self._names = _weight_names(config, trust_remote_code)
 
     @staticmethod
@@ -143,6 +144,13 @@ class VllmRolloutEngine:
         check_lengths([len(request.token_ids) for request in requests], self._max_model_len)
         if not requests:
             return []
+        if settings.truncates and not self._whole:
+            raise RolloutError(
+                f"`rollout.top_k={settings.top_k}` and `rollout.top_p={settings.top_p:g}` cannot be used with the installed "
+                "vLLM: its sampler is built otherwise than in the versions that rlpost knows, and would report log-probs "
+                "renormalised over the tokens kept, which the learner cannot compare with its own. Set top_k to -1 and top_p "
+                "to 1, install the vLLM version that rlpost asks for, or use `rollout.engine.type=transformers`."
+            )
         with self._guarded():
             self._wake()
             self._llm.reset_prefix_cache()  # so that rounding does not depend on what was sampled before

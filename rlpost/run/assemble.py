@@ -10,6 +10,7 @@ from rlpost.data.sampler import PromptSampler
 from rlpost.learner.checkpoint import CheckpointStore
 from rlpost.learner.factory import make_learner
 from rlpost.learner.process import Processes
+from rlpost.learner.resume import check_order, notes
 from rlpost.learner.rng import seed_everything
 from rlpost.learner.watch import Phases
 from rlpost.policy.precision import decide_precision
@@ -45,9 +46,12 @@ def assemble(loaded: LoadedRecipe) -> Parts:
         run, resume_from = open_run(recipe, processes)
         undo.callback(run.close)
         tokenizer, sets = processes.together(lambda: load_prompts(recipe, scorer))
+        taken_up = notes(recipe, run.path, resume_from)  # before the recipe in the run's folder is replaced
         tracker = processes.together(lambda: Tracker(run, recipe, is_main=processes.is_main))
         undo.callback(tracker.close, "failed")
-        tracker.note(sets.note())
+        for line in (*taken_up, sets.note()):
+            tracker.note(line)
+        processes.together(lambda: check_order(resume_from, sets, recipe))
         if recipe.method.needs_demonstrations:
             tracker.note(processes.together(lambda: note_demonstrations(sets, recipe, tokenizer)))
         processes.together(lambda: check_critic(recipe, len(tokenizer)))
@@ -83,5 +87,4 @@ def assemble(loaded: LoadedRecipe) -> Parts:
         updater=build_updater(recipe, learner, layout, tokenizer.pad_token_id, curvature),
         sampling=sampling_settings(recipe),
         model_path=model_path,
-        policy_changed=resume_from is not None,
     )

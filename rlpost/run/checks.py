@@ -45,6 +45,11 @@ def check_prompts(sets: PromptSets | PairSets, recipe: Recipe, scorer: ChecksCol
         raise DataError(
             f"No training prompt is left ({sets.note()}). Raise data.max_prompt_tokens, or give more data in data.train."
         )
+    if recipe.evaluation.prompts and not sets.held_out:
+        raise DataError(
+            f"No held-out prompt is left ({sets.note()}), but evaluation.prompts={recipe.evaluation.prompts}. Raise "
+            "data.max_prompt_tokens or data.held_out, or switch evaluation off with evaluation.prompts=0."
+        )
     scorer.check(sets.train[0].columns.keys())
 
 

@@ -34,7 +34,9 @@ def conclude_at_once(run_dir: Path, launched: Sequence[str]) -> None:
     saved = sorted(path.parent for path in run_dir.glob("checkpoints/step_*/manifest.json"))
     metrics = run_dir / "metrics.jsonl"
     if saved:
-        print(f"\nStopped at once. The last checkpoint is {saved[-1]}. To go on from it:\n  {resume_command(launched)}")
+        print(
+            f"\nStopped at once. The last checkpoint is {saved[-1]}. To go on from it:\n  {resume_command(launched, run_dir)}"
+        )
     elif metrics.is_file() and metrics.stat().st_size:
         again = shlex.join([*launched, "overwrite=true"])
         print(f"\nStopped at once; nothing has been saved yet. To start again:\n  {again}")
@@ -70,9 +72,19 @@ def launch_command() -> list[str]:
     return kept
 
 
-def resume_command(launched: Sequence[str]) -> str:
+def resume_command(launched: Sequence[str], run_dir: Path) -> str:
     """How to go on with the run that was started with `launched`."""
-    return shlex.join([*launched, "resume=auto"])
+    return shlex.join([*launched, "resume=auto", *_not_again(run_dir)])
+
+
+def _not_again(run_dir: Path) -> list[str]:
+    """A recipe that says `overwrite: true` itself would delete what is to be gone on from."""
+    from rlpost.recipe.load import load_recipe
+
+    try:
+        return ["overwrite=false"] if load_recipe(run_dir / "recipe.yaml").recipe.overwrite else []
+    except RlpostError:
+        return []
 
 
 def command() -> str:
@@ -89,7 +101,7 @@ def closing_lines(result: RunResult, recipe_path: Path, report: Path | str, laun
     if result.interrupted:
         lines += [
             f"Stopped after optimizer step {result.optimizer_steps} and saved. To go on:",
-            f"  {resume_command(launched)}",
+            f"  {resume_command(launched, result.run_dir)}",
         ]
     if result.accuracy_before is not None and result.accuracy_after is not None:
         lines.append(_accuracy(result.accuracy_before, result.accuracy_after, result.run_dir))
@@ -100,11 +112,31 @@ def closing_lines(result: RunResult, recipe_path: Path, report: Path | str, laun
         rlpost = command()
         lines += [
             "Next:",
-            f"  {rlpost} eval {recipe_path} --checkpoint {result.checkpoint} evaluation.samples=8 'evaluation.k=[1,8]'",
+            *[f"  {line}" for line in eval_command(rlpost, result.run_dir, result.checkpoint)],
             f"  {rlpost} plan RECIPE    # your own recipe, checked before a model is loaded",
             f"  {rlpost} rewards try FILE:FUNCTION --samples samples.jsonl    # your own reward, without training",
         ]
     return lines
+
+
+def eval_command(rlpost: str, run_dir: Path, checkpoint: Path) -> list[str]:
+    """How to evaluate a checkpoint with the recipe that its run kept, overrides included; [] where nothing can be held
+    against it."""
+    from rlpost.recipe.load import load_recipe
+
+    kept = run_dir / "recipe.yaml"
+    try:
+        recipe = load_recipe(kept).recipe
+    except RlpostError:
+        return []
+    words = [rlpost, "eval", str(kept), "--checkpoint", str(checkpoint)]
+    pairs = recipe.data.has_pairs
+    judged = pairs or any(reward.accuracy for reward in recipe.rewards)
+    if not judged or (recipe.data.eval is None and recipe.data.held_out == 0):
+        return []
+    words += [] if pairs else ["evaluation.samples=8", "evaluation.k=[1,8]"]
+    words += [] if recipe.evaluation.prompts else ["evaluation.prompts=64"]
+    return [shlex.join(words)]
 
 
 def _accuracy(before: float, after: float, run_dir: Path) -> str:

@@ -42,7 +42,7 @@ class Loop:
         parts, recipe = self.parts, self.parts.recipe
         if parts.resume_from is not None:
             self.state = load_checkpoint(parts.resume_from, parts, self.source)
-            self.saved_step = self.state.optimizer_step
+            parts.optimizer_step = self.saved_step = self.state.optimizer_step
             if (result := finished_before(parts, self.state)) is not None:
                 return result
         parts.phase("sync", self.sync)
@@ -90,7 +90,7 @@ class Loop:
         parts, first = self.parts, buffer.updates_done == 0
         metrics = parts.phase("update", lambda: parts.updater.update(buffer, self.state.optimizer_step))
         metrics |= self.state.count_step(skipped=bool(metrics["optimizer/skipped"]))
-        parts.policy_changed = True
+        parts.optimizer_step = self.state.optimizer_step
         if buffer.updates_done == parts.recipe.learner.steps_per_rollout:
             parts.phase("sync", self.sync)
         seconds = parts.phases.take()
@@ -105,7 +105,8 @@ class Loop:
         self.state.buffer = None
         self.state.rollout += 1
         every = self.parts.recipe.evaluation.every
-        if every and self.state.rollout % every == 0 and self.state.rollout < self.parts.recipe.learner.rollouts:
+        due = every and self.state.rollout % every == 0 and self.state.rollout < self.parts.recipe.learner.rollouts
+        if due and self.parts.held_out:
             self.evaluate()
 
     def sync(self) -> None:

@@ -8,9 +8,9 @@ from rlpost.errors import CheckpointError
 from rlpost.learner.checkpoint import CheckpointStore
 from rlpost.learner.factory import check_launch
 from rlpost.learner.process import Processes
-from rlpost.learner.shape import check_shape
+from rlpost.learner.resume import check_changes, counters_or_offer
 from rlpost.recipe.sections.root import Recipe
-from rlpost.run.state import check_world, read_counters
+from rlpost.run.state import check_world
 from rlpost.tracking.rundir import RunDirectory
 
 
@@ -45,7 +45,7 @@ def find_checkpoint(recipe: Recipe, run: RunDirectory, processes: Processes) -> 
     store = CheckpointStore(run.checkpoints, recipe.checkpoint.keep, processes)
     store.recover()
     if recipe.resume == "auto":
-        return store.latest()
+        return store.newest()
     path = Path(recipe.resume).expanduser()
     if not path.is_dir():
         raise CheckpointError(
@@ -56,8 +56,8 @@ def find_checkpoint(recipe: Recipe, run: RunDirectory, processes: Processes) -> 
 
 def check_resume(path: Path, recipe: Recipe, processes: Processes) -> int:
     """The optimizer step of a checkpoint that recipe and launch can go on from. Raises CheckpointError."""
-    counters = read_counters(path)
-    check_shape(path, counters.get("shape", {}), recipe, in_rollout=counters["in_rollout"])
+    counters = counters_or_offer(path)
+    check_changes(path, counters, recipe)
     check_world(path, counters["world"], processes.world, in_rollout=counters["in_rollout"])
     check_launch(path, counters["world"], processes)
     return counters["optimizer_step"]

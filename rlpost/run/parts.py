@@ -54,10 +54,13 @@ class Parts:
     updater: Updater
     sampling: SamplingSettings
     model_path: str
-    policy_changed: (
-        bool  # whether the policy may differ from the original model: resumed, or an optimizer step was taken
-    )
+    optimizer_step: int = 0  # how many were taken
     _reference: Policy | None = field(default=None)
+
+    @property
+    def policy_changed(self) -> bool:
+        """Whether the policy may differ from the original model."""
+        return self.resume_from is not None or self.optimizer_step > 0
 
     def phase(self, name: str, action: Callable[[], T]) -> T:
         """Runs `action` under a name, a clock and the watchdog."""

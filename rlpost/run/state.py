@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from rlpost.errors import CheckpointError, TrainingError
 from rlpost.learner.buffer import RolloutBuffer
-from rlpost.learner.checkpoint import file_writer, verify
+from rlpost.learner.checkpoint import file_writer
 from rlpost.learner.rng import rng_state, set_rng_state
-from rlpost.learner.shape import run_shape
 
 if TYPE_CHECKING:
     from rlpost.run.parts import Parts
@@ -65,8 +64,8 @@ def save_checkpoint(parts: Parts, state: RunState, source: Source) -> Path:
     write_own = file_writer({f"rank_{processes.rank}.pt": own, **learner.own_state()}, snapshot=later)
     write_trainer = file_writer(learner.shared_state() if processes.is_main else {}, snapshot=later)
     counters = {name: getattr(state, name) for name in COUNTERS} | source.state_dict()
-    counters |= {"world": processes.world, "in_rollout": state.buffer is not None, "recipe": parts.recipe.name}
-    counters["shape"] = run_shape(parts.recipe)
+    counters |= {"world": processes.world, "in_rollout": state.buffer is not None}
+    counters["recipe"] = parts.recipe.model_dump(mode="json")  # what a resumed run is compared with
     counters_text = json.dumps(counters, indent=1)
 
     def write_shared(folder: Path) -> None:
@@ -86,7 +85,7 @@ def load_checkpoint(path: Path, parts: Parts, source: Source) -> RunState:
     """
     counters = json.loads((path / "trainer" / "state.json").read_text())
     world, in_rollout = counters.pop("world"), counters.pop("in_rollout")
-    for name in ("recipe", "shape"):  # looked at before a model was loaded, by `check_shape`
+    for name in ("recipe", "shape"):  # looked at before a model was loaded, by `check_changes`
         counters.pop(name, None)
     parts.processes.together(lambda: check_world(path, world, parts.processes.world, in_rollout=in_rollout))
     parts.learner.load(path, world=world)
@@ -114,12 +113,3 @@ def check_world(path: Path, world: int, now: int, *, in_rollout: bool) -> None:
             f"process holds its own part. Start {world} processes, or resume from a checkpoint at a rollout's end (a "
             f"checkpoint.every that is a multiple of minibatches x epochs makes all of them such)."
         )
-
-
-def read_counters(path: Path) -> dict[str, Any]:
-    """`trainer/state.json` of a verified checkpoint. Raises CheckpointError when it is not one of a training run."""
-    verify(path)
-    try:
-        return json.loads((path / "trainer" / "state.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} has no readable trainer/state.json ({error}): it cannot be resumed.") from error

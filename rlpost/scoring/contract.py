@@ -32,10 +32,10 @@ class Unparsable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """What `trainer_state` offers: the part of transformers' TrainerState that rewards are scheduled by."""
+    """What `trainer_state` offers: the part of transformers' TrainerState that rewards are scheduled by, as TRL means it."""
 
-    global_step: int = 0
-    max_steps: int = 0
+    global_step: int = 0  # optimizer steps taken so far: all completions of a rollout see the same number
+    max_steps: int = 0  # of the whole run: learner.steps x minibatches x epochs
 
 
 @dataclass(frozen=True, slots=True)

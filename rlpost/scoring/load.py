@@ -61,7 +61,7 @@ def import_reward(spec: str, base: Path | None = None) -> RewardFunction:
     if not spec.strip():
         raise RewardError(f"A reward needs a function. {_known_rewards(base)}")
     place, _, function_name = spec.strip().partition(":")
-    file = _find_file(place, base)
+    file = find_file(place, base)
     module = _import_file(file, spec) if file else _import_module(place, function_name, spec, base)
     function = _get_function(module, function_name or DEFAULT_FUNCTION, spec)
     resolved = f"{file or place}:{function_name or DEFAULT_FUNCTION}"
@@ -124,7 +124,7 @@ def check_arguments(reward: RewardFunction, arguments: Collection[str]) -> None:
         )
 
 
-def _find_file(place: str, base: Path | None) -> Path | None:
+def find_file(place: str, base: Path | None) -> Path | None:
     """The file that `place` names by path or by a name in rewards/; None if it can only be a module."""
     if not place.endswith(".py") and "/" not in place:
         return list_rewards(base).get(place)

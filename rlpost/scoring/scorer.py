@@ -88,8 +88,8 @@ class Scorer:
 
         Args:
             groups: prompts with their completions; the groups may differ in size.
-            step: the optimizer step, and
-            max_steps: the run's last one: what functions see in `trainer_state`.
+            step: how many optimizer steps were taken before, and
+            max_steps: how many the run takes: what functions see in `trainer_state`.
             more: whether these groups are added to those of the call before, as samples of a hinted prompt are. The share of
                 failed scores is then judged over both calls together.
 

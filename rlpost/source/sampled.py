@@ -12,6 +12,7 @@ import torch
 from rlpost.evaluation.judge import judge
 from rlpost.experience import Group, Prompt
 from rlpost.learner.actor_critic import old_values, weigh_tokens
+from rlpost.learner.optimizer import total_optimizer_steps
 from rlpost.methods.estimator import needs_reference
 from rlpost.methods.safe import CrashState
 from rlpost.rollout.sampler import sample_groups
@@ -71,7 +72,7 @@ class SampledSource:
     def evaluate(self) -> tuple[float, dict[str, float]]:
         """Held-out accuracy of the policy as it stands in the engine; each process takes its share of the prompts."""
         parts = self.parts
-        result = judge(parts.recipe, parts.engine, parts.scorer, parts.held_out, parts.processes)
+        result = judge(parts.recipe, parts.engine, parts.scorer, parts.held_out, parts.processes, parts.optimizer_step)
         return result.accuracy, result.metrics()
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,7 +126,8 @@ class SampledSource:
 
     def _score(self, groups: Sequence[Group], *, more: bool = False) -> list[Group]:
         """The same on this process alone."""
-        return self.parts.scorer.score(groups, self.rollout, self.parts.recipe.learner.steps, more=more)
+        last = total_optimizer_steps(self.parts.recipe.learner)
+        return self.parts.scorer.score(groups, self.parts.optimizer_step, last, more=more)
 
     def _guide(self, groups: list[Group]) -> Teaching:
         """GHPO: hard groups sampled again with hints."""

@@ -22,6 +22,7 @@ from rlpost.tracking.metrics import drop_partial_line, keep_rows, write_atomical
 LOCK_WAIT_S = 2.0  # long enough for the workers of a run that was just killed to go
 _WRITE_TEST = ".write-test-"
 _COMPLETIONS = re.compile(r"step_(\d+)\.jsonl")
+_RECIPES = re.compile(r"recipe\.(\d+)\.yaml")
 _WRITTEN_BY_A_RUN = ("recipe.yaml", "metrics.jsonl", "completions", "checkpoints", "wandb", "report")
 
 
@@ -95,10 +96,17 @@ class RunDirectory:
         return self.path / "report"
 
     def write_recipe(self, recipe: Mapping[str, Any]) -> None:
-        """Writes the resolved recipe, as `recipe.model_dump(mode="json")` gives it."""
+        """Writes the resolved recipe, as `recipe.model_dump(mode="json")` gives it, as `recipe.yaml`, and as `recipe.N.yaml`
+        for the N-th start of the run: these are never overwritten, so that the folder tells what each start was told."""
         import yaml
 
-        write_atomically(self.recipe, yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
+        starts = [int(found[1]) for file in self.path.iterdir() if (found := _RECIPES.fullmatch(file.name))]
+        if not starts and self.recipe.is_file():  # by a version of rlpost that kept only the last one
+            self.recipe.replace(self.path / "recipe.1.yaml")
+            starts = [1]
+        write_atomically(self.path / f"recipe.{max(starts, default=0) + 1}.yaml", text)
+        write_atomically(self.recipe, text)
 
     def truncate_after(self, step: int) -> None:
         """Forgets what was written after optimizer step `step`, so that a resumed run's files equal an unbroken one's.
@@ -144,7 +152,7 @@ class RunDirectory:
             )
 
     def _remove_earlier_run(self) -> None:
-        for name in _WRITTEN_BY_A_RUN:
+        for name in (*_WRITTEN_BY_A_RUN, *(f.name for f in self.path.iterdir() if _RECIPES.fullmatch(f.name))):
             target = self.path / name
             if target.is_dir() and not target.is_symlink():
                 shutil.rmtree(target)

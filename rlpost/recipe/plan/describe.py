@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from rlpost.errors import RecipeError
 from rlpost.recipe.load import LoadedRecipe, leaves
 from rlpost.recipe.plan.memory import GIB, MemoryLine, estimate, find_model_size, local_config
+from rlpost.recipe.plan.slots import slot_sections
 from rlpost.recipe.rules.check import advise, check, training_prompts
 from rlpost.recipe.rules.pairs import describe_baseline, layout_in_use
 from rlpost.recipe.rules.setting import Setting, processes_from_environment
+from rlpost.recipe.sections.describe import describe_settings
 from rlpost.recipe.sections.guidance import either_or
 from rlpost.recipe.sections.method import describe_order
 from rlpost.recipe.sections.reward import Reward, RewardModelSection
 from rlpost.recipe.sections.root import Recipe
-from rlpost.recipe.slots import describe_settings, slot_sections
 
 if TYPE_CHECKING:
     from rich.console import Console

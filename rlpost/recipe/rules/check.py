@@ -119,6 +119,23 @@ def _warmup(r: Recipe, _: Setting) -> Iterator[str]:
         )
 
 
+def _temperature(r: Recipe, _: Setting) -> Iterator[str]:
+    if r.rollout.temperature != 1 and not r.method.samples and not r.data.has_pairs:
+        yield (
+            f"rollout.temperature={r.rollout.temperature:g} with method.preset={r.method.preset}, which samples nothing in "
+            "training: the likelihood of the worked solutions would be that of another distribution than the model's. Set it "
+            "to 1 (evaluation.temperature is for evaluation)"
+        )
+
+
+def _one_token(r: Recipe, _: Setting) -> Iterator[str]:
+    if r.rollout.top_k == 1 and r.method.samples and not r.data.has_pairs:
+        yield (
+            "rollout.top_k=1: every completion of a prompt is the same, so no group tells right from wrong. Raise it, or set "
+            "it to -1"
+        )
+
+
 def _stop_after(r: Recipe, _: Setting) -> Iterator[str]:
     if r.learner.stop_after is not None and r.learner.stop_after > r.learner.steps:
         yield (
@@ -292,6 +309,12 @@ def _tree_attention(r: Recipe, _: Setting) -> Iterator[str]:
         yield "learner.layout=tree needs a mask, which model.attention=flash_attention_2 does not take: sorted is used"
 
 
+def _greedy_evaluation(r: Recipe, _: Setting) -> Iterator[str]:
+    e = r.evaluation
+    if e.prompts and e.samples == 1 and e.temperature != 1 and not r.data.has_pairs:
+        yield f"evaluation.temperature={e.temperature:g} with evaluation.samples=1, which is greedy: it is not used"
+
+
 def _rewritten_run(r: Recipe, _: Setting) -> Iterator[str]:
     if r.overwrite and (r.run_dir / "metrics.jsonl").is_file():
         yield f"overwrite=true: the run in {r.run_dir} will be deleted"
@@ -329,6 +352,8 @@ RULES: tuple[Rule, ...] = (
     pair_problems,
     _solutions,
     _warmup,
+    _temperature,
+    _one_token,
     _stop_after,
     _evaluation,
     _data_size,
@@ -349,5 +374,6 @@ ADVICE: tuple[Rule, ...] = (
     _tree_attention,
     kl_advice,
     critic_advice,
+    _greedy_evaluation,
     _rewritten_run,
 )

@@ -82,8 +82,8 @@ class EvaluationSection(Section):
     """Completions per prompt; 1 is greedy decoding."""
     k: tuple[PositiveInt, ...] = (1,)
     """The k of pass@k (unbiased estimator); each at most `samples`."""
-    temperature: PositiveFloat = 1.0
-    """Sampling temperature when `samples` > 1."""
+    temperature: float = Field(1.0, ge=0.01)
+    """Sampling temperature when `samples` > 1; top-k, top-p, stop strings and the token limit are those of `rollout`."""
     every: NonNegativeInt = 0
     """Evaluate every so many rollouts; 0: only before and after."""
     at_start: bool = True

@@ -9,11 +9,11 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_
 
 from rlpost.recipe.sections.base import Section, unknown_choice
 from rlpost.recipe.sections.critic import Controller, CriticSection, describe_controller, describe_critic, penalty_place
+from rlpost.recipe.sections.describe import describe_settings
 from rlpost.recipe.sections.guidance import Gate, HintGuidance, SftFirstGate, describe_gate, describe_guidance
 from rlpost.recipe.sections.masks import CurvatureMask, Mask, ProbabilityMask, RandomMask
 from rlpost.recipe.sections.preference import PairsSection, describe_pairs
 from rlpost.recipe.sections.presets import fill_preset
-from rlpost.recipe.slots import describe_settings
 
 
 class AdvantageSection(Section):

@@ -62,13 +62,15 @@ class RolloutSection(Section):
     """G, the group's size."""
     max_completion_tokens: PositiveInt = 256
     """Completions are cut (finish: length) here."""
-    temperature: float = Field(1.0, gt=0)
-    """Sampling temperature. Log-probs are of the distribution sampled from."""
+    temperature: float = Field(1.0, ge=0.01)
+    """Sampling temperature, at least 0.01 (below that vLLM silently samples at 0.01). All log-probs, the learner's too, are of
+    softmax(scores / temperature)."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Nucleus sampling; 1 is off."""
+    """Nucleus sampling; 1 is off. It limits what is drawn, not what log-probs are of: those of sampler and learner alike are
+    of the whole distribution, so that they can be compared."""
     top_k: int = Field(-1, ge=-1)
-    """Top-k sampling; -1 is off."""
-    stop: tuple[str, ...] = ()
+    """Top-k sampling; -1 and 0 are off. As for `top_p`, log-probs are of the whole distribution."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Strings that end a completion."""
     probe: ProbeSection | None = Field(default_factory=ProbeSection)
     """Verification of the engine's weights; null switches it off."""
