@@ -14,6 +14,6 @@ gpus=${GPUS_PER_NODE:-8}
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 exec srun --kill-on-bad-exit=1 bash -c '
   trap "" USR1
-  exec .venv/bin/accelerate launch --config_file launch/nodes.yaml \
+  exec .venv/bin/python -m rlpost.run.launch --config_file launch/nodes.yaml \
     --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * '"$gpus"'))" --machine_rank "$SLURM_NODEID" \
     --main_process_ip '"$head"' --main_process_port 29500 -m rlpost "$@"' _ "$@"

@@ -15,7 +15,7 @@ import typer
 
 from rlpost import errors
 from rlpost.errors import RecipeError, RlpostError
-from rlpost.run.ending import ends_at_once
+from rlpost.run.ending import ends_at_once, tell_launcher
 
 app = typer.Typer(
     name="rlpost",
@@ -37,7 +37,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Train. Usually started by `accelerate launch --config_file launch/<topology>.yaml -m rlpost RECIPE`."""
+    """Train. Usually started by `launch/run.sh launch/<topology>.yaml RECIPE`."""
     from rlpost.recipe.load import load_recipe
     from rlpost.recipe.rules.check import refuse_unsound
     from rlpost.run.conclude import conclude, conclude_at_once, launch_command
@@ -53,6 +53,8 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
         conclude_at_once(loaded.recipe.run_dir, launched)
         raise typer.Exit(130) from None
     conclude(result, recipe, launched, report=loaded.recipe.tracking.report)
+    if result.failed is not None:
+        raise result.failed
     # The main process alone says so: the launcher kills the others when one ends with an error, report or not.
     if result.interrupted and os.environ.get("RANK", "0") == "0":
         raise typer.Exit(130)
@@ -187,6 +189,7 @@ def main(arguments: list[str] | None = None) -> None:
         )  # launch/run.sh ignores Ctrl-C for the launcher, not for us
     with ends_at_once():
         try:
+            _refuse_habits(arguments)
             app(args=arguments, prog_name="rlpost")
         except RlpostError as error:
             _print_error(error)
@@ -195,11 +198,27 @@ def main(arguments: list[str] | None = None) -> None:
             sys.exit(130)
 
 
+def _refuse_habits(arguments: list[str]) -> None:
+    """Raises RecipeError for `--learner.steps=3`, as others write it, and for a recipe without its ending."""
+    for word in arguments:
+        key = word.partition("=")[0]
+        if word.startswith("--") and "." in key and "/" not in key:
+            raise RecipeError(f"{word}: overrides are written without dashes: {word.removeprefix('--')}")
+    first = next(iter(arguments), "")
+    for ending in (".yaml", ".yml"):
+        if first and not first.endswith(ending) and Path(first + ending).is_file():
+            raise RecipeError(f"{first}: there is no such command or recipe. Did you mean {first}{ending}?")
+
+
 def _quieten() -> None:
     """Before torch is imported: lets rlpost's own notes through, keeps libraries' chatter out, and threads from spinning."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # Threads that spin while another program (or vLLM's own pool) has the core make a CPU run many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # A process that its launcher ends leaves semaphores, about which a helper of Python's would have the last word.
+        given = os.environ.get("PYTHONWARNINGS")
+        os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (given, "ignore:resource_tracker:UserWarning")))
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rlpost").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
@@ -215,12 +234,14 @@ def _print_error(error: RlpostError) -> None:
         time.sleep(errors.LAST_WORD_S)
         return  # every process reads the same recipe: rank 0 says it
     prefix = f"[process {rank}] " if rank != "0" else ""
+    text = "\n".join([str(error), *getattr(error, "__notes__", [])])
+    tell_launcher(f"{type(error).__name__}: {text}")
     if not sys.stderr.isatty():
-        print(f"{prefix}{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{prefix}{type(error).__name__}: {text}", file=sys.stderr)
         return
     from rich.console import Console
     from rich.panel import Panel
     from rich.text import Text
 
-    panel = Panel(Text(f"{prefix}{error}"), title=type(error).__name__, title_align="left", border_style="red")
+    panel = Panel(Text(f"{prefix}{text}"), title=type(error).__name__, title_align="left", border_style="red")
     Console(stderr=True).print(panel)

@@ -80,7 +80,7 @@ def test_a_batch_that_does_not_divide(refused):
     refused(
         "prompts_per_step=3",
         "learner.minibatches=2",
-        "Use 2 or 4",
+        "to 2 or 4",
         changes={"rollout.prompts_per_step": 3, "learner.minibatches": 2},
     )
 

@@ -31,7 +31,7 @@ def calls(monkeypatch):
     """Stands in for the loop, so that no model is loaded."""
     made: list[LoadedRecipe] = []
     loop = ModuleType("rlpost.run.loop")
-    loop.train = lambda loaded: made.append(loaded) or SimpleNamespace(interrupted=False)
+    loop.train = lambda loaded: made.append(loaded) or SimpleNamespace(interrupted=False, failed=None)
     monkeypatch.setitem(sys.modules, "rlpost.run.loop", loop)
     monkeypatch.setattr("rlpost.run.conclude.conclude", lambda result, recipe_path, launched, *, report: None)
     return made
@@ -50,7 +50,9 @@ def test_train_and_its_shorthand(recipe, calls, head):
 
 
 def test_an_interrupted_run_says_so(recipe, calls, monkeypatch):
-    monkeypatch.setattr(sys.modules["rlpost.run.loop"], "train", lambda loaded: SimpleNamespace(interrupted=True))
+    monkeypatch.setattr(
+        sys.modules["rlpost.run.loop"], "train", lambda loaded: SimpleNamespace(interrupted=True, failed=None)
+    )
     assert run("r.yaml") == 130
 
 
@@ -182,3 +184,20 @@ def test_the_module_runs_as_accelerate_starts_it(recipe):
     assert done.returncode == 2
     assert done.stderr.startswith("RecipeError: r.yaml: learner.steps = 'none'")
     assert done.stderr.count("\n") == 1
+
+
+def test_habits_from_elsewhere_are_answered_with_the_right_form(tmp_path, monkeypatch, capsys):
+    from rlpost.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    text = "name: r\nmodel: a/b\ndata: {train: {type: arithmetic}}\nmethod: grpo\nrewards: [number]\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    for arguments, words in (
+        (["mine.yaml", "--learner.steps=3"], ["without dashes: learner.steps=3"]),
+        (["mine"], ["Did you mean mine.yaml?"]),
+        (["plan", "mine.yaml"], ["such as `path: a/b`", "such as `preset: grpo`", "such as `- function: number`"]),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and all(word in said for word in words), said

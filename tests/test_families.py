@@ -167,7 +167,7 @@ def test_adapters_reach_the_sampler_and_merged_checkpoints(family, targets, tmp_
 
 
 def load_saved_adapter(policy, folder):
-    from rlpost.run.assemble import load_adapter
+    from rlpost.run.build import load_adapter
 
     load_adapter(policy, folder, torch.device("cpu"))
 

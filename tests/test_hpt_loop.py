@@ -10,7 +10,10 @@ import pytest
 import torch
 from conftest import rows, weights
 
-from rlpost.errors import DataError
+from rlpost.errors import DataError, TrainingError
+from rlpost.recipe.load import load_recipe
+from rlpost.recipe.plan.describe import make_plan
+from rlpost.run.loop import train
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
 
@@ -33,9 +36,6 @@ BASE = {
 
 
 def run(recipe: Path, *overrides: str):
-    from rlpost.recipe.load import load_recipe
-    from rlpost.run.loop import train
-
     return train(load_recipe(recipe, overrides))
 
 
@@ -182,12 +182,12 @@ def test_ghpo_hpt_and_capo_in_one_run_and_resumed(tmp_path, write_recipe) -> Non
 
 
 def test_long_solutions_are_dropped_or_refused(tmp_path, write_recipe, capsys) -> None:
-    changes = {**BASE, "method": {"preset": "hpt", "gate": {"gamma": 1}}, "data.max_demonstration_tokens": 28}
+    changes = {**BASE, "method": {"preset": "hpt", "gate": {"gamma": 1}}, "data.max_demonstration_tokens": 40}
     changes |= {"tracking.console": True}
     found = rows(run(write_recipe(tmp_path / "a", changes, REWARD)).run_dir)
     assert any(row["gate/no_demonstration"] > 0 for row in found)
     said = capsys.readouterr().out
-    assert "more than 28 tokens" in said and "left to RL although method.gate.gamma=1 asks for SFT alone" in said
+    assert "more than 40 tokens" in said and "left to RL although method.gate.gamma=1 asks for SFT alone" in said
     with pytest.raises(DataError, match="data.max_demonstration_tokens"):
         run(write_recipe(tmp_path / "b", {**changes, "data.long_demonstrations": "refuse"}, REWARD))
 
@@ -207,8 +207,50 @@ def test_solutions_beyond_the_models_context_are_never_learned_from(tmp_path, wr
     assert "6 of them have more than 400 tokens, or do not fit the model's context of 256" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"6 of 12 worked solutions.*context of 256"):
         run(write_recipe(tmp_path / "b", {**changes, "data.long_demonstrations": "refuse"}, REWARD))
-    with pytest.raises(DataError, match=r"solutions alone.*each of the 12.*Raise the limit"):
+    with pytest.raises(DataError, match=r"solutions alone.*only 0 of 12.*Raise data.max_demonstration_tokens"):
         run(write_recipe(tmp_path / "c", {**changes, "data.max_demonstration_tokens": 5}, REWARD))
+
+
+def test_steps_without_a_row_to_learn_from_are_said_and_end_the_run(tmp_path, write_recipe, capsys) -> None:
+    """One solution in ten can be used: most rollouts of one prompt have nothing to learn from."""
+    data, source = tmp_path / "data.jsonl", {"type": "dataset", "path": str(tmp_path / "data.jsonl")}
+    texts = ["No. " if i % 10 else "It is so. " * 9 for i in range(20)]
+    data.write_text(
+        "".join(json.dumps({"prompt": f"What is {i}?", "solution": t * 2}) + "\n" for i, t in enumerate(texts))
+    )
+    changes = {**BASE, "method": {"preset": "sft"}, "data.train": {**source, "demonstration": "solution"}}
+    changes |= {"data.held_out": 0, "data.shuffle": False, "data.max_demonstration_tokens": 12, "learner.steps": 9}
+    changes |= {"rollout.prompts_per_step": 1, "tracking.console": True, "evaluation.prompts": 0}
+    # Rollout 1 has the long solution, the others have short ones: one line, and the run goes on.
+    result = run(write_recipe(tmp_path / "a", changes, REWARD))
+    assert result.optimizer_steps == 9
+    said = capsys.readouterr().out
+    assert said.count("not a single row to learn from") == 1 and "Rollout 1 has not a single row" in said
+    # The other way round nine in ten are empty: the third in a row ends the run, with the cause.
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    for line in lines:
+        line["solution"] = "It is so. " * 9 if len(line["solution"]) < 20 else "No."
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(
+        TrainingError, match=r"3 rollouts in a row.*at most 12 tokens \(data.max_demonstration_tokens\)"
+    ):
+        run(write_recipe(tmp_path / "b", changes, REWARD))
+
+
+def test_a_run_that_could_use_hardly_any_solution_is_refused(tmp_path, write_recipe) -> None:
+    """The default limit has nothing to do with sampling; where too few solutions fit, the run does not start."""
+    for preset, samples in (("sft", True), ("hpt", True), ("hpt", False)):
+        changes = {**BASE, "method": {"preset": preset}, "rollout.max_completion_tokens": 4, "learner.steps": 1}
+        changes.pop("data.max_demonstration_tokens", None)
+        if samples:
+            assert make_plan(load_recipe(write_recipe(tmp_path / "a", changes, REWARD))).problems == ()
+            continue
+        changes["data.max_demonstration_tokens"] = 3
+        recipe = load_recipe(write_recipe(tmp_path / "b", changes, REWARD))
+        with pytest.raises(DataError, match="can use only 0 of"):
+            train(recipe)
+        (problem,) = make_plan(recipe).problems
+        assert "can use only 0 of" in problem
 
 
 def test_one_threshold_for_guidance_gate_and_evaluation(tmp_path, write_recipe) -> None:

@@ -59,3 +59,48 @@ def test_an_accuracy_that_nobody_knows_is_not_printed_as_a_number(tmp_path):
     )
     said = "\n".join(closing_lines(result, tmp_path / "r.yaml", "none", ["rlpost", "r.yaml"]))
     assert "Held-out accuracy is not known" in said and "nan" not in said.lower()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("launch", "script"), [("cpu.yaml", True), ("cpu2.yaml", True), ("cpu2.yaml", False)])
+def test_the_runs_own_message_and_exit_code_come_last(launch, script, children, write_recipe, tmp_path):
+    """With launch/run.sh; accelerate alone ends with 1, and of several processes torch's table holds the message."""
+    recipe = write_recipe(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    code, printed = children.run(recipe, launch=launch, script=script)
+    lines = printed.strip().splitlines()
+    if script:
+        assert code == 2 and lines[-1].startswith("RlpostError: ") and "already holds a run" in lines[-1]
+    else:
+        assert code == 1 and "traceback : RlpostError: " in lines[-2] and "already holds a run" in lines[-2]
+
+
+def test_how_to_go_on_is_said_as_the_run_was_started(monkeypatch, tmp_path):
+    import psutil
+
+    from rlpost.run.conclude import launch_command, resume_command
+
+    monkeypatch.setattr("sys.argv", ["rlpost", "my recipe.yaml", "learner.steps=2", "resume=auto"])
+    monkeypatch.setenv("RLPOST_COMMAND", "launch/run.sh launch/zero2.yaml --num_processes 4")
+    said = "launch/run.sh launch/zero2.yaml --num_processes 4 'my recipe.yaml' learner.steps=2 resume=auto"
+    assert resume_command(launch_command(), tmp_path) == said
+    monkeypatch.delenv("RLPOST_COMMAND")
+    words = ["python", ".venv/bin/accelerate", "launch", "--config_file", "launch/cpu.yaml", "-m", "rlpost", "r.yaml"]
+    monkeypatch.setattr(psutil.Process, "parent", lambda self: SimpleNamespace(cmdline=lambda: words))
+    assert resume_command(launch_command(), tmp_path) == (
+        ".venv/bin/accelerate launch --quiet --config_file launch/cpu.yaml -m rlpost r.yaml resume=auto"
+    )
+
+
+def test_the_script_hands_on_what_stands_before_the_recipe(tmp_path):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$@"\necho "$RLPOST_COMMAND"\n')
+    python.chmod(0o755)
+    for given in (["--num_processes", "4"], ["--num_processes=4"], []):
+        command = ["bash", "launch/run.sh", "launch/cpu2.yaml", *given, "r.yaml", "seed=1"]
+        environment = {**os.environ, "RLPOST_VENV": str(tmp_path)}
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
+        words = " ".join(["-m rlpost.run.launch --config_file launch/cpu2.yaml", *given, "-m rlpost r.yaml seed=1"])
+        assert done.stdout.splitlines() == [words, " ".join(["launch/run.sh launch/cpu2.yaml", *given])]

@@ -71,6 +71,30 @@ def test_the_critics_gradient_is_clipped_apart_and_the_brake_scales_both_rates(t
     assert report.learning_rate == 5e-4
 
 
+def test_a_critic_has_its_own_rate_even_where_the_policys_is_zero(tiny_model):
+    from rlpost.learner.learner import DataParallelLearner
+    from rlpost.policy.critic import make_critic
+    from rlpost.policy.model import load_policy
+    from rlpost.recipe.sections.critic import CriticSection
+    from rlpost.recipe.sections.learner import LearnerSection
+    from rlpost.recipe.sections.model import ModelSection
+
+    model = ModelSection(path=tiny_model, autocast="none")
+    for of_policy, of_critic, expected in ((0.0, 1e-2, 5e-3), (1e-3, 0.0, 0.0), (1e-3, None, 5e-4), (0.0, None, 0.0)):
+        policy = load_policy(model, tiny_model)
+        critic = CriticSection(learning_rate=of_critic)
+        policy.critic = make_critic(critic, model, tiny_model, policy.config.hidden_size)
+        section = LearnerSection(learning_rate=of_policy, steps=4, warmup_steps=2)
+        learner = DataParallelLearner(policy, section, Processes())
+        before = [p.detach().clone() for p in policy.critic.parameters()]
+        for p in policy.parameters():
+            p.grad = torch.ones_like(p)
+        assert learner.step(0).learning_rate == of_policy / 2
+        after = policy.critic.parameters()
+        moved = max(float((p - b).abs().max()) for p, b in zip(after, before, strict=True))
+        assert moved == pytest.approx(expected, rel=1e-2), (of_policy, of_critic)
+
+
 CHANGES = {"learner.steps": 6, "learner.skip_nonfinite": 2, "checkpoint.every": 1, "evaluation.prompts": 0}
 
 
@@ -145,7 +169,10 @@ def test_a_disk_that_fails_at_a_checkpoint(number, said, monkeypatch, write_reci
         train(load_recipe(write_recipe(tmp_path, CHANGES)))
     assert caught.value.exit_code == 3
     left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert left == ["step_000001", "step_000002"], "nothing saved before was touched, nothing half written is left"
+    kept = ["step_000001", "step_000002", "weights_step_000003"]
+    assert left == kept, (
+        "nothing saved before was touched, nothing half written is left, and the weights alone are there"
+    )
 
 
 def test_metrics_that_cannot_be_written_any_more(monkeypatch, write_recipe, tmp_path):

@@ -54,7 +54,11 @@ def test_tokens_of_hints_rounds_and_solutions(loaded):
     assert batch("method.preset=dapo").tokens_sampled_per_step == (1 + 3) * 1600
     long = "data.max_demonstration_tokens=300"
     # Two prompts per process and update: samples 100 + 4 x 50, solution 100 + 300; one of them, or both.
-    assert batch("method.preset=hpt").tokens_per_process_and_update == 2 * 300
+    short = "data.max_demonstration_tokens=50"
+    assert batch("method.preset=hpt", short).tokens_per_process_and_update == 2 * 300
+    # By default a solution may fill a micro-batch (500) behind the longest prompt, whatever the limit of sampling.
+    for limit in ("rollout.max_completion_tokens=16", "rollout.max_completion_tokens=50"):
+        assert batch("method.preset=sft", limit).tokens_per_process_and_update == 2 * 500
     assert batch("method.preset=hpt", long).tokens_per_process_and_update == 2 * 400
     assert batch("method.gate={type: luffy}", long).tokens_per_process_and_update == 2 * (300 + 400)
     plain = batch("method.preset=sft", long)
@@ -237,7 +241,7 @@ def test_a_model_that_cannot_take_trees_is_planned_for(tmp_path, monkeypatch, wi
     MistralConfig(**SHAPE, sliding_window=window).save_pretrained(tmp_path / "m")
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 8)
     (tmp_path / "p.yaml").write_text(PAIRS)
-    monkeypatch.setattr(rehearse, "rehearse", lambda _: rehearse.Rehearsal())  # the folder has a configuration alone
+    monkeypatch.setattr(rehearse, "rehearse", lambda *_: rehearse.Rehearsal())  # the folder has a configuration alone
     plan = make_plan(load_recipe(tmp_path / "p.yaml"))
     assert plan.layout.startswith(layout)
     per_pair = plan.batch.tokens_per_process_and_update // 2

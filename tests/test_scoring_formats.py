@@ -212,21 +212,17 @@ def test_rewards_try_warns_of_a_reward_that_says_nothing(files, tmp_path, capsys
     assert [row.score.outcome for row in try_reward(f"{tmp_path}/silent.py", samples)] == [Outcome.NOT_APPLICABLE] * 2
 
 
-def test_prompts_know_whether_they_were_texts(tmp_path):
+def test_prompts_know_whether_they_were_texts(tiny_model):
+    from transformers import AutoTokenizer
+
     from rlpost.data.prompts import _tokenised
     from rlpost.data.rows import Row
+    from rlpost.data.template import ChatTemplate
     from rlpost.recipe.sections.data import ArithmeticSource, DataSection
-
-    class Tokenizer:
-        def apply_chat_template(self, chats, **options):
-            return [" ".join(m["content"] for m in chat) for chat in chats]
-
-        def __call__(self, texts, **options):
-            return {"input_ids": [[1] for _ in texts]}
 
     rows = [Row("a/0", "one"), Row("a/1", ({"role": "user", "content": "one"},))]
     section = DataSection(train=ArithmeticSource(), system_prompt="Be brief.")
-    text, chat = _tokenised(rows, section, Tokenizer())
+    text, chat = _tokenised(rows, section, ChatTemplate(AutoTokenizer.from_pretrained(tiny_model)))
     assert (text.is_text, chat.is_text) == (True, False) and text.messages[0]["role"] == "system"
 
 

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BATCH = 1000
+FEW = 0.05
+"""With less than this share of what a gate asks for, a run is refused: it would not be the method that was asked for."""
+_FITS = "learner.micro_batch_tokens behind data.max_prompt_tokens"
 
 
 @dataclass(slots=True)
@@ -95,26 +98,35 @@ def check_demonstrations(
     if hinter is not None:
         notes += _note_hints(having, data, hinter)
     if method.gate is not None:
-        notes.append(_note_long(having, method.gate, data, reader))
+        notes.append(_note_long(prompts, having, method.gate, data, reader))
         notes += reader.answers.notes()
     return "; ".join(notes)
 
 
-def _note_long(having: Sequence[Prompt], gate: Gate, data: DataSection, reader: DemonstrationReader) -> str:
-    """How many solutions the gate cannot use, and what becomes of their prompts."""
+def _note_long(
+    prompts: Sequence[Prompt], having: Sequence[Prompt], gate: Gate, data: DataSection, reader: DemonstrationReader
+) -> str:
+    """How many solutions the gate cannot use, and what becomes of their prompts. Raises DataError where it can use hardly
+    any: the run would learn nothing, or by another method than the one that was asked for."""
     long = sum(ids is None for batch in _batches(having) for ids in reader(batch))
-    if long == len(having) and isinstance(gate, SftFirstGate) and gate.rollouts is None:
-        raise DataError(
-            f"method.gate learns from worked solutions alone, but each of the {long} has more than {reader.max_tokens} tokens "
-            f"(data.max_demonstration_tokens; by default rollout.max_completion_tokens), or none. Raise the limit."
-        )
     context = (
         "" if reader.context is None else f", or do not fit the model's context of {reader.context} behind the question"
     )
+    limit = (
+        f"more than {reader.max_tokens} tokens (data.max_demonstration_tokens; by default what fits {_FITS}){context}"
+    )
+    alone = isinstance(gate, SftFirstGate) and gate.rollouts is None
+    of, whole = (len(prompts), "training prompts") if alone else (len(having), "worked solutions")
+    if len(having) - long < FEW * of:
+        missing = f", and {len(prompts) - len(having)} prompts have none" if len(having) < len(prompts) else ""
+        raise DataError(
+            f"method.gate learns from worked solutions{' alone' if alone else ''}, but can use only {len(having) - long} of "
+            f"{of} {whole}: {long} of the {len(having)} solutions have {limit}{missing}. Raise data.max_demonstration_tokens "
+            "(and learner.micro_batch_tokens with it), or give data with solutions that fit."
+        )
     if long and data.long_demonstrations == "refuse":
         raise DataError(
-            f"{long} of {len(having)} worked solutions have more than {reader.max_tokens} tokens "
-            f"(data.max_demonstration_tokens; by default rollout.max_completion_tokens){context}. Raise the limit, or set "
+            f"{long} of {len(having)} worked solutions have {limit}. Raise the limit, or set "
             "data.long_demonstrations: drop, which leaves these prompts to RL."
         )
     if not long:
@@ -137,6 +149,11 @@ def _note_hints(having: Sequence[Prompt], data: DataSection, hinter: Hinter) -> 
     where = (
         f"{hinter.max_prompt_tokens} tokens (data.max_prompt_tokens, and the model's context without the completion)"
     )
+    if len(having) - never < FEW * len(having):
+        raise DataError(
+            f"method.guidance could hardly ever help: {never} of {len(having)} prompts with even {first:.0%} of their worked "
+            f"solution (method.guidance.ratios) have more than {where}. Raise data.max_prompt_tokens, or lower the ratios."
+        )
     if data.long_demonstrations == "refuse":
         raise DataError(
             f"{len(long)} of {len(having)} prompts with {last:.0%} of their worked solution (method.guidance.ratios) have more "
@@ -148,11 +165,6 @@ def _note_hints(having: Sequence[Prompt], data: DataSection, hinter: Hinter) -> 
 
 def _batches(prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
     return [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
-
-
-def demonstration_limit(data: DataSection, max_completion_tokens: int) -> int:
-    """The longest demonstration in tokens, its end included."""
-    return data.max_demonstration_tokens or max_completion_tokens
 
 
 def _no_solutions(data: DataSection) -> str:

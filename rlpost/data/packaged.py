@@ -6,8 +6,10 @@ import importlib.util
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlpost.data.rows import nearest
 from rlpost.errors import RecipeError
@@ -47,6 +49,18 @@ def resolve_model_path(path: str) -> str:
     return str(folder)
 
 
+def described_by(path: str) -> str:
+    """`path` itself, or, for `package:<name>`, a local folder with at least the configuration and the tokenizer of this model:
+    the unpacked one, or one without weights, which takes seconds to make. Raises RecipeError as `resolve_model_path` does."""
+    name = path.removeprefix(PREFIX)
+    if not path.startswith(PREFIX) or name not in MODELS or _complete(cache_folder() / "models" / name):
+        return resolve_model_path(path)
+    folder = cache_folder() / "described" / name
+    if not _complete(folder):
+        _convert_once(name, folder, _describe)
+    return str(folder)
+
+
 def cache_folder() -> Path:
     """$RLPOST_CACHE, or ~/.cache/rlpost."""
     return Path(os.environ.get("RLPOST_CACHE") or Path.home() / ".cache" / "rlpost").expanduser()
@@ -56,7 +70,7 @@ def _complete(folder: Path) -> bool:
     return (folder / "config.json").is_file()  # the folder appears as a whole, by renaming
 
 
-def _convert_once(name: str, folder: Path) -> None:
+def _convert_once(name: str, folder: Path, convert: Callable[[Path, Path], None] | None = None) -> None:
     from filelock import FileLock, Timeout
 
     gguf = _find_gguf(name)
@@ -65,9 +79,10 @@ def _convert_once(name: str, folder: Path) -> None:
         with FileLock(folder.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):
             if _complete(folder):  # another process was faster
                 return
-            logger.info("Converting %s to %s (once, about half a minute).", gguf.name, folder)
+            if convert is None:
+                logger.info("Converting %s to %s (once, about half a minute).", gguf.name, folder)
             with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=folder.parent) as scratch:
-                _convert(gguf, Path(scratch) / name)
+                (convert or _convert)(gguf, Path(scratch) / name)
                 (Path(scratch) / name).rename(folder)
     except Timeout as error:
         raise RecipeError(
@@ -99,18 +114,34 @@ def _find_gguf(name: str) -> Path:
 def _convert(gguf: Path, target: Path) -> None:
     """Writes the GGUF's weights (bfloat16) and tokenizer in Hugging Face layout."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
-    # A model read from GGUF keeps a quantization entry that save_pretrained refuses; a fresh one has none.
-    settings = loaded.config.to_dict()
-    own = {"quantization_config", "_name_or_path", "_model_name_or_path", "model_type", "architectures"}
-    settings = {key: value for key, value in settings.items() if key not in own | {"transformers_version"}}
     tokenizer.pad_token = tokenizer.eos_token
-    model = LlamaForCausalLM(LlamaConfig(**settings | {"pad_token_id": tokenizer.eos_token_id}))
+    loaded = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    model = LlamaForCausalLM(_fresh(loaded.config, tokenizer.eos_token_id))
     model.load_state_dict(loaded.state_dict())
     model.to(torch.bfloat16).save_pretrained(str(target))
     tokenizer.save_pretrained(str(target))
+
+
+def _describe(gguf: Path, target: Path) -> None:
+    """Writes what the GGUF's header says, configuration and tokenizer, in Hugging Face layout."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    tokenizer.pad_token = tokenizer.eos_token
+    config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    _fresh(config, tokenizer.eos_token_id).save_pretrained(str(target))
+    tokenizer.save_pretrained(str(target))
+
+
+def _fresh(config: Any, end: int) -> Any:
+    """A configuration with the settings of one read from GGUF, which keeps entries that save_pretrained refuses."""
+    from transformers import LlamaConfig
+
+    own = {"quantization_config", "_name_or_path", "_model_name_or_path", "model_type", "architectures"}
+    settings = {k: v for k, v in config.to_dict().items() if k not in own | {"transformers_version"}}
+    return LlamaConfig(**settings | {"pad_token_id": end})

@@ -38,6 +38,11 @@ class PromptSets:
     remarks: tuple[str, ...] = ()  # what should be known of the prompts
 
     @property
+    def dropped(self) -> int:
+        """How many prompts were left out, for whatever reason."""
+        return self.dropped_too_long + self.dropped_duplicates
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
         return max((len(prompt.token_ids) for prompt in (*self.train, *self.held_out)), default=0)

@@ -137,19 +137,21 @@ class CheckpointStore:
 
     @staticmethod
     def _guarded(action: Callable[[], None]) -> str | None:
-        """Runs `action`; what went wrong with the disk, in words. Other errors are bugs and pass through."""
+        """Runs `action`; what went wrong, in words. What no full disk explains is logged with its traceback too."""
         try:
             action()
         except OSError as error:
             return _in_words(error)
-        except RuntimeError as error:  # torch and safetensors report a full disk this way
-            if "file write" in str(error) or "No space" in str(error) or "inline_container" in str(error):
-                return f"{error} (is the disk full?)"
-            raise
         except Exception as error:
-            if type(error).__name__ == "SafetensorError":
-                return f"{error} (is the disk full?)"
-            raise
+            text = str(error)
+            # torch and safetensors report a full disk this way
+            of_torch = isinstance(error, RuntimeError) and any(
+                sign in text for sign in ("file write", "No space", "inline_container")
+            )
+            if of_torch or type(error).__name__ == "SafetensorError":
+                return f"{text} (is the disk full?)"
+            logging.getLogger(__name__).error("A checkpoint could not be written:", exc_info=True)
+            return f"{type(error).__name__}: {' '.join(text.split())[:500]}"
         return None
 
     def _agree(self, problem: str | None, target: Path, staging: Path | None = None) -> None:
@@ -162,8 +164,9 @@ class CheckpointStore:
         kept = f"The last complete checkpoint is {latest}" if latest else "No checkpoint had been written before"
         self.processes.fail(
             CheckpointError(
-                f"Checkpoint {target} could not be written: {problems[0]}. {kept}; nothing saved earlier was touched. "
-                f"Make room or choose another output_dir, then start again with resume=auto."
+                f"Checkpoint {target} could not be written: {problems[0].rstrip('.')}. {kept}; nothing saved earlier was "
+                f"touched. Make room or choose another output_dir where the disk is at fault, then start again with "
+                f"resume=auto."
             )
         )
 

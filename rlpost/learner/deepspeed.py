@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlpost.errors import CheckpointError, RecipeError
 from rlpost.learner.deepspeed_import import import_deepspeed
-from rlpost.learner.learner import CRITIC, StepReport, collect_weights
+from rlpost.learner.learner import CRITIC, StepReport, collect_weights, critic_rate
 from rlpost.learner.optimizer import learning_rate, make_optimizer, set_learning_rate
 from rlpost.learner.process import Processes
 from rlpost.policy.model import Policy
@@ -40,7 +40,6 @@ class DeepSpeedLearner:
             section,
             policy.parameters(),
             () if critic is None else critic.parameters(),
-            None if critic is None else critic.section.learning_rate,
         )
         self.stage: int = config["zero_optimization"]["stage"]
         with redirect_stdout(StringIO()):  # parts of DeepSpeed print
@@ -65,7 +64,8 @@ class DeepSpeedLearner:
 
     def step(self, index: int, *, scale: float = 1.0, critic_only: bool = False) -> StepReport:
         rate = scale * learning_rate(self._section, index)
-        set_learning_rate(self._engine.optimizer.param_groups, rate, critic_only=critic_only)
+        critic = critic_rate(self._section, self.policy, index, scale)
+        set_learning_rate(self._engine.optimizer.param_groups, rate, critic, critic_only=critic_only)
         before = self._engine.skipped_steps
         self._engine.step()
         norm = self._engine.get_global_grad_norm()

@@ -91,8 +91,7 @@ class DataParallelLearner:
         self._critic = [] if critic is None else [p for p in critic.parameters() if p.requires_grad]
         own = {id(p) for p in self._critic}
         self._actor = [p for p in self._parameters if id(p) not in own]
-        rate = None if critic is None else critic.section.learning_rate
-        self._optimizer = make_optimizer(section, self._parameters, self._critic, rate)
+        self._optimizer = make_optimizer(section, self._parameters, self._critic)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -106,7 +105,8 @@ class DataParallelLearner:
         norm = self._clip()
         skipped = not bool(torch.isfinite(norm))
         if not skipped:
-            set_learning_rate(self._optimizer.param_groups, rate)
+            critic = critic_rate(self._section, self.policy, index, scale)
+            set_learning_rate(self._optimizer.param_groups, rate, critic)
             self._optimizer.step()
         self.discard()
         return StepReport(float(norm), rate, skipped)
@@ -156,6 +156,12 @@ class DataParallelLearner:
             self.processes.sum_(flat)
             for grad, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 grad.copy_(part.view_as(grad))
+
+
+def critic_rate(section: LearnerSection, policy: Policy, index: int, scale: float) -> float | None:
+    """The learning rate of a critic's own parameters in optimizer step `index`, where it has one of its own."""
+    own = None if policy.critic is None else policy.critic.section.learning_rate
+    return None if own is None else scale * learning_rate(section, index, own)
 
 
 def check_plain(folder: Path) -> None:

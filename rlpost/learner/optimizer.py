@@ -12,23 +12,25 @@ from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.learner import LearnerSection
 
 
-def learning_rate(section: LearnerSection, step: int) -> float:
-    """The learning rate of optimizer step `step` (counted from 0): linear warm-up, then the schedule.
+def learning_rate(section: LearnerSection, step: int, peak: float | None = None) -> float:
+    """The learning rate of optimizer step `step` (counted from 0): linear warm-up, then the schedule. `peak` replaces
+    `section.learning_rate`, for what follows the same schedule at another rate.
 
     A pure function of the step, so that nothing about it has to be saved. The first warm-up step has rate peak / warmup,
     not zero: a step that does nothing would waste a rollout.
     """
+    peak = section.learning_rate if peak is None else peak
     if step < section.warmup_steps:
-        return section.learning_rate * (step + 1) / section.warmup_steps
+        return peak * (step + 1) / section.warmup_steps
     total = total_optimizer_steps(section)
     progress = (step - section.warmup_steps) / max(1, total - section.warmup_steps)
     match section.schedule:
         case "linear":
-            return section.learning_rate * max(0.0, 1.0 - progress)
+            return peak * max(0.0, 1.0 - progress)
         case "cosine":
-            return section.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+            return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
         case "constant":
-            return section.learning_rate
+            return peak
         case _:
             raise unknown_choice("learner.schedule", section.schedule)
 
@@ -43,33 +45,34 @@ def total_optimizer_steps(section: LearnerSection) -> int:
     return section.steps * section.steps_per_rollout
 
 
-def set_learning_rate(groups: Iterable[dict[str, Any]], rate: float, *, critic_only: bool = False) -> None:
-    """Gives an optimizer's parameter groups the policy's rate, or their own multiple of it; with `critic_only` 0 to those of
-    the policy, whose weights then do not even decay."""
+def set_learning_rate(
+    groups: Iterable[dict[str, Any]], rate: float, critic_rate: float | None = None, *, critic_only: bool = False
+) -> None:
+    """Gives an optimizer's parameter groups the policy's rate, and those of a critic `critic_rate` (None: the policy's); with
+    `critic_only` 0 to those of the policy, whose weights then do not even decay."""
     for group in groups:
-        held = critic_only and not group.get("of_critic", False)
-        group["lr"] = 0.0 if held else rate * group.get("rate_factor", 1.0)
+        of_critic = group.get("of_critic", False)
+        held = critic_only and not of_critic
+        group["lr"] = 0.0 if held else critic_rate if of_critic and critic_rate is not None else rate
 
 
 def make_optimizer(
     section: LearnerSection,
     parameters: Iterable[torch.nn.Parameter],
     critic: Iterable[torch.nn.Parameter] = (),
-    critic_rate: float | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; weight decay spares vectors (norms and biases), as is usual.
 
-    The parameters of `critic`, which are among them, follow the same schedule at the peak rate `critic_rate`.
+    The parameters of `critic`, which are among them, are in groups of their own, with `of_critic`: see `set_learning_rate`.
     """
     trainable = [p for p in parameters if p.requires_grad]
     own = {id(p) for p in critic}
-    factor = 1.0 if critic_rate is None or not section.learning_rate else critic_rate / section.learning_rate
     groups: list[dict[str, Any]] = []
-    for mine, scale in ((False, 1.0), (True, factor)):
+    for mine in (False, True):
         part = [p for p in trainable if (id(p) in own) == mine]
         matrices, vectors = [p for p in part if p.ndim >= 2], [p for p in part if p.ndim < 2]
         for params, decay in ((matrices, section.weight_decay), (vectors, 0.0)):
-            groups.append({"params": params, "weight_decay": decay, "rate_factor": scale, "of_critic": mine})
+            groups.append({"params": params, "weight_decay": decay, "of_critic": mine})
     return torch.optim.AdamW(
         [g for g in groups if g["params"]],
         lr=section.learning_rate,

@@ -15,6 +15,7 @@ from rlpost.errors import RecipeError
 from rlpost.policy.accumulation import accumulating_embedding
 from rlpost.policy.attention import allow_many_shapes
 from rlpost.policy.family import choose_attention, refuse_untrainable
+from rlpost.policy.generation import loading_options as generation_options
 from rlpost.policy.head import LogitRule, ScoringLinear
 from rlpost.policy.linear import recast_linear
 from rlpost.policy.quantized import loading_options
@@ -91,6 +92,7 @@ def load_causal_lm(
         )
     if config._attn_implementation == "flex_attention":
         allow_many_shapes()
+    generation, _ = generation_options(path)
     try:
         with without_progress_bars():
             causal_lm = AutoModelForCausalLM.from_pretrained(
@@ -100,6 +102,7 @@ def load_causal_lm(
                 attn_implementation=config._attn_implementation,
                 trust_remote_code=section.trust_remote_code,
                 **loading_options(section, device),
+                **generation,
             )
     except torch.OutOfMemoryError:
         raise

@@ -17,6 +17,8 @@ from rlpost.policy.adapters import add_lora, check_targets, expert_note
 from rlpost.policy.attention import mask_for, plain_attention
 from rlpost.policy.critic import Critic, states_at
 from rlpost.policy.family import choose_layout
+from rlpost.policy.generation import loading_options as generation_options
+from rlpost.policy.generation import unwritable, written_as_it_came
 from rlpost.policy.head import HeadRequest, LogitRule, as_statistics
 from rlpost.policy.loading import (
     backbone,
@@ -162,11 +164,11 @@ class Policy(nn.Module):
         `state_dict` replaces the module's own where those are sharded, with the names of `model.state_dict()`.
         """
         folders = [directory]
-        with without_progress_bars():
+        with without_progress_bars(), written_as_it_came(self.causal_lm, directory):
             self.model.save_pretrained(directory, state_dict=None if state_dict is None else dict(state_dict))
             if merged and self.has_adapter:
                 folders.append(directory / "merged")
-                with saved_unquantized(self.causal_lm):
+                with saved_unquantized(self.causal_lm), written_as_it_came(self.causal_lm, folders[-1]):
                     self.causal_lm.save_pretrained(folders[-1], state_dict=dict(module_weights(self.causal_lm)))
         if tokenizer is not None:
             for folder in folders:
@@ -205,9 +207,10 @@ def load_policy(
     rows_layout, _ = choose_layout(config, layout, config._attn_implementation, longest)
     with plain_attention(config):
         verify_policy(policy, rows_layout)
+    policy.notes += tuple(filter(None, (generation_options(path)[1], unwritable(causal_lm))))
     if model.quantized:
         refuse_misread(causal_lm)
-        policy.notes = (*notes, quantization_note(causal_lm))
+        policy.notes += (quantization_note(causal_lm),)
     if model.lora is not None:
         policy.model = add_lora(causal_lm, model.lora)
         policy.has_adapter = True

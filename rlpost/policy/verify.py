@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rlpost.errors import RecipeError, RlpostError
+from rlpost.experience import TokenRows
 from rlpost.policy.family import INSTEAD
 from rlpost.policy.head import HeadRequest, LogitRule
 from rlpost.policy.loading import backbone
@@ -18,16 +19,34 @@ from rlpost.policy.rows import Layout, RowCompletion, RowGroup, build_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rlpost.policy.model import Policy
-
 _EXACT = 1e-3  # nats, in float32; kernels differ by 1e-5
 _ROUNDED = 0.25  # nats on average, in 16 bits; a fault of structure is of the order of the log-probs themselves
 # Lengths of two prompts and their completions: rows with and without padding, one prompt with several branches.
 _SHAPE = ((3, (4, 2)), (5, (3,)))
 
 
+class Scores(Protocol):
+    """What is verified: the part of a `Policy` that scores tokens."""
+
+    autocast: torch.dtype | None
+    rule: LogitRule
+
+    @property
+    def causal_lm(self) -> PreTrainedModel: ...
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def precision(self) -> AbstractContextManager[Any]: ...
+
+    def __call__(self, rows: TokenRows) -> Any: ...
+
+
 @torch.no_grad()
-def verify_policy(policy: Policy, layout: Layout) -> None:
+def verify_policy(policy: Scores, layout: Layout) -> None:
     """Compares the policy's log-probs, in rows of `layout`, with those of the model's own forward on single sequences.
 
     Catches scores that are changed after the output layer, hidden states that are not where they are looked for, attention
@@ -114,7 +133,7 @@ def _parts(group: RowGroup) -> list[tuple[int, int, tuple[int, ...]]]:
     return [(c.sequence, c.start, c.token_ids) for c in group.completions if isinstance(c, RowCompletion)]
 
 
-def _own_logprobs(policy: Policy, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> Tensor:
+def _own_logprobs(policy: Scores, prompt: tuple[int, ...], tokens: tuple[int, ...]) -> Tensor:
     """[len(tokens)] of the model's own forward on the one sequence, at the policy's temperature."""
     ids = torch.tensor([[*prompt, *tokens]], device=policy.device)
     with policy.precision():
@@ -128,7 +147,7 @@ def _is_exact(causal_lm: PreTrainedModel, precision: Any) -> bool:
 
 
 @contextmanager
-def _without_autocast(policy: Policy, *, keep: bool) -> Iterator[None]:
+def _without_autocast(policy: Scores, *, keep: bool) -> Iterator[None]:
     """While open, the policy computes in its weights' precision, in which faults stand out from rounding."""
     before = policy.autocast
     policy.autocast = before if keep else None

@@ -61,10 +61,19 @@ def _sentence(item: ErrorDetails, place: Place, key: str, root: type[Section]) -
         given = "" if isinstance(item["input"], Mapping) else _given(item)
         return f"{key}{given}: {item['ctx']['error']}"
     if kind in ("model_type", "model_attributes_type", "dict_type") and place.field is not None:
-        return f"{key}{_given(item)}: it must be a mapping of keys to values"
+        return f"{key}{_given(item)}: it must be a mapping of keys to values{_form(key, item['input'])}"
     allowed = field_in_words(place.field) if place.field else item["msg"]
     hint = "; put the value in quotes" if kind == "string_type" and isinstance(item["input"], int | float) else ""
     return f"{key}{_given(item)}: allowed is {allowed}{hint}{_guess(item['input'], _choices(place))}"
+
+
+def _form(key: str, given: Any) -> str:
+    """How a section is written of which only the most important value was given."""
+    name = {"model": "path", "method": "preset", "rewards": "function"}.get(key.partition(".")[0])
+    if name is None or not isinstance(given, str):
+        return ""
+    dash = "- " if key.startswith("rewards") else ""
+    return f", such as `{dash}{name}: {given}`"
 
 
 def _unknown_key(place: Place, key: str, root: type[Section]) -> str:

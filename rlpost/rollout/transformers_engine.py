@@ -70,6 +70,8 @@ class TransformersRolloutEngine:
         fails."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        from rlpost.policy.generation import loading_options
+
         try:
             config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(
@@ -77,6 +79,7 @@ class TransformersRolloutEngine:
                 dtype=getattr(torch, section.dtype),
                 attn_implementation=sampler_attention(attention, config),
                 trust_remote_code=trust_remote_code,
+                **loading_options(model_path)[0],
             )
             fix_frequencies(model, max_model_len)
             model = model.to(device)

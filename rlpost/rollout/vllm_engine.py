@@ -92,7 +92,8 @@ class VllmRolloutEngine:
                 )
             self._eager = True
         with self._guarded(), memory_binding_kept(), process_group_kept(), transformers_classes_kept(config):
-            self._llm = _start(model_path, section, self._options(section, seed, trust_remote_code))
+            options = self._options(section, seed, trust_remote_code) | _generation_options(model_path)
+            self._llm = _start(model_path, section, options)
             self._whole = all(self._llm.collective_rpc(report_whole_distribution))
         self._names = _weight_names(config, trust_remote_code)
 
@@ -229,6 +230,13 @@ class VllmRolloutEngine:
             return
         with self._guarded(), contextlib.nullcontext() if self._made_group else process_group_kept():
             llm.llm_engine.engine_core.shutdown()
+
+
+def _generation_options(model_path: str) -> dict[str, Any]:
+    """vLLM reads the model's generation_config.json, too; where that cannot be read, it is told to do without."""
+    from rlpost.policy.generation import loading_options
+
+    return {"generation_config": "vllm"} if loading_options(model_path)[0] else {}
 
 
 def _start(model_path: str, section: VllmEngine, options: dict[str, Any]) -> LLM:

@@ -14,6 +14,8 @@ from rlpost.learner.resume import check_order, notes
 from rlpost.learner.rng import seed_everything
 from rlpost.learner.watch import Phases
 from rlpost.policy.precision import decide_precision
+from rlpost.recipe.rules.setting import zero_stage_from_environment
+from rlpost.run.before_model import Before, look_before, try_saving
 from rlpost.run.build import (
     build_curvature,
     build_engine,
@@ -24,7 +26,6 @@ from rlpost.run.build import (
     share_rows,
     start_engine,
 )
-from rlpost.run.checks import check_critic, load_prompts, note_demonstrations
 from rlpost.run.opening import open_run
 from rlpost.run.parts import Parts
 from rlpost.scoring.factory import make_scorer
@@ -43,19 +44,21 @@ def assemble(loaded: LoadedRecipe) -> Parts:
     with ExitStack() as undo:  # what was started is ended, last first, if a later part cannot be built
         scorer = processes.together(lambda: make_scorer(recipe.rewards, recipe.scoring, loaded.path.parent))
         undo.callback(scorer.close)
+        zero = zero_stage_from_environment()
+        before = Before(recipe, scorer, is_main=processes.is_main, zero_stage=zero)
+        processes.together(lambda: look_before(before))  # before an earlier run is overwritten
+        tokenizer, sets = before.tokenizer, before.sets
+        assert tokenizer is not None and sets is not None
         run, resume_from = open_run(recipe, processes)
         undo.callback(run.close)
-        tokenizer, sets = processes.together(lambda: load_prompts(recipe, scorer))
         taken_up = notes(recipe, run.path, resume_from)  # before the recipe in the run's folder is replaced
         tracker = processes.together(lambda: Tracker(run, recipe, is_main=processes.is_main))
         undo.callback(tracker.close, "failed")
-        for line in (*taken_up, sets.note()):
+        for line in filter(None, (*taken_up, sets.note(), *before.notes, before.disk)):
             tracker.note(line)
-        processes.together(lambda: check_order(resume_from, sets, recipe))
-        if recipe.method.needs_demonstrations:
-            tracker.note(processes.together(lambda: note_demonstrations(sets, recipe, tokenizer)))
-        processes.together(lambda: check_critic(recipe, len(tokenizer)))
+        processes.together(partial(check_order, resume_from, sets, recipe))
         model_path, policy = processes.together(lambda: build_policy(recipe, resume_from, processes))
+        processes.together(lambda: try_saving(policy, tokenizer, run.checkpoints) if processes.is_main else None)
         share_rows(recipe, policy, processes)
         start = partial(start_engine, recipe, model_path, tokenizer, processes)
         sets, sampled = with_baselines(recipe, sets, model_path, start, processes)

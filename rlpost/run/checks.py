@@ -45,6 +45,12 @@ def check_prompts(sets: PromptSets | PairSets, recipe: Recipe, scorer: ChecksCol
         raise DataError(
             f"No training prompt is left ({sets.note()}). Raise data.max_prompt_tokens, or give more data in data.train."
         )
+    if len(sets.train) < recipe.rollout.prompts_per_step:
+        raise DataError(
+            f"Only {len(sets.train)} training prompts are left ({sets.note()}), fewer than rollout.prompts_per_step="
+            f"{recipe.rollout.prompts_per_step}: a step would take some of them twice. Raise data.max_prompt_tokens, give more "
+            "data, or take a smaller step."
+        )
     if recipe.evaluation.prompts and not sets.held_out:
         raise DataError(
             f"No held-out prompt is left ({sets.note()}), but evaluation.prompts={recipe.evaluation.prompts}. Raise "

@@ -46,12 +46,14 @@ def conclude_at_once(run_dir: Path, launched: Sequence[str]) -> None:
 
 def draw_report(result: RunResult) -> Path | str:
     """The report's page, or why there is none: a run that is done must not fail over a picture."""
-    from rlpost.tracking.report import write_report
-
     try:
+        from rlpost.tracking.report import write_report
+
         return write_report(result.run_dir)
-    except (RlpostError, OSError) as error:
+    except RlpostError as error:
         return f"no report: {error}"
+    except Exception as error:
+        return f"no report: {type(error).__name__}: {error}"
 
 
 def launch_command() -> list[str]:
@@ -59,6 +61,9 @@ def launch_command() -> list[str]:
     start: at Ctrl-C the launcher may be gone before the run is."""
     import psutil
 
+    if "RLPOST_COMMAND" in os.environ:  # launch/run.sh says how it was called
+        given = [word for word in sys.argv[1:] if not word.startswith(("resume=", "overwrite="))]
+        return [*shlex.split(os.environ["RLPOST_COMMAND"]), *given]
     process = psutil.Process()
     parent = process.parent()
     launched = parent is not None and any("accelerate" in word for word in parent.cmdline()[:4])
@@ -69,6 +74,10 @@ def launch_command() -> list[str]:
         "rlpost",
     ):  # a script: its first line names the interpreter
         kept = kept[1:]
+    if launched and "launch" in kept[:3] and not {"--quiet", "-q"} & set(kept):
+        kept.insert(
+            kept.index("launch") + 1, "--quiet"
+        )  # else its traceback stands below what the run says at an error
     return kept
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 
 @contextmanager
@@ -37,3 +40,12 @@ def ends_at_once() -> Iterator[None]:
     except BaseException:
         code = 1
         raise
+
+
+def tell_launcher(text: str) -> None:
+    """Leaves an error where torch's launcher of several processes looks for it: the table that it prints last has it then."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        with suppress(OSError):
+            more = {"py_callstack": text, "timestamp": str(int(time.time()))}
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": more}}), encoding="utf-8")

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from rlpost.learner.curvature_step import mask_share
 from rlpost.learner.watch import Interrupt
 from rlpost.run.assemble import assemble
+from rlpost.run.emptiness import watch_rows
 from rlpost.run.result import RunResult, end_run, finished_before
-from rlpost.run.state import RunState, load_checkpoint, save_checkpoint
+from rlpost.run.saving import Saver
+from rlpost.run.state import RunState, load_checkpoint
 from rlpost.source.factory import make_source
 
 if TYPE_CHECKING:
@@ -21,10 +23,14 @@ if TYPE_CHECKING:
 def train(loaded: LoadedRecipe) -> RunResult:
     """Runs a recipe from its start, or from a checkpoint, to its end. Ctrl-C saves and returns."""
     parts = assemble(loaded)
+    loop: Loop | None = None
     try:
         with Interrupt() as interrupt:
-            return Loop(parts, make_source(parts), interrupt).run()
+            loop = Loop(parts, make_source(parts), interrupt)
+            return loop.run()
     except BaseException as error:
+        if loop is not None and isinstance(error, Exception) and (said := loop.saver.rescue(loop.state)):
+            error.add_note(said)
         parts.close(f"failed: {type(error).__name__}")
         raise
 
@@ -35,26 +41,28 @@ class Loop:
     def __init__(self, parts: Parts, source: Source, interrupt: Interrupt) -> None:
         self.parts, self.source, self.interrupt = parts, source, interrupt
         self.state = RunState()
-        self.saved_step: int | None = None
+        self.saver = Saver(parts, source)
 
     def run(self) -> RunResult:
         """To the last rollout, or to the step at which the run is asked to stop."""
         parts, recipe = self.parts, self.parts.recipe
         if parts.resume_from is not None:
             self.state = load_checkpoint(parts.resume_from, parts, self.source)
-            parts.optimizer_step = self.saved_step = self.state.optimizer_step
+            parts.optimizer_step = self.saver.saved_step = self.state.optimizer_step
             if (result := finished_before(parts, self.state)) is not None:
                 return result
         parts.phase("sync", self.sync)
         if recipe.evaluation.at_start and self.state.accuracy_before is None and parts.held_out:
             self.state.accuracy_before = self.evaluate()
-        accuracy_after, interrupted = None, self.stop_asked()
+        interrupted = self.stop_asked()
         while not interrupted and self.state.rollout < recipe.learner.rollouts:
             interrupted = self.rollout()
+        self.saver.save(self.state)  # before anything else that can go wrong
+        after, failed = None, None
         if not interrupted and recipe.evaluation.at_end and parts.held_out:
-            accuracy_after = self.evaluate()
-        self.save()
-        return end_run(parts, self.state, accuracy_after, interrupted=interrupted)
+            after, failed = self.evaluate_at_end()
+        self.saver.wait(self.state)
+        return end_run(parts, self.state, after, interrupted=interrupted, failed=failed)
 
     def rollout(self) -> bool:
         """One rollout and its optimizer steps. Returns whether the run is to stop now."""
@@ -67,7 +75,7 @@ class Loop:
             if buffer.updates_done == self.parts.recipe.learner.steps_per_rollout:
                 self.end_rollout()
             if every and self.state.optimizer_step % every == 0:
-                self.save()
+                self.saver.save(self.state)
             if self.stop_asked():
                 return True
         return False
@@ -82,6 +90,7 @@ class Loop:
             if actor_critic is not None and before[1] is not None:
                 actor_critic.load_state_dict(before[1])
             return False
+        watch_rows(self.parts, self.state, buffer)
         self.state.buffer = buffer
         return True
 
@@ -121,13 +130,16 @@ class Loop:
         self.parts.processes.together(lambda: tracker.evaluation(step, metrics))
         return accuracy
 
-    def save(self) -> None:
-        """A checkpoint of the current optimizer step, unless there is one."""
-        if self.saved_step == self.state.optimizer_step:
-            return
-        self.parts.tracker.sync()  # a checkpoint must not outlive the metrics of the steps before it
-        self.parts.phase("checkpoint", lambda: save_checkpoint(self.parts, self.state, self.source))
-        self.saved_step = self.state.optimizer_step
+    def evaluate_at_end(self) -> tuple[float | None, Exception | None]:
+        """The last accuracy, or what went wrong with it: the run is saved, and what is left of its end is done."""
+        try:
+            return self.evaluate(), None
+        except Exception as error:
+            error.add_note(
+                f"This was the evaluation at the end; all {self.state.optimizer_step} optimizer steps are made and saved "
+                f"({self.parts.store.latest()}). Start the same command again with resume=auto to make up for it."
+            )
+            return None, error
 
     def stop_asked(self) -> bool:
         """Whether any process was asked to stop."""

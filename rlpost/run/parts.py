@@ -21,9 +21,10 @@ from rlpost.policy.model import Policy
 from rlpost.recipe.sections.root import Recipe
 from rlpost.rollout.engine import RolloutEngine, SamplingSettings
 from rlpost.run.build import load_reference
+from rlpost.run.closing import close_all
 from rlpost.scoring.factory import GroupScorer
 from rlpost.tracking.rundir import RunDirectory
-from rlpost.tracking.tracker import Tracker
+from rlpost.tracking.tracker import Status, Tracker
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,10 +94,15 @@ class Parts:
             return self.updater.logprobs(buffer, reference)
 
     def close(self, status: str) -> None:
-        """Ends everything that was started."""
-        self.store.close()
-        self.scorer.close()
-        self.tracker.close("finished" if status == "finished" else "stopped" if status == "interrupted" else "failed")
-        self.engine.close()
-        self.run.close()
-        self.processes.close()
+        """Ends everything that was started; what cannot be ended is said, and keeps the others from nothing."""
+        ended: Status = "finished" if status == "finished" else "stopped" if status == "interrupted" else "failed"
+        close_all(
+            {
+                "the checkpoints": self.store.close,
+                "the scorer": self.scorer.close,
+                "the tracker": lambda: self.tracker.close(ended),
+                "the rollout engine": self.engine.close,
+                "the run's folder": self.run.close,
+                "the processes": self.processes.close,
+            }
+        )

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from rlpost.errors import RlpostError
+from rlpost.data.packaged import described_by
+from rlpost.errors import DataError, RlpostError
 from rlpost.recipe.sections.data import ArithmeticSource, DatasetSource, ReasoningGymSource, Source
 from rlpost.recipe.sections.model import ModelSection
 from rlpost.recipe.sections.preference import PreferenceSource
 from rlpost.recipe.sections.reward import RewardSection
 from rlpost.recipe.sections.root import Recipe
+from rlpost.run.before_model import CHECKS, Before, Check, of_a_sample, solutions
+from rlpost.tracking.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from rlpost.recipe.load import LoadedRecipe
@@ -29,12 +32,15 @@ class Rehearsal:
 
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    disk: str = ""
 
-    def attempt(self, action: Callable[[], T]) -> T | None:
-        """Runs a part of what a run does first; its error is a problem of the plan."""
+    def attempt(self, action: Callable[[], T], other_than: tuple[type[RlpostError], ...] = ()) -> T | None:
+        """Runs a part of what a run does first; its error is a problem of the plan, except one of `other_than`."""
         try:
             return action()
         except RlpostError as error:
+            if isinstance(error, other_than):
+                raise
             self.problems.append(str(error).rstrip("."))
             return None
 
@@ -55,7 +61,7 @@ class Signatures:
                 check_signature(load_reward(reward.function, self.base), columns, reward.arguments)
 
 
-def rehearse(loaded: LoadedRecipe) -> Rehearsal:
+def rehearse(loaded: LoadedRecipe, zero_stage: int = 0) -> Rehearsal:
     """Does what a run does before it loads a model, as far as everything for it is on this machine."""
     found = Rehearsal()
     recipe, whole = sampled(loaded.recipe)
@@ -64,13 +70,52 @@ def rehearse(loaded: LoadedRecipe) -> Rehearsal:
     data = _local_data(recipe, found)
     if not whole:
         found.notes.append(f"data: only the first {SAMPLE} rows of every source were looked at")
-    if model and data:
-        found.attempt(lambda: _prompts(recipe, signatures, whole))
-    elif model:
-        found.attempt(lambda: _tokenizer(recipe))
-    elif data and not recipe.data.has_pairs:
+    before = Before(_described(recipe) if model else recipe, signatures, zero_stage=zero_stage)
+    for check in CHECKS:
+        if (model or not check.model) and (data or not check.data):
+            _attempt(check, before, found, whole)
+    if model and not data:
+        found.attempt(lambda: _tokenizer(before.recipe))
+    elif data and not model and not recipe.data.has_pairs:
         found.attempt(lambda: _columns(recipe, signatures))
+    if recipe.resume != "never":
+        found.attempt(lambda: _checkpoint(recipe))
+    if before.sets is not None and before.sets.dropped:
+        found.notes.append(f"data: {before.sets.note()}")
+    found.notes += before.notes
+    found.disk = before.disk
     return found
+
+
+def _described(recipe: Recipe) -> Recipe:
+    """The recipe with folders for packaged models, which need not be unpacked to be looked at."""
+    model = recipe.model.model_copy(update={"path": described_by(recipe.model.path)})
+    return recipe.model_copy(update={"model": model})
+
+
+def _attempt(check: Check, before: Before, found: Rehearsal, whole: bool) -> None:
+    """One of a run's own checks; what is wrong with the solutions of a sample alone is no problem yet."""
+    try:
+        found.attempt(lambda: check.look(before), other_than=() if whole else (DataError,))
+    except DataError as error:
+        if check.look is solutions:
+            found.notes.append(of_a_sample(error))
+        else:
+            found.problems.append(str(error).rstrip("."))
+
+
+def _checkpoint(recipe: Recipe) -> None:
+    """The checkpoint that `resume` means, as far as it does not depend on the launch."""
+    from rlpost.learner.process import Processes
+    from rlpost.learner.resume import check_changes, counters_or_offer
+    from rlpost.learner.shape import check_adapter
+    from rlpost.run.opening import find_checkpoint
+
+    path = find_checkpoint(recipe, RunDirectory.at(recipe.run_dir), Processes())
+    if path is None:
+        return
+    check_changes(path, counters_or_offer(path), recipe)
+    check_adapter(path, recipe.model.lora)
 
 
 def sampled(recipe: Recipe) -> tuple[Recipe, bool]:
@@ -81,7 +126,9 @@ def sampled(recipe: Recipe) -> tuple[Recipe, bool]:
     # Half of a sample may well have fewer distinct prompts than are to be held out of the whole.
     held_out = data.held_out if train == data.train else min(data.held_out, SAMPLE // 20)
     changed = data.model_copy(update={"train": train, "eval": eval_, "held_out": held_out})
-    return recipe.model_copy(update={"data": changed}), whole
+    # Of a sample fewer prompts may be left than a step takes.
+    rollout = recipe.rollout if whole else recipe.rollout.model_copy(update={"prompts_per_step": 1})
+    return recipe.model_copy(update={"data": changed, "rollout": rollout}), whole
 
 
 def _cut(source: Source) -> Source:
@@ -97,14 +144,9 @@ def _cut(source: Source) -> Source:
 
 def _model(section: ModelSection, found: Rehearsal) -> bool:
     """Whether the model's configuration and tokenizer can be read here; says what is wrong with the folder."""
-    from rlpost.recipe.plan.memory import local_config
-
     path = Path(section.path).expanduser()
     if section.path.startswith("package:"):
-        if local_config(section) is None:
-            found.notes.append(f"model.path={section.path} is unpacked by the first run, and was not looked at")
-            return False
-        return True
+        return found.attempt(lambda: described_by(section.path)) is not None
     if not path.is_dir():
         found.notes.append(
             f"model.path={section.path} is a hub name: whether it is there, its tokenizer, its chat template and its context "
@@ -141,14 +183,6 @@ def _local_data(recipe: Recipe, found: Rehearsal) -> bool:
             )
             local = False
     return local
-
-
-def _prompts(recipe: Recipe, signatures: Signatures, whole: bool) -> None:
-    from rlpost.run.assemble import load_prompts, note_demonstrations
-
-    tokenizer, sets = load_prompts(recipe, signatures)
-    if recipe.method.needs_demonstrations and whole:
-        note_demonstrations(sets, recipe, tokenizer)
 
 
 def _tokenizer(recipe: Recipe) -> None:

@@ -23,9 +23,17 @@ class RunResult:
     accuracy_before: float | None
     accuracy_after: float | None
     checkpoint: Path | None
+    failed: Exception | None = None  # what went wrong after everything had been learned and saved
 
 
-def end_run(parts: Parts, state: RunState, accuracy_after: float | None, *, interrupted: bool) -> RunResult:
+def end_run(
+    parts: Parts,
+    state: RunState,
+    accuracy_after: float | None,
+    *,
+    interrupted: bool,
+    failed: Exception | None = None,
+) -> RunResult:
     """Ends all parts and says what came of the run."""
     parts.phase("checkpoint", parts.store.wait)
     result = RunResult(
@@ -35,8 +43,9 @@ def end_run(parts: Parts, state: RunState, accuracy_after: float | None, *, inte
         accuracy_before=state.accuracy_before,
         accuracy_after=accuracy_after,
         checkpoint=parts.store.latest(),
+        failed=failed,
     )
-    parts.close("interrupted" if interrupted else "finished")
+    parts.close("interrupted" if interrupted else "finished" if failed is None else "failed")
     return result
 
 

@@ -29,6 +29,7 @@ class RunState:
     skipped_in_a_row: int = 0
     buffer: RolloutBuffer | None = None  # a rollout of which some optimizer steps are still to be taken
     accuracy_before: float | None = None
+    empty_in_a_row: int = 0  # rollouts without a single row to learn from
 
     def count_step(self, *, skipped: bool) -> dict[str, float]:
         """Takes note of an optimizer step, and of whether its loss or gradient was not finite; a metric."""
@@ -89,7 +90,7 @@ def load_checkpoint(path: Path, parts: Parts, source: Source) -> RunState:
         counters.pop(name, None)
     parts.processes.together(lambda: check_world(path, world, parts.processes.world, in_rollout=in_rollout))
     parts.learner.load(path, world=world)
-    state = RunState(**{name: counters.pop(name) for name in COUNTERS})
+    state = RunState(**{name: counters.pop(name) for name in COUNTERS if name in counters})
     source.load_state_dict(counters)
     # Buffers are the run's own nouns, so they are unpickled; the manifest has shown that they are what was saved.
     rank = parts.processes.rank if world == parts.processes.world else 0

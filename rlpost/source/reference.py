@@ -68,8 +68,8 @@ def cache_path(recipe: Recipe, model_path: str, pairs: Sequence[Pair]) -> Path:
 
 def rotary_parts(recipe: Recipe) -> list[str]:
     """What belongs to the name of something made by a model whose rotary frequencies depend on the run's longest sequence."""
+    from rlpost.policy.local_config import local_config
     from rlpost.policy.rotary import chosen_length
-    from rlpost.recipe.plan.memory import local_config
 
     config = local_config(recipe.model)
     length = None if config is None else chosen_length(config, recipe.longest_sequence)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from rlpost.data.demonstrations import DemonstrationReader, demonstration_limit
+from rlpost.data.demonstrations import DemonstrationReader
 from rlpost.data.hints import Hinter
 from rlpost.experience import Group
 from rlpost.gradient.metrics import merge, values
@@ -94,8 +94,7 @@ class Teacher:
 
 def make_reader(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int | None) -> DemonstrationReader:
     """What makes a recipe's worked solutions into tokens."""
-    limit = demonstration_limit(recipe.data, recipe.rollout.max_completion_tokens)
-    return DemonstrationReader(tokenizer, limit, context, recipe.data.template_options)
+    return DemonstrationReader(tokenizer, recipe.demonstration_limit, context, recipe.data.template_options)
 
 
 def make_hinter(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, context: int | None) -> Hinter | None:

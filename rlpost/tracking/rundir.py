@@ -9,6 +9,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -66,6 +67,29 @@ class RunDirectory:
             run.close()
             raise
         return run
+
+    @classmethod
+    def look(cls, path: Path | str, *, fresh: bool, overwrite: bool = False) -> None:
+        """Raises what `open` would raise, tries to write wherever a run writes, and leaves nothing behind."""
+        run, made = cls.at(path), []
+        try:
+            for folder in reversed((run.path, *run.path.parents)):
+                if not folder.exists():
+                    folder.mkdir()
+                    made.append(folder)
+            if (run.path / ".lock").exists():
+                cls(run.path, _take_lock(run.path)).close()
+            for folder in (run.path, run.completions, run.checkpoints, run.wandb, run.report):
+                if folder is run.path or folder.exists():
+                    _write_test(folder)
+            if fresh and not overwrite:
+                run._refuse_earlier_run()
+        except OSError as error:
+            raise _unwritable(run.path, error) from error
+        finally:
+            for folder in reversed(made):
+                with suppress(OSError):  # another run may have begun there
+                    folder.rmdir()
 
     @property
     def name(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,4 +26,21 @@ def resume_other_temperature(folder: Path) -> None:
     assert train(load_recipe(folder / "recipe.yaml", ["resume=auto", *changes])).optimizer_steps == 6
 
 
-CHECKS: dict[str, Callable[[Path], None]] = {"resume-other-temperature": resume_other_temperature}
+def generation_config_not_saved(folder: Path) -> None:
+    """The run ends with its model, whose generation settings are those that the model came with."""
+    from transformers import AutoModelForCausalLM
+
+    runpy.run_path("make_model.py")
+    result = train(load_recipe("recipe.yaml"))
+    assert result.optimizer_steps == 2 and result.checkpoint is not None
+    AutoModelForCausalLM.from_pretrained(result.checkpoint)
+    before, after = (
+        json.loads((f / "generation_config.json").read_text()) for f in (folder / "model", result.checkpoint)
+    )
+    assert {name: after[name] for name in before} == before
+
+
+CHECKS: dict[str, Callable[[Path], None]] = {
+    "resume-other-temperature": resume_other_temperature,
+    "generation-config-not-saved": generation_config_not_saved,
+}

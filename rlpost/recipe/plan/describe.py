@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlpost.errors import RecipeError
+from rlpost.policy.local_config import local_config
 from rlpost.recipe.load import LoadedRecipe, leaves
-from rlpost.recipe.plan.memory import GIB, MemoryLine, estimate, find_model_size, local_config
+from rlpost.recipe.plan.memory import GIB, MemoryLine, estimate, find_model_size
 from rlpost.recipe.plan.slots import slot_sections
 from rlpost.recipe.rules.check import advise, check, training_prompts
 from rlpost.recipe.rules.pairs import describe_baseline, layout_in_use
@@ -70,6 +71,7 @@ class Plan:
     settings: tuple[str, ...]  # of every slot in force, all of them
     memory: tuple[MemoryLine, ...]
     memory_source: str
+    disk: str
     advice: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -82,7 +84,7 @@ def make_plan(loaded: LoadedRecipe, *, processes: int | None = None, zero_stage:
 
     problems = check(recipe, setting)
     # Where a rule is broken already, what comes of reading the data would only say it again.
-    seen = Rehearsal() if problems else rehearse(loaded)
+    seen = Rehearsal() if problems else rehearse(loaded, zero_stage)
     size, source = find_model_size(recipe.model)
     memory = tuple(estimate(recipe, size, processes=count, zero_stage=zero_stage)) if size else ()
     return Plan(
@@ -96,6 +98,7 @@ def make_plan(loaded: LoadedRecipe, *, processes: int | None = None, zero_stage:
         settings=_settings(recipe, loaded.origins),
         memory=memory,
         memory_source=source,
+        disk=seen.disk,
         advice=(*advise(recipe, setting), *seen.notes),
         problems=(*problems, *seen.problems),
     )
@@ -120,6 +123,9 @@ def print_plan(plan: Plan, *, as_json: bool = False) -> None:
     for line in plan.settings:
         console.print(f"  {line}", markup=False, highlight=False)
     _print_memory(console, plan)
+    if plan.disk:
+        console.rule("Disk", align="left")
+        console.print(f"  {plan.disk}", markup=False, highlight=False)
     for note in plan.advice:
         console.print(f"note: {note}.", style="yellow", markup=False, highlight=False)
     for problem in plan.problems:
@@ -214,7 +220,7 @@ def _tokens_per_prompt(recipe: Recipe) -> int:
     samples = (1 if layout_in_use(recipe)[0] == "tree" else g) * data.max_prompt_tokens + g * limit
     if gate is None:
         return samples
-    taught = data.max_prompt_tokens + (data.max_demonstration_tokens or limit)
+    taught = data.max_prompt_tokens + recipe.demonstration_limit
     if not recipe.method.samples:
         return taught
     return max(samples, taught) if either_or(gate) else samples + taught

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlpost.policy.local_config import local_config
 from rlpost.recipe.sections.model import ModelSection
 from rlpost.recipe.sections.reward import RewardModelSection
 from rlpost.recipe.sections.rollout import VllmEngine
@@ -75,7 +76,7 @@ def guess_from_name(name: str) -> ModelSize | None:
 def estimate(recipe: Recipe, size: ModelSize, *, processes: int = 1, zero_stage: int = 0) -> list[MemoryLine]:
     """Bytes per process, line by line. `zero_stage` is DeepSpeed's: 1 shares the optimizer's state among processes,
     2 the gradients too, 3 the weights too."""
-    trained = _trained_parameters(recipe, size)
+    trained = trained_parameters(recipe, size)
     lines = _weights(recipe, size, trained, processes, zero_stage)
     lines.append(_activations(recipe, size))
     chunk = min(recipe.learner.head_chunk_tokens, recipe.learner.micro_batch_tokens)
@@ -216,35 +217,19 @@ def _reward_models(recipe: Recipe) -> list[MemoryLine]:
     return lines
 
 
-def _trained_parameters(recipe: Recipe, size: ModelSize) -> int:
+def bytes_per_number(dtype: str) -> int:
+    """How many bytes a number of this type takes."""
+    return _BYTES[dtype]
+
+
+def trained_parameters(recipe: Recipe, size: ModelSize) -> int:
+    """How many parameters the optimizer updates: all, or those of the adapters."""
     if recipe.model.lora is None:
         return size.parameters
     # A rank-r pair for the attention's q, k, v, o and the MLP's gate, up, down: r x (inputs + outputs) each.
     attention = 4 * size.hidden + 2 * (size.hidden + size.kv_width)
     mlp = 3 * (size.hidden + size.intermediate)
     return recipe.model.lora.rank * size.layers * (attention + mlp)
-
-
-def local_config(model: ModelSection) -> Any | None:
-    """The model's Hugging Face configuration, if it is on this machine; never asks the network."""
-    path = model.path
-    if path.startswith("package:"):
-        from rlpost.data.packaged import cache_folder
-
-        path = str(cache_folder() / "models" / path.removeprefix("package:"))
-        if not Path(path, "config.json").is_file():
-            return None
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(
-            str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path,
-            local_files_only=True,
-            trust_remote_code=model.trust_remote_code,
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError):
-        return None  # neither a folder nor in the hub's cache: the caller says so
 
 
 def _size_of(config: Any) -> ModelSize:

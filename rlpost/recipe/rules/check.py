@@ -98,7 +98,10 @@ def _division(r: Recipe, s: Setting) -> Iterator[str]:
         what = f"learner.minibatches={minibatches}"
     else:
         what = f"learner.minibatches={minibatches} in each of the {s.processes} processes"
-    yield f"rollout.prompts_per_step={prompts} cannot be divided evenly among {what}. Use {fits} or {fits + parts}"
+    yield (
+        f"rollout.prompts_per_step={prompts} cannot be divided evenly among {what}. Set "
+        f"rollout.prompts_per_step to {fits} or {fits + parts}"
+    )
 
 
 def _row_fits(r: Recipe, _: Setting) -> Iterator[str]:

@@ -47,7 +47,7 @@ def adapter_problems(r: Recipe, setting: Setting) -> Iterator[str]:
     if lora is None or lora.dropout or (lora.targets == "all-linear" and setting.zero_stage != 3):
         return
     from rlpost.policy.family import why_untrainable
-    from rlpost.recipe.plan.memory import local_config
+    from rlpost.policy.local_config import local_config
 
     config = local_config(r.model)
     if config is None or why_untrainable(config):
@@ -70,7 +70,7 @@ def adapter_problems(r: Recipe, setting: Setting) -> Iterator[str]:
 def family_problems(r: Recipe, _: Setting) -> Iterator[str]:
     """What speaks against the model's type, its attention kernel and its tokenizer; where it is not on this machine, the start
     of the run says so."""
-    from rlpost.recipe.plan.memory import local_config
+    from rlpost.policy.local_config import local_config
 
     config = local_config(r.model)
     if config is None:
@@ -108,7 +108,7 @@ def capped_logits(r: Recipe, _: Setting) -> Iterator[str]:
     mask = r.method.curvature
     if mask is None or mask.by_adam:
         return
-    from rlpost.recipe.plan.memory import local_config
+    from rlpost.policy.local_config import local_config
 
     config = local_config(r.model)
     cap = getattr(config, "final_logit_softcapping", None)
@@ -121,7 +121,7 @@ def capped_logits(r: Recipe, _: Setting) -> Iterator[str]:
 
 def rotary_advice(r: Recipe, _: Setting) -> Iterator[str]:
     """Which rotary frequencies a run has where they depend on length."""
-    from rlpost.recipe.plan.memory import local_config
+    from rlpost.policy.local_config import local_config
 
     config = local_config(r.model)
     if config is None:

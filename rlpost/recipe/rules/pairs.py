@@ -35,7 +35,7 @@ def pair_problems(r: Recipe, _: Setting) -> Iterator[str]:
 def layout_in_use(r: Recipe) -> tuple[str, str | None]:
     """The layout of the learner's rows and why it is not `learner.layout`, as far as it is known before a model is loaded:
     models that cannot take tree rows get sorted ones. Looks at local files only."""
-    from rlpost.recipe.plan.memory import local_config
+    from rlpost.policy.local_config import local_config
 
     wanted, attention = r.learner.layout, r.model.attention
     config = local_config(r.model) if wanted == "tree" else None

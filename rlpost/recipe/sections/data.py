@@ -90,8 +90,9 @@ class DataSection(Section):
     too_long: Literal["drop", "refuse"] = "drop"
     """What becomes of prompts longer than `max_prompt_tokens`: drop them (counted and reported) or refuse to start."""
     max_demonstration_tokens: PositiveInt | None = None
-    """Longer worked solutions are not learned from by `method.gate`; null: `rollout.max_completion_tokens`. Nor are those
-    that do not fit the model's context behind their question."""
+    """Longer worked solutions are not learned from by `method.gate`; null: those that would not fit a micro-batch
+    (`learner.micro_batch_tokens`) behind a prompt of `max_prompt_tokens`. Nor are those that do not fit the model's context
+    behind their question."""
     long_demonstrations: Literal["drop", "refuse"] = "drop"
     """What becomes of worked solutions too long for `method.gate`, and of hints of `method.guidance` with which a prompt is
     longer than `max_prompt_tokens`. drop: their prompts are left to RL, without these hints, and counted at the start and

@@ -322,6 +322,13 @@ def _slot_rules(m: MethodSection) -> list[tuple[bool, str]]:
                 ("controller", m.controller is not None, "null (pairs.beta ties the policy to its reference)"),
             )
         ],
+        *_critic_rules(m),
+    ]
+
+
+def _critic_rules(m: MethodSection) -> list[tuple[bool, str]]:
+    """The same for critics and controllers."""
+    return [
         (
             m.critic is not None and (m.advantage.center != "none" or m.advantage.scale != "none"),
             "critic gives every token its own baseline: set advantage.center and advantage.scale to none "

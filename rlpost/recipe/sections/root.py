@@ -95,8 +95,15 @@ class Recipe(Section):
     @property
     def longest_sequence(self) -> int:
         """How many tokens a prompt with a completion or a demonstration may have at the most; hints are part of a prompt."""
-        tail = max(self.rollout.max_completion_tokens, self.data.max_demonstration_tokens or 0)
-        return self.data.max_prompt_tokens + tail
+        taught = self.demonstration_limit if self.method.gate is not None else 0
+        return self.data.max_prompt_tokens + max(self.rollout.max_completion_tokens, taught)
+
+    @property
+    def demonstration_limit(self) -> int:
+        """The most tokens of a worked solution that `method.gate` learns from, its end included. By default what fits a
+        micro-batch: a solution is not sampled, so the limit of sampling says nothing about it."""
+        own = self.data.max_demonstration_tokens
+        return max(1, self.learner.micro_batch_tokens - self.data.max_prompt_tokens) if own is None else own
 
     @property
     def optimizer_steps(self) -> int:
