@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlpost.data.packaged import resolve_model_path
+from rlpost.data.packaged import described_by
 from rlpost.errors import RecipeError
 from rlpost.recipe.sections.model import ModelSection
 
@@ -20,7 +20,7 @@ def load_tokenizer(model: ModelSection) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    path = resolve_model_path(model.path)
+    path = described_by(model.path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:

@@ -90,13 +90,13 @@ def critic(before: Before) -> None:
 
 def configuration(before: Before) -> None:
     """Writes the configuration and tokenizer files of a checkpoint into a scratch folder."""
-    from rlpost.data.packaged import resolve_model_path
+    from rlpost.data.packaged import described_by
     from rlpost.data.tokenizer import load_tokenizer
     from rlpost.policy.loading import load_config
 
     model = before.recipe.model
     tokenizer = before.tokenizer or load_tokenizer(model)
-    config, _ = load_config(model, resolve_model_path(model.path))
+    config, _ = load_config(model, described_by(model.path))
     with tempfile.TemporaryDirectory() as scratch:
         for what, save in (("configuration", config.save_pretrained), ("tokenizer", tokenizer.save_pretrained)):
             try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlpost.data.packaged import resolve_model_path
+from rlpost.data.packaged import described_by, resolve_model_path
 from rlpost.errors import CheckpointError
 from rlpost.learner.actor_critic import ActorCritic
 from rlpost.learner.factory import loading_device
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 def context_window(recipe: Recipe) -> int | None:
     """How many tokens the model can attend to, from its configuration; None where that does not say."""
 
-    config, _notes = load_config(recipe.model, resolve_model_path(recipe.model.path))
+    config, _notes = load_config(recipe.model, described_by(recipe.model.path))
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def vocabulary(recipe: Recipe) -> int:
     """How many tokens the model knows: its embedding's rows, from its configuration."""
-    return int(load_config(recipe.model, resolve_model_path(recipe.model.path))[0].get_text_config().vocab_size)
+    return int(load_config(recipe.model, described_by(recipe.model.path))[0].get_text_config().vocab_size)
 
 
 def build_policy(recipe: Recipe, resume_from: Path | None, processes: Processes) -> tuple[str, Policy]:

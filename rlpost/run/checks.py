@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rlpost.data.packaged import resolve_model_path
+from rlpost.data.packaged import described_by
 from rlpost.errors import DataError, RecipeError
 from rlpost.policy.loading import load_config
 from rlpost.recipe.sections.root import Recipe
@@ -75,7 +75,7 @@ def check_critic(recipe: Recipe, words: int) -> None:
     critic = recipe.method.critic
     if critic is None or critic.path is None:
         return
-    config, _ = load_config(recipe.model, resolve_model_path(critic.path), key="method.critic.path")
+    config, _ = load_config(recipe.model, described_by(critic.path), key="method.critic.path")
     known = config.get_text_config().vocab_size
     words = min(words, vocabulary(recipe))  # what the policy does not know, it cannot write
     if known < words:
