@@ -56,7 +56,7 @@ def base_recipe(model: str, folder: Path) -> dict[str, Any]:
         "rewards": [{"function": str(folder / "graded.py"), "deadline_s": 120.0}],
         "scoring": {"workers": 1},
         "method": {"preset": "grpo", "overlong": {"filter": False}},
-        "learner": {"steps": 3, "minibatches": 2, "learning_rate": 1e-3},
+        "learner": {"rollouts": 3, "minibatches": 2, "learning_rate": 1e-3},
         "evaluation": {"prompts": 4},
         "tracking": {"wandb": {"mode": "disabled"}, "console": False, "report": False},
     }
@@ -134,7 +134,7 @@ def record(folder: Path, *, quickstart: bool, resume_from: Path | None) -> None:
             "quickstart",
             Path("recipes/quickstart.yaml"),
             f"output_dir={folder}",
-            "learner.steps=5",
+            "learner.rollouts=5",
             "evaluation.prompts=16",
         )
     (folder / "results.json").write_text(json.dumps(results, indent=1))

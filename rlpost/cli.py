@@ -30,7 +30,7 @@ app.add_typer(rewards_app, name="rewards")
 RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, such as recipes/quickstart.yaml.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as learner.steps=20 or rewards.0.weight=2."),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as learner.rollouts=20 or rewards.0.weight=2."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -199,7 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _refuse_habits(arguments: list[str]) -> None:
-    """Raises RecipeError for `--learner.steps=3`, as others write it, and for a recipe without its ending."""
+    """Raises RecipeError for `--learner.rollouts=3`, as others write it, and for a recipe without its ending."""
     for word in arguments:
         key = word.partition("=")[0]
         if word.startswith("--") and "." in key and "/" not in key:

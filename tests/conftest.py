@@ -105,7 +105,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def write_recipe(tiny_model):
-    """`write_recipe(folder, {"learner.steps": 2, ...})`: the path of a recipe that trains the tiny model in seconds."""
+    """`write_recipe(folder, {"learner.rollouts": 2, ...})`: the path of a recipe that trains the tiny model in seconds."""
 
     def write(folder: Path, changes: dict | None = None, reward: str = REWARD) -> Path:
         import yaml
@@ -126,7 +126,7 @@ def write_recipe(tiny_model):
             "rewards": [{"function": str(folder / "graded.py"), "deadline_s": 60.0}],
             "scoring": {"workers": 1},
             "method": {"preset": "grpo"},
-            "learner": {"steps": 4, "learning_rate": 1e-3},
+            "learner": {"rollouts": 4, "learning_rate": 1e-3},
             "evaluation": {"prompts": 4},
             "tracking": {"wandb": {"mode": "disabled"}, "console": False, "report": False},  # pictures take seconds
         }

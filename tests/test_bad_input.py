@@ -17,7 +17,7 @@ from rlpost.tracking.rundir import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-QUICK = {"evaluation.at_start": False, "learner.steps": 1}
+QUICK = {"evaluation.at_start": False, "learner.rollouts": 1}
 
 
 @pytest.fixture

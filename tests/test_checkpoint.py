@@ -121,7 +121,7 @@ def test_a_snapshot_is_what_was_there_when_it_was_taken(tmp_path):
     assert torch.equal(found["tensor"], torch.zeros(3)) and found["count"] == [1]
 
 
-CHANGES = {"learner.steps": 3, "learner.minibatches": 2, "learner.epochs": 2, "checkpoint.every": 1}
+CHANGES = {"learner.rollouts": 3, "learner.minibatches": 2, "learner.epochs": 2, "checkpoint.every": 1}
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_killed_at_three_random_moments(asynchronous, unbroken, write_recipe, tm
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_at_twenty_random_moments(write_recipe, one_thread, tmp_path):
-    changes = {**CHANGES, "learner.steps": 12}
+    changes = {**CHANGES, "learner.rollouts": 12}
     train(load_recipe(write_recipe(tmp_path / "straight", changes)))
     recipe = write_recipe(tmp_path / "killed", changes)
     found = killed_again_and_again(recipe, 20, 1.0, 3)
@@ -215,7 +215,7 @@ def test_one_process_goes_on_where_two_stopped_and_two_where_one_did(
     """At a rollout's end; in the middle of one it is refused, and nothing is touched."""
     changes = {
         "rollout.prompts_per_step": 4,
-        "learner.steps": 2,
+        "learner.rollouts": 2,
         "learner.minibatches": 2,
         "learner.learning_rate": 1e-4,
         "checkpoint.every": 1,

@@ -45,8 +45,8 @@ def run(*arguments: str) -> int:
 
 @pytest.mark.parametrize("head", [[], ["train"]])
 def test_train_and_its_shorthand(recipe, calls, head):
-    assert run(*head, "r.yaml", "learner.steps=3", "name=other") == 0
-    assert calls[0].recipe.learner.steps == 3 and calls[0].recipe.name == "other"
+    assert run(*head, "r.yaml", "learner.rollouts=3", "name=other") == 0
+    assert calls[0].recipe.learner.rollouts == 3 and calls[0].recipe.name == "other"
 
 
 def test_an_interrupted_run_says_so(recipe, calls, monkeypatch):
@@ -179,10 +179,10 @@ def test_light_commands_import_nothing_heavy(arguments):
 
 
 def test_the_module_runs_as_accelerate_starts_it(recipe):
-    command = [sys.executable, "-m", "rlpost", "r.yaml", "learner.steps=none"]
+    command = [sys.executable, "-m", "rlpost", "r.yaml", "learner.rollouts=none"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=recipe.parent)
     assert done.returncode == 2
-    assert done.stderr.startswith("RecipeError: r.yaml: learner.steps = 'none'")
+    assert done.stderr.startswith("RecipeError: r.yaml: learner.rollouts = 'none'")
     assert done.stderr.count("\n") == 1
 
 
@@ -193,7 +193,7 @@ def test_habits_from_elsewhere_are_answered_with_the_right_form(tmp_path, monkey
     text = "name: r\nmodel: a/b\ndata: {train: {type: arithmetic}}\nmethod: grpo\nrewards: [number]\n"
     (tmp_path / "mine.yaml").write_text(text)
     for arguments, words in (
-        (["mine.yaml", "--learner.steps=3"], ["without dashes: learner.steps=3"]),
+        (["mine.yaml", "--learner.rollouts=3"], ["without dashes: learner.rollouts=3"]),
         (["mine"], ["Did you mean mine.yaml?"]),
         (["plan", "mine.yaml"], ["such as `path: a/b`", "such as `preset: grpo`", "such as `- function: number`"]),
     ):

@@ -230,15 +230,15 @@ OTHERS = [
     ("d.json", b'[{"q": "?"}] x', "goes on behind the end of its list"),
     ("d.json", b'[{"q": "?"},]', "row 1, is no JSON object"),
     ("d.json", b"[1]", "row 0, is no JSON object but a JSON number"),
-    ("d.jsonl", gzip.compress(b"{}"), r"compressed with gzip: add \.gz"),
+    ("d.jsonl", gzip.compress(b"{}", mtime=0), r"compressed with gzip: add \.gz"),
     ("d.jsonl", b"PAR1xxxx", "a parquet file"),
     (
         "d.jsonl.gz",
-        gzip.compress(b'{"q": "?", "a": 1}\n' * 999)[:-9],
+        gzip.compress(b'{"q": "?", "a": 1}\n' * 999, mtime=0)[:-9],
         r"d\.jsonl\.gz cannot be read behind line.*damaged",
     ),
     ("d.jsonl.gz", b'{"q": "?"}\n', "damaged or incomplete"),
-    ("d.jsonl.gz", gzip.compress(b'{"q": "?"}' * 999)[:20] + b"x" * 50, "damaged or incomplete"),
+    ("d.jsonl.gz", gzip.compress(b'{"q": "?"}' * 999, mtime=0)[:20] + b"x" * 50, "damaged or incomplete"),
     ("d.jsonl.zst", b"x", "does not say what it holds"),
     ("d.parquet", b"x", "cannot be read as parquet"),
 ]

@@ -184,7 +184,7 @@ def test_capos_tracker_is_the_same_on_all_processes_and_that_of_one(results):
 
 CHANGES = {
     "rollout.prompts_per_step": 4,
-    "learner.steps": 2,
+    "learner.rollouts": 2,
     "learner.minibatches": 2,
     "learner.learning_rate": 1e-4,
     "checkpoint.every": 1,
@@ -302,7 +302,7 @@ def test_zero_3_trains_the_quickstart_model_as_one_process_does(children, tmp_pa
     """135 million weights in float32, three steps of the recipe that everybody starts with, on few tokens."""
     overrides = [
         f"output_dir={tmp_path}",
-        "learner.steps=3",
+        "learner.rollouts=3",
         "model.autocast=none",
         "rollout.engine.type=transformers",
         "rollout.prompts_per_step=4",

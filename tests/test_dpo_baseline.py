@@ -38,7 +38,7 @@ def initial(tiny_model):
 def recipe_with(folder, tiny_model, sft="sum", **changes):
     """Every step has all 16 training pairs, so the first one's figures are of the initial model on all of them."""
     pairs = {"beta": 0.5, "baseline": "initial", "sft": TERMS[sft]}
-    changes = {"method__pairs": pairs, "rollout__prompts_per_step": 16, "learner__steps": 2} | changes
+    changes = {"method__pairs": pairs, "rollout__prompts_per_step": 16, "learner__rollouts": 2} | changes
     return pair_recipe(folder, tiny_model, rollout__engine={"type": "transformers"}, **changes)
 
 

@@ -49,7 +49,7 @@ def pair_recipe(folder: Path, tiny_model: str, **changes) -> Path:
         },
         "rollout": {"prompts_per_step": 4, "max_completion_tokens": 16},
         "method": {"preset": "rpo", "pairs": {"beta": 0.5}},
-        "learner": {"steps": 6, "learning_rate": 3e-3},
+        "learner": {"rollouts": 6, "learning_rate": 3e-3},
         "tracking": {"wandb": {"mode": "disabled"}, "console": False, "report": False},
     }
     for path, value in changes.items():
@@ -89,7 +89,7 @@ def test_a_recipe_learns_from_pairs_without_an_engine(tmp_path, tiny_model, one_
 
 def test_every_pair_is_a_tie_before_the_first_update(tmp_path, tiny_model, one_thread):
     """The policy is its own reference then, in the same rows: not one bit differs."""
-    changes = {"learner__steps": 1, "evaluation__prompts": 0, "data__held_out": 0}
+    changes = {"learner__rollouts": 1, "evaluation__prompts": 0, "data__held_out": 0}
     recipe = pair_recipe(tmp_path, tiny_model, method__pairs={"beta": 0.5, "reference": "live"}, **changes)
     (first,) = rows(run(recipe).run_dir, "train")
     assert (first["pairs/accuracy"], first["pairs/margin"]) == (0.5, 0.0)
@@ -135,7 +135,7 @@ def test_the_cache_tells_models_apart_and_mends_itself(tmp_path, tiny_model, one
     def kept() -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in (tmp_path / "cache" / "reference").iterdir()}
 
-    short = {"learner__steps": 1}
+    short = {"learner__rollouts": 1}
     first = rows(run(pair_recipe(tmp_path / "a", tiny_model, **short)).run_dir)
     one = kept()
     save_tiny_model(tmp_path / "model", seed=1)  # of the same shape and size
@@ -186,7 +186,7 @@ def test_lora_uses_the_model_without_its_adapter(tmp_path, tiny_model, one_threa
 
 
 def test_pairs_made_on_the_spot(tmp_path, write_recipe, one_thread):
-    recipe = write_recipe(tmp_path, {"method": {"preset": "rpo", "pairs": {"beta": 0.5}}, "learner.steps": 3})
+    recipe = write_recipe(tmp_path, {"method": {"preset": "rpo", "pairs": {"beta": 0.5}}, "learner.rollouts": 3})
     result = run(recipe)
     found = rows(result.run_dir, "train")
     assert len(found) == 3
@@ -199,7 +199,7 @@ def test_pairs_made_on_the_spot(tmp_path, write_recipe, one_thread):
     assert len(sampled) == 8  # everything that was sampled, not only the pairs
 
 
-ONLINE = {"method": {"preset": "rpo", "pairs": {"beta": 0.5}}, "learner.steps": 3}
+ONLINE = {"method": {"preset": "rpo", "pairs": {"beta": 0.5}}, "learner.rollouts": 3}
 
 
 def test_online_pairs_killed_and_resumed_equal_never_stopped(tmp_path, write_recipe, one_thread):
@@ -267,7 +267,7 @@ def test_the_report_shows_the_over_optimisation_curve(tmp_path, tiny_model, one_
 
     from rlpost.tracking.report import write_report
 
-    result = run(pair_recipe(tmp_path, tiny_model, learner__steps=3, evaluation__every=1))
+    result = run(pair_recipe(tmp_path, tiny_model, learner__rollouts=3, evaluation__every=1))
     drawn: dict[str, list[dict]] = {}
     save = Figure.savefig
 

@@ -22,7 +22,7 @@ from rlpost.run.parts import Parts
 from rlpost.source.sampled import SampledSource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CHANGES = {"learner.steps": 2}
+CHANGES = {"learner.rollouts": 2}
 
 
 class Unexpected(Exception):
@@ -147,7 +147,7 @@ def test_an_error_in_mid_run_saves_weights_that_no_checkpoint_has(write_recipe, 
 
     monkeypatch.setattr(SampledSource, "next", next_or_break)
     for every, said in ((0, "weights_step_000003"), (2, "weights_step_000003"), (3, "step_000003")):
-        changes = {"learner.steps": 4, "checkpoint.every": every, "evaluation.prompts": 0}
+        changes = {"learner.rollouts": 4, "checkpoint.every": every, "evaluation.prompts": 0}
         with pytest.raises(Unexpected) as caught:
             train(load_recipe(write_recipe(tmp_path / str(every), changes)))
         folder = tmp_path / str(every) / "run" / "checkpoints" / said
@@ -196,7 +196,7 @@ def test_a_disk_too_small_for_one_checkpoint_is_refused_and_a_short_one_is_said(
     from rlpost.recipe.plan.disk import checkpoint_room
     from rlpost.recipe.plan.memory import find_model_size
 
-    changes = {"learner.steps": 4, "checkpoint.every": 1, "evaluation.prompts": 0, "tracking.console": True}
+    changes = {"learner.rollouts": 4, "checkpoint.every": 1, "evaluation.prompts": 0, "tracking.console": True}
     loaded = load_recipe(write_recipe(tmp_path, changes))
     size, _ = find_model_size(loaded.recipe.model)
     room = checkpoint_room(loaded.recipe, size)

@@ -50,7 +50,7 @@ def run(recipe: Path, *overrides: str):
 def finished(tmp_path_factory, write_recipe, one_thread):
     """A run of 7 rollouts over 16 prompts, with a checkpoint after every optimizer step."""
     folder = tmp_path_factory.mktemp("ghpo")
-    changes = {**GHPO, "learner.steps": 7, "learner.minibatches": 2, "checkpoint.every": 1, "checkpoint.keep": 20}
+    changes = {**GHPO, "learner.rollouts": 7, "learner.minibatches": 2, "checkpoint.every": 1, "checkpoint.keep": 20}
     changes |= {"data.train": {"type": "arithmetic", "size": 20}}
     recipe = write_recipe(folder, changes, REWARD)
     return run(recipe, "name=straight"), recipe
@@ -103,7 +103,7 @@ def test_evaluation_never_shows_a_hint(tmp_path, write_recipe, monkeypatch) -> N
 
         monkeypatch.setattr(place, "sample_groups", spy)
     never = "def reward(completions, **columns):\n    return [0.0 for _ in completions]\n"
-    changes = {**GHPO, "evaluation.prompts": 4, "evaluation.every": 1, "learner.steps": 2}
+    changes = {**GHPO, "evaluation.prompts": 4, "evaluation.every": 1, "learner.rollouts": 2}
     result = run(write_recipe(tmp_path, changes, never))
     assert len(rows(result.run_dir, "eval")) == 3 and len(seen["eval"]) == 3 * 4
     assert any(prompt.hint for prompt in seen["train"])
@@ -117,13 +117,13 @@ def test_a_dataset_without_solutions_is_refused_by_the_column_to_map(tmp_path, w
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"What is {i}?", "solution": "It is."}) + "\n" for i in range(12)))
     source = {"type": "dataset", "path": str(data)}
-    recipe = write_recipe(tmp_path, {**GHPO, "data.train": source, "data.held_out": 0, "learner.steps": 1})
+    recipe = write_recipe(tmp_path, {**GHPO, "data.train": source, "data.held_out": 0, "learner.rollouts": 1})
     with pytest.raises(DataError, match="data.train.demonstration=solution"):
         run(recipe)
     empty = {**source, "demonstration": "solution"}
     data.write_text("".join(json.dumps({"prompt": f"What is {i}?", "solution": ""}) + "\n" for i in range(12)))
     with pytest.raises(DataError, match="empty in every row"):
-        run(write_recipe(tmp_path, {**GHPO, "data.train": empty, "data.held_out": 0, "learner.steps": 1}))
+        run(write_recipe(tmp_path, {**GHPO, "data.train": empty, "data.held_out": 0, "learner.rollouts": 1}))
 
 
 RATIOS = (0.25, 0.5, 0.75)
@@ -233,7 +233,7 @@ def reward(prompts, completions, **columns):
         found.append(float(len(question) % 2))
     return found
 """
-    changes = {**GHPO, "learner.steps": 2, "scoring.max_failed_share": 0.8}
+    changes = {**GHPO, "learner.rollouts": 2, "scoring.max_failed_share": 0.8}
     found = rows(run(write_recipe(tmp_path, changes, crashing)).run_dir)
     hinted = [row for row in found if row["guidance/hinted_share"] > 0]
     assert hinted and all(row["guidance/solved_level_3"] == 0 for row in hinted), "unknown is not solved"
@@ -254,7 +254,7 @@ def test_with_dynamic_sampling_the_figures_are_of_what_is_trained_on(tmp_path, w
 
     monkeypatch.setattr(rlpost.source.sampled, "open_buffer", spy)
     method = {"preset": "dapo", "guidance": {"type": "hint", "wording": "HINT{hint}"}, "overlong": {"penalty": 0.0}}
-    changes = {**GHPO, "method": method, "learner.steps": 5, "data.train": {"type": "arithmetic", "size": 60}}
+    changes = {**GHPO, "method": method, "learner.rollouts": 5, "data.train": {"type": "arithmetic", "size": 60}}
     found = rows(run(write_recipe(tmp_path, changes, REWARD)).run_dir)
     assert any(row["dynamic_sampling/replaced"] > 0 for row in found)
     assert any(row["guidance/hinted_share"] > 0 for row in found)
@@ -271,7 +271,7 @@ def test_with_dynamic_sampling_the_figures_are_of_what_is_trained_on(tmp_path, w
 def test_with_a_critic_values_are_of_the_hinted_prompt_and_resume_is_exact(preset, tmp_path, write_recipe) -> None:
     """A critic reads the rows that the policy is learned from, so its values are of the prompt that was sampled from."""
     method = {"preset": preset, "guidance": {"type": "hint", "wording": "HINT{hint}"}}
-    changes = {**GHPO, "method": method, "learner.steps": 3, "learner.minibatches": 2, "learner.learning_rate": 1e-4}
+    changes = {**GHPO, "method": method, "learner.rollouts": 3, "learner.minibatches": 2, "learner.learning_rate": 1e-4}
     changes |= {"checkpoint.every": 1, "checkpoint.keep": 20}
     recipe = write_recipe(tmp_path, changes, REWARD)
     straight = run(recipe, "name=straight")
@@ -291,7 +291,7 @@ def test_with_a_critic_values_are_of_the_hinted_prompt_and_resume_is_exact(prese
 
 
 def test_hints_that_do_not_fit_are_counted_at_the_start_or_refused(tmp_path, write_recipe, capsys) -> None:
-    changes = {**GHPO, "learner.steps": 1, "data.max_prompt_tokens": 45, "tracking.console": True}
+    changes = {**GHPO, "learner.rollouts": 1, "data.max_prompt_tokens": 45, "tracking.console": True}
     run(write_recipe(tmp_path / "a", changes, REWARD))
     said = capsys.readouterr().out
     assert re.search(r"75% of it as a hint does not fit 45 tokens .* for [1-9]\d* of them, 25% not for \d+", said), said

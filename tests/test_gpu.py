@@ -41,7 +41,7 @@ def test_a_run_on_cuda(engine, write_recipe, children, tmp_path):
         "model.autocast": "auto",
         "rollout.engine": section,
         "rollout.probe": {"max_mean_gap": 0.1},
-        "learner.steps": 2,
+        "learner.rollouts": 2,
         "learner.minibatches": 2,
     }
     code, printed = children.run(write_recipe(tmp_path, changes), launch="gpu.yaml", timeout=600)

@@ -34,7 +34,7 @@ def test_a_phase_that_hangs_is_named_with_its_stack_and_ends_the_process(write_r
 def test_a_second_process_is_kept_out_of_a_live_runs_folder(write_recipe, children, tmp_path, capsys):
     go, run = tmp_path / "go", tmp_path / "run"
     waiting = f"    import pathlib, time\n    while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.05)\n"
-    changes = {"learner.steps": 1, "evaluation.prompts": 0, "rewards.0.deadline_s": 600.0, "tracking.report": True}
+    changes = {"learner.rollouts": 1, "evaluation.prompts": 0, "rewards.0.deadline_s": 600.0, "tracking.report": True}
     recipe = write_recipe(tmp_path, changes, REWARD.replace("    texts =", waiting + "    texts ="))
     child = children.start(recipe)
     deadline = time.monotonic() + 240
@@ -42,7 +42,7 @@ def test_a_second_process_is_kept_out_of_a_live_runs_folder(write_recipe, childr
         assert child.poll() is None and time.monotonic() < deadline, child.communicate()[0]
         time.sleep(0.05)
     resolved = (run / "recipe.yaml").read_text()
-    for override in ("resume=auto", "overwrite=true", "learner.steps=2"):
+    for override in ("resume=auto", "overwrite=true", "learner.rollouts=2"):
         with pytest.raises(SystemExit) as caught:
             main([str(recipe), override])
         said = capsys.readouterr().err

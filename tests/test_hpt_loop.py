@@ -28,7 +28,7 @@ def reward(prompts, completions, **columns):
 """
 BASE = {
     "rollout.prompts_per_step": 4,
-    "learner.steps": 3,
+    "learner.rollouts": 3,
     "evaluation.prompts": 0,
     "data.max_demonstration_tokens": 120,
     "learner.micro_batch_tokens": 4096,
@@ -168,7 +168,7 @@ def test_ghpo_hpt_and_capo_in_one_run_and_resumed(tmp_path, write_recipe) -> Non
         "gate": {"type": "solve_rate"},
         "kl": {"coefficient": 0.01},
     }
-    changes = {**BASE, "method": method, "data.max_prompt_tokens": 200, "learner.minibatches": 2, "learner.steps": 4}
+    changes = {**BASE, "method": method, "data.max_prompt_tokens": 200, "learner.minibatches": 2, "learner.rollouts": 4}
     changes |= {"checkpoint.every": 1, "checkpoint.keep": 20}
     recipe = write_recipe(tmp_path, changes, REWARD)
     straight = run(recipe, "name=straight")
@@ -200,7 +200,7 @@ def test_solutions_beyond_the_models_context_are_never_learned_from(tmp_path, wr
     data.write_text("\n".join(lines))
     source = {"type": "dataset", "path": str(data), "demonstration": "solution"}
     changes = {**BASE, "method": {"preset": "sft"}, "data.train": source, "data.held_out": 0, "tracking.console": True}
-    changes |= {"data.max_demonstration_tokens": 400, "rollout.prompts_per_step": 12, "learner.steps": 1}
+    changes |= {"data.max_demonstration_tokens": 400, "rollout.prompts_per_step": 12, "learner.rollouts": 1}
     (found,) = rows(run(write_recipe(tmp_path / "a", changes, REWARD)).run_dir)
     assert found["gate/no_demonstration"] == 6 and found["gate/sft_share"] == 0.5
     assert found["gate/demonstration_tokens"] == 6 * 10
@@ -219,7 +219,7 @@ def test_steps_without_a_row_to_learn_from_are_said_and_end_the_run(tmp_path, wr
         "".join(json.dumps({"prompt": f"What is {i}?", "solution": t * 2}) + "\n" for i, t in enumerate(texts))
     )
     changes = {**BASE, "method": {"preset": "sft"}, "data.train": {**source, "demonstration": "solution"}}
-    changes |= {"data.held_out": 0, "data.shuffle": False, "data.max_demonstration_tokens": 12, "learner.steps": 9}
+    changes |= {"data.held_out": 0, "data.shuffle": False, "data.max_demonstration_tokens": 12, "learner.rollouts": 9}
     changes |= {"rollout.prompts_per_step": 1, "tracking.console": True, "evaluation.prompts": 0}
     # Rollout 1 has the long solution, the others have short ones: one line, and the run goes on.
     result = run(write_recipe(tmp_path / "a", changes, REWARD))
@@ -240,7 +240,7 @@ def test_steps_without_a_row_to_learn_from_are_said_and_end_the_run(tmp_path, wr
 def test_a_run_that_could_use_hardly_any_solution_is_refused(tmp_path, write_recipe) -> None:
     """The default limit has nothing to do with sampling; where too few solutions fit, the run does not start."""
     for preset, samples in (("sft", True), ("hpt", True), ("hpt", False)):
-        changes = {**BASE, "method": {"preset": preset}, "rollout.max_completion_tokens": 4, "learner.steps": 1}
+        changes = {**BASE, "method": {"preset": preset}, "rollout.max_completion_tokens": 4, "learner.rollouts": 1}
         changes.pop("data.max_demonstration_tokens", None)
         if samples:
             assert make_plan(load_recipe(write_recipe(tmp_path / "a", changes, REWARD))).problems == ()

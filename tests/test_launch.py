@@ -81,9 +81,9 @@ def test_how_to_go_on_is_said_as_the_run_was_started(monkeypatch, tmp_path):
 
     from rlpost.run.conclude import launch_command, resume_command
 
-    monkeypatch.setattr("sys.argv", ["rlpost", "my recipe.yaml", "learner.steps=2", "resume=auto"])
+    monkeypatch.setattr("sys.argv", ["rlpost", "my recipe.yaml", "learner.rollouts=2", "resume=auto"])
     monkeypatch.setenv("RLPOST_COMMAND", "launch/run.sh launch/zero2.yaml --num_processes 4")
-    said = "launch/run.sh launch/zero2.yaml --num_processes 4 'my recipe.yaml' learner.steps=2 resume=auto"
+    said = "launch/run.sh launch/zero2.yaml --num_processes 4 'my recipe.yaml' learner.rollouts=2 resume=auto"
     assert resume_command(launch_command(), tmp_path) == said
     monkeypatch.delenv("RLPOST_COMMAND")
     words = ["python", ".venv/bin/accelerate", "launch", "--config_file", "launch/cpu.yaml", "-m", "rlpost", "r.yaml"]

@@ -95,12 +95,12 @@ def test_a_critic_has_its_own_rate_even_where_the_policys_is_zero(tiny_model):
         assert moved == pytest.approx(expected, rel=1e-2), (of_policy, of_critic)
 
 
-CHANGES = {"learner.steps": 6, "learner.skip_nonfinite": 2, "checkpoint.every": 1, "evaluation.prompts": 0}
+CHANGES = {"learner.rollouts": 6, "learner.skip_nonfinite": 2, "checkpoint.every": 1, "evaluation.prompts": 0}
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(spoilt, write_recipe, tmp_path):
     spoilt(2, 4)
-    train(load_recipe(write_recipe(tmp_path, {**CHANGES, "learner.steps": 4, "checkpoint.keep": 9})))
+    train(load_recipe(write_recipe(tmp_path, {**CHANGES, "learner.rollouts": 4, "checkpoint.keep": 9})))
     found = rows(tmp_path / "run", "train")
     assert [row["optimizer/skipped"] for row in found] == [0, 1, 0, 1]
     assert [row["optimizer/skipped_total"] for row in found] == [0, 1, 1, 2]
@@ -114,7 +114,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(spoilt, write_recipe, 
 def test_a_loss_that_is_not_finite_skips_the_step_though_its_gradient_is(monkeypatch, write_recipe, tmp_path):
     original = update_module.coefficient_loss
     monkeypatch.setattr(update_module, "coefficient_loss", lambda *arguments: original(*arguments) - math.inf)
-    train(load_recipe(write_recipe(tmp_path, {**CHANGES, "learner.steps": 1})))
+    train(load_recipe(write_recipe(tmp_path, {**CHANGES, "learner.rollouts": 1})))
     (row,) = rows(tmp_path / "run", "train")
     assert row["optimizer/skipped"] == 1 and row.get("optimizer/loss") is None
 
@@ -122,7 +122,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_though_its_gradient_is(monkeyp
 def test_skipped_steps_in_a_row_are_counted_across_a_restart(spoilt, write_recipe, tmp_path):
     spoilt(2, 3, 4)
     recipe = write_recipe(tmp_path, {**CHANGES, "learner.skip_nonfinite": 3})
-    train(load_recipe(recipe, ["learner.steps=3"]))
+    train(load_recipe(recipe, ["learner.rollouts=3"]))
     spoilt(1)
     with pytest.raises(TrainingError, match="3 optimizer steps in a row"):
         train(load_recipe(recipe, ["resume=auto"]))
@@ -141,7 +141,7 @@ def test_too_many_in_a_row_stop_the_run_with_its_checkpoint_intact(spoilt, write
 
 def test_the_curvature_mask_forgets_a_step_that_was_skipped(spoilt, write_recipe, tmp_path):
     spoilt(3)
-    changes = {**CHANGES, "learner.steps": 5, "method.preset": "capo"}
+    changes = {**CHANGES, "learner.rollouts": 5, "method.preset": "capo"}
     train(load_recipe(write_recipe(tmp_path, changes)))
     found = rows(tmp_path / "run", "train")
     assert [row["optimizer/skipped"] for row in found] == [0, 0, 1, 0, 0]
@@ -190,7 +190,7 @@ def test_metrics_that_cannot_be_written_any_more(monkeypatch, write_recipe, tmp_
         with pytest.raises(TrainingError, match=r"metrics\.jsonl: Read-only file system.*resume=auto") as caught:
             train(load_recipe(write_recipe(tmp_path, CHANGES)))
     assert caught.value.exit_code == 4
-    train(load_recipe(tmp_path / "recipe.yaml", ["resume=auto", "learner.steps=3"]))
+    train(load_recipe(tmp_path / "recipe.yaml", ["resume=auto", "learner.rollouts=3"]))
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3]
 
 
@@ -256,7 +256,9 @@ def test_a_disk_that_is_really_full(small_disk, write_recipe, tmp_path):
     verify(latest)
     assert not list((small_disk / "run" / "checkpoints").glob(".writing*"))
     shutil.rmtree(store.path(1))
-    train(load_recipe(recipe.path, ["resume=auto", "checkpoint.keep=1", f"learner.steps={int(latest.name[-6:]) + 1}"]))
+    train(
+        load_recipe(recipe.path, ["resume=auto", "checkpoint.keep=1", f"learner.rollouts={int(latest.name[-6:]) + 1}"])
+    )
 
 
 class Two(Processes):

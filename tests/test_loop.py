@@ -26,7 +26,7 @@ def finished(tmp_path_factory, write_recipe, one_thread):
     recipe = write_recipe(
         folder,
         {
-            "learner.steps": 3,
+            "learner.rollouts": 3,
             "learner.minibatches": 2,
             "learner.schedule": "linear",
             "learner.warmup_steps": 2,
@@ -133,7 +133,7 @@ def gradients(write_recipe, folder, **changes):
     recipe = write_recipe(
         folder,
         {
-            "learner.steps": 2,
+            "learner.rollouts": 2,
             "rollout.prompts_per_step": 4,
             "learner.learning_rate": 1e-4,
             "evaluation.prompts": 0,
@@ -160,14 +160,14 @@ def test_layouts_and_micro_batches_do_not_change_the_gradient(write_recipe, tmp_
 
 
 def test_lora_trains_saves_and_resumes(write_recipe, tmp_path):
-    changes = {"model.lora": {"rank": 4}, "checkpoint.every": 2, "learner.steps": 3, "evaluation.prompts": 0}
+    changes = {"model.lora": {"rank": 4}, "checkpoint.every": 2, "learner.rollouts": 3, "evaluation.prompts": 0}
     whole = write_recipe(tmp_path / "whole", changes)
     train(load_recipe(whole))
     final = weights(tmp_path / "whole" / "run" / "checkpoints" / "step_000003")
     assert final and all("lora" in name for name in final)
     assert any(value.abs().max() > 0 for name, value in final.items() if "lora_B" in name)
     half = write_recipe(tmp_path / "half", changes)
-    train(load_recipe(half, ["learner.steps=2"]))
+    train(load_recipe(half, ["learner.rollouts=2"]))
     train(load_recipe(half, ["resume=auto"]))
     again = weights(tmp_path / "half" / "run" / "checkpoints" / "step_000003")
     assert all(torch.equal(again[name], value) for name, value in final.items())

@@ -13,7 +13,7 @@ def test_two_rollouts_with_vllm(write_recipe, children, tmp_path):
     changes = {
         "rollout.engine": {"type": "vllm", "dtype": "float32", "kv_cache_gib": 0.25, "max_sequences": 16},
         "rollout.probe": {"max_mean_gap": 1e-3},  # float32 on both sides: a tight limit, checked on every rollout
-        "learner.steps": 2,
+        "learner.rollouts": 2,
         "learner.minibatches": 2,
     }
     code, printed = children.run(write_recipe(tmp_path, changes), timeout=400)
@@ -33,7 +33,7 @@ def test_two_processes_with_vllm_learn_what_one_does(write_recipe, children, tmp
         "rollout.engine": {"type": "vllm", "dtype": "float32", "kv_cache_gib": 0.25, "max_sequences": 16},
         "rollout.prompts_per_step": 4,
         "rollout.probe": {"max_mean_gap": 1e-3},
-        "learner.steps": 2,
+        "learner.rollouts": 2,
         "learner.learning_rate": 1e-4,
         "evaluation.prompts": 0,
     }

@@ -14,7 +14,7 @@ from rlpost.run.loop import train
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
 RELEASED = {"preset": "safe_released"}
 SAME = ("critic/", "controller/", "policy/", "optimizer/", "reward/")
-SMALL = {"evaluation.prompts": 0, "learner.steps": 3, "learner.minibatches": 2, "rollout.prompts_per_step": 4}
+SMALL = {"evaluation.prompts": 0, "learner.rollouts": 3, "learner.minibatches": 2, "rollout.prompts_per_step": 4}
 
 
 def run(recipe, *overrides):
@@ -134,7 +134,7 @@ def test_layouts_agree(write_recipe, tmp_path, preset):
     found = []
     for layout in ("padded", "tree"):
         recipe = write_recipe(
-            tmp_path / layout, {**SMALL, "method": {"preset": preset}, "learner.layout": layout, "learner.steps": 2}
+            tmp_path / layout, {**SMALL, "method": {"preset": preset}, "learner.layout": layout, "learner.rollouts": 2}
         )
         found.append(rows(run(recipe).run_dir, "train"))
     for a, b in zip(*found, strict=True):
@@ -149,7 +149,7 @@ def test_the_critic_learns_and_its_rates_are_its_own(write_recipe, tmp_path):
         "controller": None,
         "critic": {"warmup_rollouts": 100, "learning_rate": 1e-2, "lam": 1.0},
     }
-    changes = {**SMALL, "method": method, "learner.steps": 12, "learner.epochs": 2, "learner.weight_decay": 0.1}
+    changes = {**SMALL, "method": method, "learner.rollouts": 12, "learner.epochs": 2, "learner.weight_decay": 0.1}
     recipe = write_recipe(tmp_path, changes)
     result = run(recipe)
     errors = [row["critic/rmse"] for row in rows(result.run_dir, "train")[::4]]
@@ -175,7 +175,7 @@ def test_controllers_act(write_recipe, tmp_path):
         }
         method = {"preset": "safe", "controller": changes}
         folder = tmp_path / term
-        found[term] = weights(run(write_recipe(folder, {**SMALL, "method": method, "learner.steps": 4})).checkpoint)
+        found[term] = weights(run(write_recipe(folder, {**SMALL, "method": method, "learner.rollouts": 4})).checkpoint)
         seen = [row["controller/coefficient"] for row in rows(folder / "run", "train")]
         assert max(seen) > 0
     import torch

@@ -23,7 +23,7 @@ def run(recipe: Path, *overrides: str):
 
 @pytest.mark.parametrize("preset", [name for name in preset_names() if name not in ("dpo", "rpo")])
 def test_preset_trains(preset, tmp_path, write_recipe) -> None:
-    changes = {"learner.steps": 2, "evaluation.prompts": 0, "data.max_demonstration_tokens": 120}
+    changes = {"learner.rollouts": 2, "evaluation.prompts": 0, "data.max_demonstration_tokens": 120}
     changes |= {"data.max_prompt_tokens": 200}  # GHPO's hints make prompts longer
     # The tiny model's completions hardly ever end: DAPO's overlong filtering would leave nothing.
     result = run(write_recipe(tmp_path, changes), f"method.preset={preset}", "method.overlong.filter=false")
@@ -37,7 +37,7 @@ CURVATURE = "{type: curvature, verify_every: 1, thresholds: {type: fixed, max_kl
 
 
 def test_capo_rejects_reports_and_resumes(tmp_path, write_recipe) -> None:
-    changes = {"learner.steps": 6, "evaluation.prompts": 0, "checkpoint.every": 3, "checkpoint.keep": 9}
+    changes = {"learner.rollouts": 6, "evaluation.prompts": 0, "checkpoint.every": 3, "checkpoint.keep": 9}
     recipe = write_recipe(tmp_path, changes)
     capo = ("method.preset=capo", f"method.masks=[{CURVATURE}]")
     straight = run(recipe, *capo, "name=straight")
@@ -52,7 +52,7 @@ def test_capo_rejects_reports_and_resumes(tmp_path, write_recipe) -> None:
 
 
 def test_capo_calibrates_before_it_rejects(tmp_path, write_recipe) -> None:
-    recipe = write_recipe(tmp_path, {"learner.steps": 4, "evaluation.prompts": 0})
+    recipe = write_recipe(tmp_path, {"learner.rollouts": 4, "evaluation.prompts": 0})
     calibrated = "{type: curvature, thresholds: {type: calibrated, steps: 2}}"
     found = rows(run(recipe, "method.preset=capo", f"method.masks=[{calibrated}]").run_dir)
     assert [row["mask/curvature/rejected_share"] for row in found[:2]] == [0.0, 0.0]
@@ -62,7 +62,7 @@ def test_capo_calibrates_before_it_rejects(tmp_path, write_recipe) -> None:
 def test_capo_as_it_comes_rejects_about_its_target_at_the_peak_and_then_less(tmp_path, write_recipe) -> None:
     """The preset alone, in a real run: 8 % where learning rate times Adam's correction is largest, to the end of the run."""
     changes = {
-        "learner.steps": 36, "learner.learning_rate": 1e-3, "learner.schedule": "cosine", "learner.warmup_steps": 4,
+        "learner.rollouts": 36, "learner.learning_rate": 1e-3, "learner.schedule": "cosine", "learner.warmup_steps": 4,
         "rollout.prompts_per_step": 6, "rollout.completions_per_prompt": 8, "evaluation.prompts": 0, "data.train.size": 300,
     }  # fmt: skip
     result = run(write_recipe(tmp_path, changes), "method.preset=capo")
@@ -79,7 +79,7 @@ def test_capo_as_it_comes_rejects_about_its_target_at_the_peak_and_then_less(tmp
 
 
 def test_stop_after_ends_early_on_the_schedule_of_all_steps(tmp_path, write_recipe) -> None:
-    changes = {"learner.steps": 5, "learner.schedule": "cosine", "evaluation.prompts": 0}
+    changes = {"learner.rollouts": 5, "learner.schedule": "cosine", "evaluation.prompts": 0}
     recipe = write_recipe(tmp_path, changes)
     whole = rows(run(recipe, "name=whole").run_dir)
     result = run(recipe, "name=stopped", "learner.stop_after=2")
@@ -91,7 +91,7 @@ def test_stop_after_ends_early_on_the_schedule_of_all_steps(tmp_path, write_reci
 
 @pytest.mark.parametrize("kind", ["random", "probability"])
 def test_controls_reject_as_many_as_the_mask(kind, tmp_path, write_recipe) -> None:
-    recipe = write_recipe(tmp_path, {"learner.steps": 4, "evaluation.prompts": 0})
+    recipe = write_recipe(tmp_path, {"learner.rollouts": 4, "evaluation.prompts": 0})
     result = run(recipe, "method.preset=grpo", f"method.masks=[{{type: {kind}, match: {CURVATURE}}}]")
     for row in rows(result.run_dir):
         assert row[f"mask/{kind}/rejected_share"] == pytest.approx(row["mask/curvature/predicted_share"])
@@ -102,7 +102,7 @@ def test_dynamic_sampling_replaces_flat_groups(tmp_path, write_recipe) -> None:
         "    flat = zlib.crc32(prompts[0][-1]['content'].encode()) % 2\n"
         "    return [0.0 if flat else zlib.crc32(c[-1]['content'].encode()) % 7 / 7 for c in completions]\n"
     )
-    recipe = write_recipe(tmp_path, {"learner.steps": 3, "evaluation.prompts": 0}, reward)
+    recipe = write_recipe(tmp_path, {"learner.rollouts": 3, "evaluation.prompts": 0}, reward)
     result = run(recipe, "method.preset=dapo", "method.dynamic_sampling.max_rounds=20", "method.overlong.filter=false")
     found = rows(result.run_dir)
     assert sum(row["dynamic_sampling/replaced"] for row in found) > 0

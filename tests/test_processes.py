@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
 
 CHANGES = {
     "rollout.prompts_per_step": 4,
-    "learner.steps": 2,
+    "learner.rollouts": 2,
     "learner.minibatches": 2,
     "learner.learning_rate": 1e-4,
     "learner.layout": "sorted",

@@ -202,7 +202,7 @@ def test_a_run_resumes_exactly_and_zero_2_does_the_same(write_recipe, children, 
     """The probe of every rollout compares engine and policy, so a weight that is not unpacked would end the run."""
     save_tiny_model(tmp_path / "model", intermediate=128)
     lora = {"model.path": str(tmp_path / "model"), "model.lora": {"rank": 4, "quantize": "nf4"}}
-    changes = {**lora, "learner.steps": 2, "checkpoint": {"every": 1, "keep": 5}}
+    changes = {**lora, "learner.rollouts": 2, "checkpoint": {"every": 1, "keep": 5}}
     whole = write_recipe(tmp_path / "whole", changes)
     train(load_recipe(whole))
     final = weights(tmp_path / "whole" / "run" / "checkpoints" / "step_000002")

@@ -75,7 +75,7 @@ RECIPE = str(REPOSITORY / "recipes" / "quickstart.yaml")
         ([], ["learner.betas=[0.9,0.95]"], [("learner.betas", [0.9, 0.999], [0.9, 0.95], LATER)]),
         ([], ["rewards.0.weight=2"], [("rewards.0.weight", 1.0, 2.0, ROLLOUT)]),
         (["rollout.probe=null"], [], [("rollout.probe", None, {"every": 1, "max_mean_gap": 0.5}, NONE)]),
-        (["method.controller={type: adaptive_kl, term: coefficient}"], ["learner.steps=7"], None),
+        (["method.controller={type: adaptive_kl, term: coefficient}"], ["learner.rollouts=7"], None),
     ],
 )
 def test_what_differs_is_found(before, now, expected):

@@ -85,7 +85,12 @@ def test_the_full_size_capo_recipe_has_the_published_setting():
     assert recipe.model.path == "Qwen/Qwen2.5-Math-7B" and recipe.model.dtype == "bfloat16"
     assert (rollout.prompts_per_step, rollout.completions_per_prompt, rollout.max_completion_tokens) == (12, 8, 1024)
     assert recipe.data.max_prompt_tokens == 512
-    assert (learner.steps, learner.learning_rate, learner.schedule, learner.warmup_steps) == (100, 1.5e-5, "cosine", 10)
+    assert (learner.rollouts, learner.learning_rate, learner.schedule, learner.warmup_steps) == (
+        100,
+        1.5e-5,
+        "cosine",
+        10,
+    )
     assert learner.minibatches == learner.epochs == 1 and learner.betas == (0.9, 0.999) and learner.eps == 1e-8
     assert learner.weight_decay == 0 and learner.max_grad_norm == 1.0
     assert method.kl.coefficient == 0 and method.clip.low == method.clip.high == 0.2
@@ -120,7 +125,7 @@ def test_capos_controls_differ_in_what_they_are_named_for(name, keys, rollouts):
     assert any(key.startswith("method.masks") for key in different)
     plan = make_plan(loaded, processes=4, zero_stage=2)
     assert plan.problems == () and plan.batch.optimizer_steps == plan.batch.rollouts == rollouts
-    assert loaded.recipe.learner.steps == 100
+    assert loaded.recipe.learner.rollouts == 100
     masks = loaded.recipe.method.masks
     matched = name in ("random", "probability")
     assert [mask.type for mask in masks] == ([name] if matched else [])

@@ -34,12 +34,12 @@ def message(path: Path, *overrides: str) -> str:
 
 
 def test_minimal_recipe_has_defaults_and_origins(recipe):
-    loaded = load_recipe(recipe, ["learner.steps=7"])
-    assert loaded.recipe.learner.steps == 7
+    loaded = load_recipe(recipe, ["learner.rollouts=7"])
+    assert loaded.recipe.learner.rollouts == 7
     assert loaded.recipe.run_dir == Path("runs/tiny")
     assert loaded.recipe.optimizer_steps == 7
     origins = loaded.origins
-    assert origins["learner.steps"] == "command line"
+    assert origins["learner.rollouts"] == "command line"
     assert origins["data.train.size"] == "recipe"
     assert origins["rewards.0.function"] == "recipe"
     assert origins["rewards.0.weight"] == "default"
@@ -135,15 +135,15 @@ def test_files_that_are_no_recipe(tmp_path, text, expected):
         ("rollout.temprature=1", ["rollout.temprature", "did you mean rollout.temperature?"]),
         ("rollot.temperature=1", ["did you mean rollout?"]),
         ("learning_rate=1", ["did you mean learner.learning_rate?"]),
-        ("learner.zzz=1", ["learner has: steps, stop_after, minibatches"]),
+        ("learner.zzz=1", ["learner has: rollouts, stop_after, minibatches"]),
         ("data.train.lmit=1", ["data.train.lmit", "type arithmetic has: type, size"]),
         ("rollout.engine.kv_cache_gb=1", ["did you mean rollout.engine.kv_cache_gib?"]),
         ("rollout.engine.type=sglang", ["rollout.engine.type", "'sglang'", "vllm, transformers"]),
         ("data.train={size: 3}", ["data.train.type is missing", "dataset, reasoning_gym, arithmetic"]),
-        ("learner.steps=ten", ["learner.steps = 'ten'", "whole number above 0"]),
-        ("learner.steps=0", ["learner.steps = 0", "whole number above 0"]),
-        ("learner.steps=1.5", ["learner.steps = 1.5"]),
-        ("learner.steps=yes", ["learner.steps = 'true'", "whole number"]),
+        ("learner.rollouts=ten", ["learner.rollouts = 'ten'", "whole number above 0"]),
+        ("learner.rollouts=0", ["learner.rollouts = 0", "whole number above 0"]),
+        ("learner.rollouts=1.5", ["learner.rollouts = 1.5"]),
+        ("learner.rollouts=yes", ["learner.rollouts = 'true'", "whole number"]),
         ("learner.learning_rate=nan", ["learner.learning_rate"]),
         ("learner.betas=[0.9]", ["learner.betas.1 is missing"]),
         ("learner.betas=[0.9, 1]", ["learner.betas.1 = 1"]),
@@ -164,7 +164,7 @@ def test_files_that_are_no_recipe(tmp_path, text, expected):
         ("method.reduction.constant=1", ["method", "reduction.constant"]),
         ("rewards.3.weight=2", ["rewards.3.weight=2", "index"]),
         ("rewards.x.weight=2", ["rewards.x.weight=2", "index"]),
-        ("learner.steps", ["section.key=value"]),
+        ("learner.rollouts", ["section.key=value"]),
         ("=3", ["section.key=value"]),
         ("rollout.stop=[a", ["rollout.stop=[a", "not valid YAML"]),
     ],
@@ -178,18 +178,37 @@ def test_wrong_values(recipe, override, expected):
 
 def test_several_problems_are_listed_together(recipe):
     found = message(
-        recipe, "learner.steps=ten", "rollout.temprature=1", "method.preset=nothing", "method.kl.where=moon"
+        recipe, "learner.rollouts=ten", "rollout.temprature=1", "method.preset=nothing", "method.kl.where=moon"
     )
     assert "4 problems" in found
-    for part in ("learner.steps", "rollout.temprature", "method.preset", "method.kl.where"):
+    for part in ("learner.rollouts", "rollout.temprature", "method.preset", "method.kl.where"):
         assert part in found
 
 
 def test_command_line_problems_say_so(recipe):
-    assert "from the command line" in message(recipe, "learner.steps=ten")
-    recipe.write_text(MINIMAL + "learner: {steps: ten}\n")
+    assert "from the command line" in message(recipe, "learner.rollouts=ten")
+    recipe.write_text(MINIMAL + "learner: {rollouts: ten}\n")
     assert "from the command line" not in message(recipe)
 
 
 def test_parse_values():
     assert parse_values(["a=1", "b=x", "c=[1, 2]", "d=1e-6"]) == {"a": 1, "b": "x", "c": [1, 2], "d": 1e-6}
+
+
+@pytest.mark.parametrize("given", ["file", "command line"])
+def test_the_former_name_of_rollouts_is_taken_and_said(tmp_path, write_recipe, given):
+    import yaml
+
+    path = write_recipe(tmp_path, {"learner.rollouts": 7})
+    if given == "file":
+        path.write_text(path.read_text().replace("rollouts: 7", "steps: 3"))
+    loaded = load_recipe(path, ["learner.steps=3"] if given == "command line" else [])
+    assert loaded.recipe.learner.rollouts == 3
+    assert loaded.origins["learner.rollouts"] == ("recipe" if given == "file" else "command line")
+    assert "learner.steps is the former name of learner.rollouts" in loaded.notes[0]
+    assert load_recipe(write_recipe(tmp_path)).notes == ()
+    tree = yaml.safe_load(path.read_text())
+    tree["learner"] = {"steps": 3, "rollouts": 4}
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(RecipeError, match="give `rollouts` alone"):
+        load_recipe(path)

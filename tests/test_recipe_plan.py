@@ -30,7 +30,7 @@ def loaded(tmp_path, monkeypatch):
         "name: r\nmodel: {path: nobody/tiny-7B-it}\ndata: {train: {type: arithmetic, size: 164}, max_prompt_tokens: 100}\n"
         "rollout: {prompts_per_step: 8, completions_per_prompt: 4, max_completion_tokens: 50}\n"
         "rewards: [{function: ./mine.py, weight: 2}]\nmethod: {preset: grpo}\n"
-        "learner: {steps: 25, minibatches: 2, epochs: 3, micro_batch_tokens: 500}\n"
+        "learner: {rollouts: 25, minibatches: 2, epochs: 3, micro_batch_tokens: 500}\n"
     )
     return lambda *overrides: load_recipe(path, overrides)
 
@@ -214,21 +214,21 @@ def test_order_of_slots(loaded):
 
 
 def test_printing(loaded, capsys):
-    plan = make_plan(loaded("learner.steps=3", "evaluation.k=[9]"))
+    plan = make_plan(loaded("learner.rollouts=3", "evaluation.k=[9]"))
     print_plan(plan)
     text = capsys.readouterr().out
-    for part in ("learner.steps", "command line", "preset", "GiB", "problem: evaluation.k=9"):
+    for part in ("learner.rollouts", "command line", "preset", "GiB", "problem: evaluation.k=9"):
         assert part in text
     print_plan(plan, as_json=True)
     found = json.loads(capsys.readouterr().out)
     assert found["batch"] == asdict(plan.batch) and len(found["problems"]) == 1
-    assert {"key": "learner.steps", "value": 3, "origin": "command line"} in found["values"]
+    assert {"key": "learner.rollouts", "value": 3, "origin": "command line"} in found["values"]
 
 
 PAIRS = (
     "name: r\nmodel: {path: ./m}\ndata: {train: {type: preference, path: pairs.jsonl}, held_out: 1, max_prompt_tokens: 32}\n"
     "rollout: {prompts_per_step: 2, max_completion_tokens: 16}\nmethod: {preset: rpo}\n"
-    "learner: {steps: 2, micro_batch_tokens: 80}\n"
+    "learner: {rollouts: 2, micro_batch_tokens: 80}\n"
 )
 
 

@@ -52,7 +52,7 @@ CASES = [
     (["data.held_out=0"], ["evaluation.prompts=64", "data.held_out=0"]),
     (["rewards.0.accuracy=false"], ["evaluation.prompts=64", "accuracy=true"]),
     (["learner.warmup_steps=100"], ["learner.warmup_steps=100", "100 optimizer steps"]),
-    (["learner.stop_after=101"], ["learner.stop_after=101", "learner.steps=100"]),
+    (["learner.stop_after=101"], ["learner.stop_after=101", "learner.rollouts=100"]),
     (["rollout.engine.tensor_parallel=2"], ["rollout.engine.tensor_parallel=2", "rollout.engine.type=vllm"]),
     (["rewards=[{function: ./mine.py},{function: ./mine.py}]"], ["2 of them are named mine", "rewards.N.name"]),
     (["rewards=[]", "evaluation.prompts=0"], ["rewards is empty", "method.preset=grpo"]),

@@ -25,7 +25,7 @@ def recipe(folder: Path, preset: str) -> Path:
     (folder / "mine.py").write_text("def mine(completions, **columns):\n    return [0.0 for _ in completions]\n")
     path.write_text(
         f"name: x\nmodel: {{path: org/model-135M}}\n{DATA}rewards: [{{function: mine.py:mine}}]\n"
-        f"method: {{preset: {preset}}}\nlearner: {{steps: 2}}\nevaluation: {{prompts: 0}}\n"
+        f"method: {{preset: {preset}}}\nlearner: {{rollouts: 2}}\nevaluation: {{prompts: 0}}\n"
     )
     return path
 

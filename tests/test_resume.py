@@ -19,7 +19,7 @@ from rlpost.run.loop import train
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
 
-CHANGES = {"learner.steps": 3, "learner.minibatches": 2, "learner.epochs": 2, "checkpoint.every": 1}
+CHANGES = {"learner.rollouts": 3, "learner.minibatches": 2, "learner.epochs": 2, "checkpoint.every": 1}
 
 # Optimizer steps 5 to 8 belong to the second rollout, so a kill at 6 or 7 falls into the middle of it.
 KILL = """
@@ -102,7 +102,7 @@ def test_a_resumed_run_refuses_what_was_saved_otherwise(change, key, values, hal
 
 def test_between_rollouts_the_cut_of_a_rollout_may_change(half_way):
     recipe, run = half_way
-    changes = ["learner.minibatches=1", "learner.epochs=1", "method.kl.coefficient=0.1", "learner.steps=2"]
+    changes = ["learner.minibatches=1", "learner.epochs=1", "method.kl.coefficient=0.1", "learner.rollouts=2"]
     train(load_recipe(recipe, [f"resume={run}/checkpoints/step_000004", *changes]))
     assert [row["step"] for row in rows(run, "train")] == [1, 2, 3, 4, 5]
 
@@ -111,7 +111,7 @@ def test_between_rollouts_the_cut_of_a_rollout_may_change(half_way):
 def half_way(tmp_path_factory, write_recipe, one_thread):
     """A run with checkpoints 3 (in the middle of the first rollout) and 4 (at its end): (recipe, run)."""
     folder = tmp_path_factory.mktemp("half_way")
-    recipe = write_recipe(folder, {**CHANGES, "learner.steps": 1, "checkpoint.keep": 9, "evaluation.prompts": 0})
+    recipe = write_recipe(folder, {**CHANGES, "learner.rollouts": 1, "checkpoint.keep": 9, "evaluation.prompts": 0})
     train(load_recipe(recipe))
     return recipe, folder / "run"
 
@@ -128,7 +128,7 @@ def test_resuming_from_an_earlier_checkpoint_leaves_no_later_one_to_stumble_over
     recipe = write_recipe(tmp_path, {**CHANGES, "checkpoint.keep": 20})
     train(load_recipe(recipe))
     run = tmp_path / "run"
-    train(load_recipe(recipe, [f"resume={run}/checkpoints/step_000005", "learner.steps=2"]))
+    train(load_recipe(recipe, [f"resume={run}/checkpoints/step_000005", "learner.rollouts=2"]))
     assert [row["step"] for row in rows(run, "train")] == list(range(1, 9))
     train(load_recipe(recipe, ["resume=auto"]))
     assert [row["step"] for row in rows(run, "train")] == list(range(1, 13))
@@ -141,12 +141,12 @@ SLOW = REWARD.replace("    texts =", "    import time\n    time.sleep(0.05)\n   
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_says_how_to_go_on_and_the_run_goes_on(number, write_recipe, children, tmp_path):
-    changes = {"learner.steps": 8, "learner.minibatches": 2, "evaluation.prompts": 0}
+    changes = {"learner.rollouts": 8, "learner.minibatches": 2, "evaluation.prompts": 0}
     reference = write_recipe(tmp_path / "reference", changes)
     train(load_recipe(reference))
     recipe = write_recipe(tmp_path / "stopped", changes, SLOW)
     run = tmp_path / "stopped" / "run"
-    child = children.start(recipe, "learner.steps=8")
+    child = children.start(recipe, "learner.rollouts=8")
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or len(rows(run)) < 2:
         assert child.poll() is None and time.monotonic() < deadline, child.communicate()[0]
@@ -161,7 +161,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_run_goes_on(number, write_recipe
     )
     done = len(rows(run))
     assert 2 <= done < 16
-    command = [sys.executable, "-m", "rlpost", str(recipe), "learner.steps=8", "resume=auto"]
+    command = [sys.executable, "-m", "rlpost", str(recipe), "learner.rollouts=8", "resume=auto"]
     assert shlex.join(command) in printed and f"after optimizer step {done}" in printed
     (tmp_path / "stopped" / "graded.py").write_text(REWARD)
     train(load_recipe(recipe, ["resume=auto"]))
@@ -175,7 +175,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_the_run_goes_on(number, write_recipe
     [pytest.param(True, id="launch/run.sh"), pytest.param(False, id="accelerate launch", marks=pytest.mark.slow)],
 )
 def test_ctrl_c_in_a_terminal_reaches_launcher_and_run_alike(script, write_recipe, children, tmp_path):
-    recipe = write_recipe(tmp_path, {"learner.steps": 500, "evaluation.prompts": 0}, SLOW)
+    recipe = write_recipe(tmp_path, {"learner.rollouts": 500, "evaluation.prompts": 0}, SLOW)
     run = tmp_path / "run"
     child = children.start(recipe, "learner.learning_rate=1e-4", launch="cpu.yaml", script=script)
     deadline = time.monotonic() + 300
@@ -208,7 +208,7 @@ def test_ctrl_c_before_the_first_step_says_that_nothing_is_saved(write_recipe, c
 
 def test_a_damaged_checkpoint_is_named(unbroken, write_recipe, tmp_path, capsys):
     recipe = write_recipe(tmp_path, CHANGES)
-    train(load_recipe(recipe, ["learner.steps=1"]))
+    train(load_recipe(recipe, ["learner.rollouts=1"]))
     file = tmp_path / "run" / "checkpoints" / "step_000004" / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-1] ^= 1

@@ -216,7 +216,7 @@ def test_a_recipe_trains_on_a_reward_model(classifier, write_recipe, tmp_path):
     from rlpost.run.loop import train
 
     model = {"path": classifier, "dtype": "float32", "device": "cpu", "weight": 2.0, "accuracy": True}
-    changes = {"rewards": [model], "learner.steps": 2, "evaluation.at_start": False}
+    changes = {"rewards": [model], "learner.rollouts": 2, "evaluation.at_start": False}
     loaded = load_recipe(write_recipe(tmp_path, changes))
     refuse_unsound(loaded)
     result = train(loaded)

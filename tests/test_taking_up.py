@@ -28,7 +28,7 @@ def trained(tmp_path_factory, write_recipe, one_thread):
     """Two rollouts of two optimizer steps with another seed, which only the command line says; (recipe, run)."""
     folder = tmp_path_factory.mktemp("trained")
     recipe = write_recipe(
-        folder, {"learner.steps": 2, "learner.minibatches": 2, "checkpoint.every": 1, "checkpoint.keep": 9}
+        folder, {"learner.rollouts": 2, "learner.minibatches": 2, "checkpoint.every": 1, "checkpoint.keep": 9}
     )
     train(load_recipe(recipe, ["seed=1"]))
     return recipe, folder / "run"
@@ -41,12 +41,12 @@ def kept(run, number):
 def test_a_resumed_run_says_where_it_goes_on_and_what_was_changed(trained, tmp_path, capsys):
     recipe, original = trained
     run = shutil.copytree(original, tmp_path / "run")
-    changes = [f"output_dir={tmp_path}", "seed=1", "learner.steps=3", "learner.learning_rate=1e-4"]
+    changes = [f"output_dir={tmp_path}", "seed=1", "learner.rollouts=3", "learner.learning_rate=1e-4"]
     train(load_recipe(recipe, ["resume=auto", *changes]))
     said = " ".join(capsys.readouterr().out.split())
     assert f"Going on from {run}/checkpoints/step_000004: optimizer step 4, after 2 rollouts of 3" in said
-    assert "learner.learning_rate 0.001 -> 0.0001" in said and "learner.steps 2 -> 3" in said
-    assert [kept(run, n)["learner"]["steps"] for n in (1, 2)] == [2, 3]
+    assert "learner.learning_rate 0.001 -> 0.0001" in said and "learner.rollouts 2 -> 3" in said
+    assert [kept(run, n)["learner"]["rollouts"] for n in (1, 2)] == [2, 3]
     assert kept(run, 2) == yaml.safe_load((run / "recipe.yaml").read_text())
     train(load_recipe(recipe, [*changes, "overwrite=true"]))
     assert sorted(f.name for f in run.glob("recipe*.yaml")) == ["recipe.1.yaml", "recipe.yaml"]
@@ -55,7 +55,7 @@ def test_a_resumed_run_says_where_it_goes_on_and_what_was_changed(trained, tmp_p
 def test_resume_auto_says_that_it_found_nothing_and_names_the_run_that_may_be_meant(trained, tmp_path, capsys):
     recipe, original = trained
     shutil.copytree(original, tmp_path / "my-run")
-    train(load_recipe(recipe, ["resume=auto", f"output_dir={tmp_path}", "name=my-rnu", "learner.steps=1"]))
+    train(load_recipe(recipe, ["resume=auto", f"output_dir={tmp_path}", "name=my-rnu", "learner.rollouts=1"]))
     said = " ".join(capsys.readouterr().out.split())
     assert "there is no checkpoint in" in said and "the run starts anew" in said and "my-run" in said
 
@@ -158,7 +158,7 @@ def test_the_printed_command_evaluates_with_the_runs_own_recipe(trained, capsys)
 
 def test_a_reward_beside_the_recipe_has_its_full_path_in_the_runs_recipe(write_recipe, tmp_path, monkeypatch):
     recipe = write_recipe(
-        tmp_path / "there", {"learner.steps": 1, "evaluation.prompts": 0, "rewards.0.function": "graded.py"}
+        tmp_path / "there", {"learner.rollouts": 1, "evaluation.prompts": 0, "rewards.0.function": "graded.py"}
     )
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -179,7 +179,7 @@ STATE = REWARD.replace("def reward(completions, ", "def reward(completions, trai
 
 
 def test_rewards_see_optimizer_steps_and_evaluation_can_be_off(write_recipe, tmp_path):
-    changes = {"learner.steps": 3, "learner.minibatches": 2, "evaluation.prompts": 0, "evaluation.every": 1}
+    changes = {"learner.rollouts": 3, "learner.minibatches": 2, "evaluation.prompts": 0, "evaluation.every": 1}
     run = train(load_recipe(write_recipe(tmp_path, changes, STATE))).run_dir
     assert [(row["scores/at"], row["scores/of"]) for row in rows(run)[::2]] == [(0, 6), (2, 6), (4, 6)]
     assert not rows(run, "eval")
@@ -193,7 +193,7 @@ def test_pairs_without_evaluation(tmp_path, write_recipe):
         "data.held_out": 2,
         "rewards": [],
         "method.preset": "dpo",
-        "learner.steps": 2,
+        "learner.rollouts": 2,
         "evaluation.prompts": 0,
         "evaluation.every": 1,
     }

@@ -77,7 +77,7 @@ def history(run):
 @pytest.mark.engine
 def test_offline_run_and_resume_under_the_same_id_without_repeated_rows(run):
     notes = []
-    first = WandbTracker(run, WandbSection(mode="offline"), {"learner": {"steps": 3}}, notes.append)
+    first = WandbTracker(run, WandbSection(mode="offline"), {"learner": {"rollouts": 3}}, notes.append)
     assert first.active, notes
     for step in (1, 2):
         first.log({"step": step, "kind": "train", "reward/mean": step / 2, "policy/entropy": None}, kind="train")

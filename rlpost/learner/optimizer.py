@@ -42,7 +42,7 @@ def later_rates(section: LearnerSection, step: int) -> tuple[float, ...]:
 
 def total_optimizer_steps(section: LearnerSection) -> int:
     """Optimizer steps of the whole run."""
-    return section.steps * section.steps_per_rollout
+    return section.rollouts * section.steps_per_rollout
 
 
 def set_learning_rate(

@@ -141,7 +141,7 @@ def notes(recipe: Recipe, run_dir: Path, resume_from: Path | None) -> list[str]:
     counters = read_counters_unverified(resume_from)
     step, rollout = counters["optimizer_step"], counters.get("rollout", 0)
     where = f"in the middle of rollout {rollout + 1}" if counters.get("in_rollout") else f"after {rollout} rollouts"
-    lines = [f"Going on from {resume_from}: optimizer step {step}, {where} of {recipe.learner.steps}"]
+    lines = [f"Going on from {resume_from}: optimizer step {step}, {where} of {recipe.learner.rollouts}"]
     found = [
         change for change in found_changes(resume_from, counters, recipe) if change.key not in ("name", "output_dir")
     ]

@@ -113,7 +113,7 @@ DECISIONS: dict[str, dict[Effect, str]] = {
     "method.pairs.sft": {LATER: "type eta weight"},
     "learner": {
         NONE: "stop_after layout micro_batch_tokens sequence_parallel head_chunk_tokens skip_nonfinite watchdog_s",
-        LATER: "steps learning_rate schedule warmup_steps betas eps weight_decay max_grad_norm",
+        LATER: "rollouts learning_rate schedule warmup_steps betas eps weight_decay max_grad_norm",
         ROLLOUT: "minibatches epochs",
     },
     "checkpoint": {NONE: "every keep asynchronous"},

@@ -23,13 +23,17 @@ COMMAND_LINE = "command line"
 class LoadedRecipe:
     """A recipe and where each of its values came from.
 
-    `origins` maps every leaf's dotted path (`learner.steps`, `rewards.0.weight`) to "default", "preset", "recipe" or
+    `origins` maps every leaf's dotted path (`learner.rollouts`, `rewards.0.weight`) to "default", "preset", "recipe" or
     "command line".
     """
 
     recipe: Recipe
     origins: Mapping[str, str]
     path: Path
+    notes: tuple[str, ...] = ()  # what the user should know of how it was written
+
+
+FORMER_NAMES = {"learner.steps": "learner.rollouts"}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -39,8 +43,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
     Relative paths in it are looked for in the working directory, then beside the recipe (`rlpost.recipe.places`).
     """
     path = Path(path).expanduser()
-    given = [_split(override) for override in overrides]
-    tree = _with_overrides(_read(path), given, path)
+    config, given = _read(path), [_split(override) for override in overrides]
+    notes = [_rename(config, given, former, now) for former, now in FORMER_NAMES.items()]
+    tree = _with_overrides(config, given, path)
     changed = tuple(key for key, _ in given)
     problems, presets = _check_preset(tree)
     try:
@@ -52,7 +57,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> LoadedRecipe
         raise RecipeError(head + "\n  - ".join(problems))
     recipe = with_places(recipe, path.parent)
     origins = {leaf: _origin(leaf, tree, changed, presets) for leaf in leaves(recipe)}
-    return LoadedRecipe(recipe, origins, path)
+    return LoadedRecipe(recipe, origins, path, tuple(filter(None, notes)))
 
 
 def parse_values(arguments: Sequence[str]) -> dict[str, Any]:
@@ -128,8 +133,24 @@ def _split(override: str) -> tuple[str, str]:
     key, equals, value = override.partition("=")
     key = key.strip().replace("[", ".").replace("]", "")
     if not equals or not key or not all(key.split(".")):
-        raise RecipeError(f"{override!r} is not an override; write it as section.key=value, such as learner.steps=20.")
+        raise RecipeError(
+            f"{override!r} is not an override; write it as section.key=value, such as learner.rollouts=20."
+        )
     return key, value
+
+
+def _rename(config: Any, given: list[tuple[str, str]], former: str, now: str) -> str | None:
+    """Takes a key under its former name in the recipe and among the overrides; a line that says so."""
+    from omegaconf import DictConfig
+
+    section, _, name = former.rpartition(".")
+    inside, new = config.get(section), now.rpartition(".")[2]
+    found = any(key == former for key, _ in given)
+    given[:] = [(now if key == former else key, text) for key, text in given]
+    if isinstance(inside, DictConfig) and name in inside and new not in inside:
+        inside[new] = inside.pop(name)
+        found = True
+    return f"{former} is the former name of {now}, which says what it counts; it is accepted" if found else None
 
 
 def _parse(key: str, text: str) -> Any:

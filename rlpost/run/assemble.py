@@ -54,7 +54,7 @@ def assemble(loaded: LoadedRecipe) -> Parts:
         taken_up = notes(recipe, run.path, resume_from)  # before the recipe in the run's folder is replaced
         tracker = processes.together(lambda: Tracker(run, recipe, is_main=processes.is_main))
         undo.callback(tracker.close, "failed")
-        for line in filter(None, (*taken_up, sets.note(), *before.notes, before.disk)):
+        for line in filter(None, (*loaded.notes, *taken_up, sets.note(), *before.notes, before.disk)):
             tracker.note(line)
         processes.together(partial(check_order, resume_from, sets, recipe))
         model_path, policy = processes.together(lambda: build_policy(recipe, resume_from, processes))

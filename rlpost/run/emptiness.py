@@ -46,7 +46,7 @@ def watch_rows(parts: Parts, state: RunState, buffer: RolloutBuffer) -> None:
 def _taught_rollouts(recipe: Recipe) -> int:
     """How many rollouts of the run are learned from solutions alone."""
     own = getattr(recipe.method.gate, "rollouts", None)
-    return recipe.learner.rollouts if own is None else min(own, recipe.learner.rollouts)
+    return recipe.learner.planned_rollouts if own is None else min(own, recipe.learner.planned_rollouts)
 
 
 def rows_in(buffer: RolloutBuffer) -> int:

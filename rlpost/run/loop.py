@@ -55,7 +55,7 @@ class Loop:
         if recipe.evaluation.at_start and self.state.accuracy_before is None and parts.held_out:
             self.state.accuracy_before = self.evaluate()
         interrupted = self.stop_asked()
-        while not interrupted and self.state.rollout < recipe.learner.rollouts:
+        while not interrupted and self.state.rollout < recipe.learner.planned_rollouts:
             interrupted = self.rollout()
         self.saver.save(self.state)  # before anything else that can go wrong
         after, failed = None, None
@@ -114,7 +114,11 @@ class Loop:
         self.state.buffer = None
         self.state.rollout += 1
         every = self.parts.recipe.evaluation.every
-        due = every and self.state.rollout % every == 0 and self.state.rollout < self.parts.recipe.learner.rollouts
+        due = (
+            every
+            and self.state.rollout % every == 0
+            and self.state.rollout < self.parts.recipe.learner.planned_rollouts
+        )
         if due and self.parts.held_out:
             self.evaluate()
 

@@ -52,16 +52,16 @@ def end_run(
 def finished_before(parts: Parts, state: RunState) -> RunResult | None:
     """The end of a run that is taken up although it has made all its rollouts, and the evaluation after them; it is said."""
     recipe = parts.recipe
-    if state.rollout < recipe.learner.rollouts:
+    if state.rollout < recipe.learner.planned_rollouts:
         return None
     rows = read_metrics(parts.run.metrics, "eval") if parts.processes.is_main else []
     final = [number(row, "eval/accuracy") for row in rows if row["step"] == state.optimizer_step]
     final = parts.processes.gather(final)[0]
     if not final and recipe.evaluation.at_end and parts.held_out:
         return None
-    key = "steps" if recipe.learner.stop_after is None else "stop_after"
+    key = "rollouts" if recipe.learner.stop_after is None else "stop_after"
     parts.tracker.note(
-        f"This run is finished: it took its {recipe.learner.rollouts} rollouts before. Nothing was done. Raise "
+        f"This run is finished: it took its {recipe.learner.planned_rollouts} rollouts before. Nothing was done. Raise "
         f"learner.{key} to go on with it, or start another under a new name."
     )
     return end_run(parts, state, final[-1] if final else None, interrupted=False)

@@ -35,7 +35,7 @@ class TrainerState:
     """What `trainer_state` offers: the part of transformers' TrainerState that rewards are scheduled by, as TRL means it."""
 
     global_step: int = 0  # optimizer steps taken so far: all completions of a rollout see the same number
-    max_steps: int = 0  # of the whole run: learner.steps x minibatches x epochs
+    max_steps: int = 0  # of the whole run: learner.rollouts x minibatches x epochs
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,7 +63,7 @@ class Teacher:
                 hint=hinter,
                 accuracy_rewards=self.accuracy_rewards,
                 rollout=rollout,
-                rollouts=self.recipe.learner.steps,
+                rollouts=self.recipe.learner.rollouts,
                 memory=memory,
             )
 

@@ -56,7 +56,7 @@ class Tracker:
             self._doctor.observe(row)
         config = recipe.model_dump(mode="json")
         run.write_recipe(config)
-        total = learner.rollouts * self._steps_per_rollout
+        total = learner.planned_rollouts * self._steps_per_rollout
         self._console: Console | None = None
         self._early_notes: list[str] = []
         # W&B first: it may take half a minute to find out that there is no network, and it writes to the terminal.

@@ -99,7 +99,7 @@ def make_plan(loaded: LoadedRecipe, *, processes: int | None = None, zero_stage:
         memory=memory,
         memory_source=source,
         disk=seen.disk,
-        advice=(*advise(recipe, setting), *seen.notes),
+        advice=(*loaded.notes, *advise(recipe, setting), *seen.notes),
         problems=(*problems, *seen.problems),
     )
 
@@ -163,7 +163,7 @@ def _batch(recipe: Recipe, processes: int) -> Batch:
     per_update = math.ceil(per_process / learner.minibatches)
     tokens = per_update * _tokens_per_prompt(recipe)
     available = training_prompts(recipe)
-    used = rollout.prompts_per_step * learner.rollouts
+    used = rollout.prompts_per_step * learner.planned_rollouts
     return Batch(
         processes=processes,
         prompts_per_step=rollout.prompts_per_step,
@@ -175,7 +175,7 @@ def _batch(recipe: Recipe, processes: int) -> Batch:
         tokens_per_process_and_update=tokens,
         micro_batches_per_update=math.ceil(tokens / learner.micro_batch_tokens),
         updates_per_rollout=learner.steps_per_rollout,
-        rollouts=learner.rollouts,
+        rollouts=learner.planned_rollouts,
         optimizer_steps=recipe.optimizer_steps,
         training_prompts=available,
         data_epochs=used / available if available and available > 0 else None,

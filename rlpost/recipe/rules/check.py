@@ -118,7 +118,7 @@ def _warmup(r: Recipe, _: Setting) -> Iterator[str]:
     if r.learner.warmup_steps and r.learner.warmup_steps >= r.optimizer_steps:
         yield (
             f"learner.warmup_steps={r.learner.warmup_steps} is not below the run's {r.optimizer_steps} optimizer steps "
-            "(learner.steps x minibatches x epochs): the peak learning rate would never be reached. Lower it"
+            "(learner.rollouts x minibatches x epochs): the peak learning rate would never be reached. Lower it"
         )
 
 
@@ -140,10 +140,10 @@ def _one_token(r: Recipe, _: Setting) -> Iterator[str]:
 
 
 def _stop_after(r: Recipe, _: Setting) -> Iterator[str]:
-    if r.learner.stop_after is not None and r.learner.stop_after > r.learner.steps:
+    if r.learner.stop_after is not None and r.learner.stop_after > r.learner.rollouts:
         yield (
-            f"learner.stop_after={r.learner.stop_after} is more than learner.steps={r.learner.steps}, where the schedule ends: "
-            "set it to less, or to null"
+            f"learner.stop_after={r.learner.stop_after} is more than learner.rollouts={r.learner.rollouts}, where the "
+            "schedule ends: set it to less, or to null"
         )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rlpost.recipe.sections.base import Section
 
@@ -14,10 +14,10 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class LearnerSection(Section):
     """The update."""
 
-    steps: PositiveInt = 100
-    """Rollouts of the run. Optimizer steps = steps * minibatches * epochs."""
+    rollouts: PositiveInt = 100
+    """Rollouts of the run. Optimizer steps = rollouts * minibatches * epochs."""
     stop_after: PositiveInt | None = None
-    """Rollouts after which the run ends early; the learning rate's schedule is still that of `steps`. null: none."""
+    """Rollouts after which the run ends early; the learning rate's schedule is still that of `rollouts`. null: none."""
     minibatches: PositiveInt = 1
     """Optimizer steps per pass over a rollout; prompts are divided evenly among them."""
     epochs: PositiveInt = 1
@@ -50,10 +50,20 @@ class LearnerSection(Section):
     watchdog_s: PositiveFloat = 1800.0
     """A phase that takes longer than this dumps all stacks and ends the run."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _former_names(cls, data: Any) -> Any:
+        """`rollouts` was called `steps`, which elsewhere means optimizer steps."""
+        if not isinstance(data, dict) or "steps" not in data:
+            return data
+        if "rollouts" in data:
+            raise ValueError("`steps` is the former name of `rollouts`: give `rollouts` alone")
+        return {("rollouts" if name == "steps" else name): value for name, value in data.items()}
+
     @property
-    def rollouts(self) -> int:
-        """How many rollouts are made: `steps`, or fewer where the run is stopped early."""
-        return self.steps if self.stop_after is None else min(self.stop_after, self.steps)
+    def planned_rollouts(self) -> int:
+        """How many rollouts are made: `rollouts`, or fewer where the run is stopped early."""
+        return self.rollouts if self.stop_after is None else min(self.stop_after, self.rollouts)
 
     @property
     def steps_per_rollout(self) -> int:

@@ -108,4 +108,4 @@ class Recipe(Section):
     @property
     def optimizer_steps(self) -> int:
         """Optimizer steps of the whole run: rollouts x passes over each x minibatches of each."""
-        return self.learner.rollouts * self.learner.epochs * self.learner.minibatches
+        return self.learner.planned_rollouts * self.learner.epochs * self.learner.minibatches
