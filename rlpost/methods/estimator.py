@@ -108,44 +108,33 @@ def compute_coefficients(
         ratio = importance_ratio(method.ratio, view)
         limited = limit_ratio(method.clip, ratio, view.advantage)
         correction, mismatch = sampler_correction(method.correction, view)
-        sampled = limited.weight * correction * view.advantage
         factor = sample_factor(method.gate, view)
-        sampled = sampled if factor is None else sampled * factor
-        policy = torch.where(demonstration, demonstration_coefficient(method.gate, view), sampled)
+        beta, kl_slope = _kl_penalty(method, view, context)
         keep, masking = accepted_tokens(method, view, context)
-        zero = torch.zeros_like(policy)
-        entropy = torch.full_like(policy, method.entropy.coefficient)
-        coefficient = torch.where(
-            keep, policy + torch.where(demonstration, zero, _kl_term(method, view, context)), zero
-        )
+
+        # The coefficient of a sampled token: keep * (weight * correction * advantage - beta * dKL).
+        sampled = limited.weight * correction * view.advantage * factor - beta * kl_slope
+        sampled = torch.where(keep, sampled, torch.zeros_like(sampled))
+        coefficient = torch.where(demonstration, demonstration_coefficient(method.gate, view), sampled)
+
+        entropy = torch.where(keep, torch.full_like(sampled, method.entropy.coefficient), torch.zeros_like(sampled))
         weight = token_weights(method.reduction, view, counts, keep)
         metrics = {**_policy_metrics(method, view, ratio, limited, ~demonstration), **mismatch, **masking}
-        if method.controller is not None and view.ref_logp is not None:
-            kl = kl_estimate(method.kl.estimator, view.logp, view.ref_logp)[~demonstration]
-            metrics["policy/kl_penalised"] = mean_of(
-                kl
-            )  # by the penalty's own estimator: k1 has no sign, so no quantiles
         if method.gate is not None:
             weight = torch.where(demonstration, demonstration_weights(method.gate, view, counts, weight), weight)
-            entropy = entropy if method.gate.entropy else torch.where(demonstration, zero, entropy)
+            entropy = entropy if method.gate.entropy else torch.where(demonstration, torch.zeros_like(entropy), entropy)
             metrics |= loss_parts(view, coefficient, weight)
-        return Coefficients(
-            coefficient=coefficient,
-            entropy_coefficient=torch.where(keep, entropy, zero),
-            weight=weight,
-            keep=keep,
-            metrics=metrics,
-        )
+        return Coefficients(coefficient, entropy, weight, keep, metrics)
 
 
-def _kl_term(method: MethodSection, view: TokenView, context: StepContext) -> Tensor:
-    """[N] what the KL penalty in the loss adds to the coefficient."""
+def _kl_penalty(method: MethodSection, view: TokenView, context: StepContext) -> tuple[float, Tensor]:
+    """(beta, [N] how the KL estimate changes with log pi): the penalty that is taken off in the loss; (0, 0) for none."""
     if method.kl_place != "loss":
-        return torch.zeros_like(view.logp)
+        return 0.0, torch.zeros_like(view.logp)
     if view.ref_logp is None:
         raise ValueError("a KL penalty needs TokenView.ref_logp")
     beta = method.kl.coefficient if context.kl_coefficient is None else context.kl_coefficient
-    return -beta * kl_coefficient(method.kl.estimator, view.logp, view.ref_logp)
+    return beta, kl_coefficient(method.kl.estimator, view.logp, view.ref_logp)
 
 
 def _policy_metrics(
@@ -166,6 +155,10 @@ def _policy_metrics(
     if not isinstance(method.clip, NoClip):
         either = Mean(low.total + high.total, low.count)
         metrics |= {"policy/clip_fraction": either, "policy/clip_low": low, "policy/clip_high": high}
+    if method.controller is not None and view.ref_logp is not None:
+        # By the penalty's own estimator. No quantiles: k1 can be negative for a token.
+        penalised = kl_estimate(method.kl.estimator, view.logp, view.ref_logp)[sampled]
+        metrics["policy/kl_penalised"] = mean_of(penalised)
     if view.ref_logp is not None:
         kl = kl_estimate("k3", view.logp, view.ref_logp)[sampled]
         metrics |= {"policy/kl_reference": mean_of(kl), "policy/kl_reference_max": max_of(kl)}

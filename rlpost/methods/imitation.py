@@ -68,10 +68,10 @@ def off_policy_slope(logp: Tensor, shaping: float | None) -> Tensor:
     return torch.sigmoid(distance) * torch.sigmoid(-distance)
 
 
-def sample_factor(gate: Gate | None, view: TokenView) -> Tensor | None:
-    """[N] what multiplies the coefficients of sampled tokens, or None. SRFT: `positive` * exp(H) on right samples."""
+def sample_factor(gate: Gate | None, view: TokenView) -> Tensor | float:
+    """[N] what multiplies the advantages of sampled tokens; 1 for most gates. SRFT: `positive` * exp(H) on right samples."""
     if not isinstance(gate, SrftGate):
-        return None
+        return 1.0
     weight = gate.positive * torch.exp(_mean_entropy(view))
     return torch.where(view.advantage > 0, weight, torch.ones_like(weight))
 
