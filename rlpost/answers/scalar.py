@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from rlpost.answers.tokens import DEEPEST, OPENING, Token, Tokens, flat, match_of
+from rlpost.answers.tokens import DEEPEST, OPENING, UNARY, Token, Tokens, flat, match_of
 from rlpost.answers.tree import (
     Call,
     Constant,
@@ -73,38 +73,6 @@ _ACCENTS = frozenset(
         "mathcal",
         "mathscr",
         "mathbf",
-    ]
-)
-_UNARY = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "arccot",
-        "arcsec",
-        "arccsc",
-        "sinh",
-        "cosh",
-        "tanh",
-        "coth",
-        "sech",
-        "csch",
-        "ln",
-        "lg",
-        "exp",
-        "arsinh",
-        "arcosh",
-        "artanh",
-        "asin",
-        "acos",
-        "atan",
-        "sgn",
     ]
 )
 _SAME = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "gcd": "gcd", "lcm": "lcm"}
@@ -225,7 +193,7 @@ class _Reader:
         if token.kind != "command":
             return False
         name = token.text[1:]
-        return name in _GREEK | _ACCENTS | _UNARY or name in (
+        return name in _GREEK | _ACCENTS | UNARY or name in (
             "frac", "sqrt", "pi", "log", "binom", "lfloor", "lceil", "infty", "imath", "gcd", "lcm", "min", "max",
         )  # fmt: skip
 
@@ -411,7 +379,7 @@ class _Reader:
             inside = self.inner(self.tokens[self.place + 1 : end])
             self.place = end + 1
             return Call("floor" if name == "lfloor" else "ceil", (inside,))
-        if name in _UNARY or name == "log":
+        if name in UNARY or name == "log":
             return self._function(_SAME.get(name, name))
         raise Unreadable(f"the command {name}")
 
@@ -447,9 +415,7 @@ class _Reader:
             return self.power_of_group()
         argument = self._signed_power()
         while (
-            self._begins_factor()
-            and self.peek().text[1:] not in _UNARY | {"log"}
-            and self.peek().text not in ("(", "[")
+            self._begins_factor() and self.peek().text[1:] not in UNARY | {"log"} and self.peek().text not in ("(", "[")
         ):
             argument = multiply(argument, self.power())
         if self.peek().text == "/" and self.peek(1).kind in ("number", "letter"):

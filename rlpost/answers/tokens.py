@@ -14,49 +14,14 @@ LONGEST = 2000
 DEEPEST = 40
 """How deep brackets may be nested."""
 
-FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "arccot",
-        "arcsec",
-        "arccsc",
-        "sinh",
-        "cosh",
-        "tanh",
-        "coth",
-        "sech",
-        "csch",
-        "ln",
-        "log",
-        "lg",
-        "exp",
-        "sqrt",
-        "arsinh",
-        "arcosh",
-        "artanh",
-        "asin",
-        "acos",
-        "atan",
-        "min",
-        "max",
-        "gcd",
-        "lcm",
-        "arg",
-        "det",
-        "deg",
-        "Re",
-        "Im",
-        "sgn",
-    ]
-)
+_UNARY_NAMES = """
+sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc
+sinh cosh tanh coth sech csch ln lg exp arsinh arcosh artanh
+asin acos atan sgn
+"""
+UNARY = frozenset(_UNARY_NAMES.split())
+"""Functions of one number."""
+FUNCTIONS = UNARY | {"Im", "Re", "arg", "deg", "det", "gcd", "lcm", "log", "max", "min", "sqrt"}
 _WORDS = {
     "pi": r"\pi", "infinity": r"\infty", "inf": r"\infty", "oo": r"\infty", "and": "and", "or": "or", "in": r"\in",
     "theta": r"\theta", "alpha": r"\alpha", "beta": r"\beta", "union": r"\cup", "cup": r"\cup", "cap": r"\cap",
