@@ -46,7 +46,7 @@ def room_of(module: str, labels: dict[str, str]) -> str | None:
 
 def draw() -> str:
     """A Mermaid flowchart: a box a room, and an arrow to every room that it uses and reaches in no
-    other way. Experience and errors, which all use, are left out; so is that sources are handed `run.parts`."""
+    other way. Experience and errors, which all use, and the former names are left out; so is that sources are handed `run.parts`."""
     graph, labels = grimp.build_graph("rlpost", cache_dir=None), rooms()
     arrows: set[tuple[str, str]] = set()
     for module in graph.modules:
@@ -59,7 +59,7 @@ def draw() -> str:
             if target not in (None, name):
                 arrows.add((name, target))
     order = {label: i for i, label in enumerate(dict.fromkeys(labels.values()))}
-    shown = [name for name in order if name not in ("__main__", "errors", "experience")]
+    shown = [name for name in order if name not in ("__main__", "errors", "experience", "moved")]
     between = networkx.DiGraph([(a, b) for a, b in arrows if {a, b} <= set(shown) and order[a] < order[b]])
     key = {name: f"r{i}" for i, name in enumerate(shown)}
     text = ["```mermaid", "flowchart TD"]
