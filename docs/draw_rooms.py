@@ -45,8 +45,9 @@ def room_of(module: str, labels: dict[str, str]) -> str | None:
 
 
 def draw() -> str:
-    """A Mermaid flowchart: a box a room, and an arrow to every room that it uses and reaches in no
-    other way. Experience and errors, which all use, and the former names are left out; so is that sources are handed `run.parts`."""
+    """A Mermaid flowchart: a box a room, and an arrow to every room that it uses and reaches in no other way.
+
+    Experience and errors, which all use, and the former names are left out; so is that sources are handed `run.parts`."""
     graph, labels = grimp.build_graph("rlpost", cache_dir=None), rooms()
     arrows: set[tuple[str, str]] = set()
     for module in graph.modules:
