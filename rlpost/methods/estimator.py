@@ -112,7 +112,7 @@ def compute_coefficients(
         beta, kl_slope = _kl_penalty(method, view, context)
         keep, masking = accepted_tokens(method, view, context)
 
-        # The coefficient of a sampled token: keep * (weight * correction * advantage - beta * dKL).
+        # The coefficient of a sampled token: keep * (limited ratio * correction * A * gate's factor - beta * dKL).
         sampled = limited.weight * correction * view.advantage * factor - beta * kl_slope
         sampled = torch.where(keep, sampled, torch.zeros_like(sampled))
         coefficient = torch.where(demonstration, demonstration_coefficient(method.gate, view), sampled)

@@ -113,13 +113,8 @@ class Loop:
         """The policy is what the next rollout will be sampled from."""
         self.state.buffer = None
         self.state.rollout += 1
-        every = self.parts.recipe.evaluation.every
-        due = (
-            every
-            and self.state.rollout % every == 0
-            and self.state.rollout < self.parts.recipe.learner.planned_rollouts
-        )
-        if due and self.parts.held_out:
+        every, last = self.parts.recipe.evaluation.every, self.parts.recipe.learner.planned_rollouts
+        if every and self.state.rollout % every == 0 and self.state.rollout < last and self.parts.held_out:
             self.evaluate()
 
     def sync(self) -> None:
