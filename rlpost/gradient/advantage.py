@@ -18,8 +18,8 @@ def normalise(section: AdvantageSection, reward: Tensor, prompt: Tensor, groups:
 
     GRPO (arXiv 2402.03300) eq. 3: group mean and std; Dr.GRPO (arXiv 2503.20783): scale none; RLOO (arXiv 2402.14740)
     eq. 9: leave_one_out; REINFORCE++ (arXiv 2501.03262): batch mean and std. Where all known rewards are equal (of a group,
-    or of the batch, as the centre has it) the result is exactly 0, whatever rounding and eps say. A scale of 0 divides
-    nothing: without a centre, equal rewards stay what they are instead of growing by 1 / eps.
+    or of the batch, as the centre has it) the result is exactly 0, whatever rounding and eps say. Where the scale is 0
+    nothing is divided: without a centre, equal rewards then stay as they are, where a division by eps would blow them up.
     """
     known = reward.isfinite()
     value = torch.where(known, reward, torch.zeros_like(reward))

@@ -58,9 +58,10 @@ class Held:
 def named_weights(causal_lm: PreTrainedModel, gather: Gather = gather_nothing) -> Iterator[tuple[str, Tensor]]:
     """Full weights under the names of a Hugging Face checkpoint, detached, one at a time.
 
-    LoRA updates are added on the fly, without changing the trained tensors, to what 4-bit weights stand for. A tied
-    output layer is left out; buffers that a checkpoint holds are not. A tensor is valid until the next one is asked for.
-    What only together makes a checkpoint's tensors (`names.Bundle`) is gathered together, all else one at a time.
+    LoRA updates are added on the fly, without changing the trained tensors, to what 4-bit weights stand for. Buffers that a
+    checkpoint holds come too; an output layer that is tied to the embedding does not. A tensor is valid until the next one is
+    asked for. Sharded parameters are gathered one at a time, except where a checkpoint's tensor is made of several of the
+    module's (`names.Bundle`): those are gathered together.
     """
     held = held_tensors(causal_lm)
     names = weight_names(causal_lm, held)

@@ -30,8 +30,9 @@ class Effect(IntEnum):
 
 NONE, LATER, ROLLOUT, RUN = Effect
 
-# By section; a list's items are `*`. Sections of several types have the keys of all. Optional sections and lists are keys
-# of the section that they stand in: that is the decision where one appears, goes, or changes its number of items.
+# By section; a list's items are `*`. A section that has several types is listed with the keys of all of them. An optional
+# section, and a list, is also a key of the section in which it stands. That key's decision holds where the optional section
+# appears or goes, or the list changes its length.
 DECISIONS: dict[str, dict[Effect, str]] = {
     "": {NONE: "name output_dir resume overwrite", ROLLOUT: "rewards", RUN: "seed"},
     # A template is in the prompts' tokens, which are compared with those of the start (as all of `data`).

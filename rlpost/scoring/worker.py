@@ -20,7 +20,7 @@ from rlpost.scoring.load import import_reward
 from rlpost.scoring.outcome import failure, run_plain
 from rlpost.scoring.surroundings import Printed, Surroundings, open_pipes
 
-GRACE_S = 15.0  # by how much a process may outlive its deadline when nobody is left to kill it
+GRACE_S = 15.0  # a process whose trainer is gone ends itself so long after the call's deadline
 CHECK_PARENT_S = 0.5
 
 _rewards: list[RewardFunction | str] = []  # a string is why the function could not be loaded here
