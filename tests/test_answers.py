@@ -290,10 +290,50 @@ def test_number(text, answer, value):
         ("(C) Paris or (D) Rome", "C", 0),
         ("The answer is E", "C", 0),
         ("I choose a good one", "A", 0),
+        ("Answer: C D", "C", 0),
+        ("The answer is C DNA", "C", 1),
     ],
 )
 def test_choice(text, answer, value):
     assert score(CHOICE, text, answer) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "value"),
+    [
+        (r"x = \boxed{1} \\ y = \boxed{2}", "1, 2", 1),
+        (r"x = \boxed{1} \\ y = \boxed{2}", "2", 0),
+        ("x &= \\boxed{1} \\\\\ny &= \\boxed{2}", "2", 0),
+        ("- $x = \\boxed{3}$\n- $y = \\boxed{4}$", "3, 4", 1),
+        ("* $\\boxed{3}$\n* $\\boxed{4}$", "4", 0),
+        ("(a) $\\boxed{3}$.\n(b) $\\boxed{4}$.", "3, 4", 1),
+        (r"$\boxed{3}$ as well as $\boxed{4}$", "3, 4", 1),
+        ("The first try gave $\\boxed{3}$.\n\n$\\boxed{4}$.", "4", 1),
+    ]
+    + [
+        (r"\boxed{864\text{ in}^2}", r"864 \mbox{ inches}^2", 1),
+        (r"\boxed{864\text{ sq in}}", r"864 \mbox{ inches}^2", 1),
+        (r"\boxed{864\text{ in}}", r"864 \mbox{ inches}^2", 0),
+        (r"\boxed{13\text{ miles per hour}}", r"13\text{ mph}", 1),
+        (r"\boxed{13\text{ km/h}}", r"13\text{ mph}", 0),
+    ]
+    + [
+        (r"\boxed{C}", r"\textbf{(C)}\ 3", 1),
+        (r"\boxed{D}", r"\textbf{(C)}\ 3", 0),
+        (r"\boxed{3}", r"\textbf{(C)}\ 3", 1),
+        (r"\boxed{4}", r"\textbf{(C)}\ 3", 0),
+        (r"\boxed{\textbf{(B)}\ 3}", r"\textbf{(C)}\ 3", 0),
+        (r"\boxed{\textbf{(C)}\ 3}", "C", 1),
+        (r"\boxed{\textbf{(C)}\ 3}", "D", 0),
+        (r"\boxed{\textbf{(C)}\ 3}", "3", 1),
+        ("The answer is (C).", r"\textbf{(C)}\ 3", 1),
+        ("The answer is (C).", "C", 1),
+        ("The answer is C", "D", 0),
+        ("", r"\textbf{(C)}\ 3", 0),
+    ],
+)
+def test_math(text, answer, value):
+    assert score(MATH, text, answer) == value
 
 
 def test_format_and_reasoning_gym_read_behind_the_thinking():

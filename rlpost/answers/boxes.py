@@ -16,12 +16,14 @@ _MARKUP = re.compile(
 _JOINT = re.compile(
     r"""\s*(?:[A-Za-z]+\s+){0,4}?           # what the first box counts: "papers", "for part (a)"
         (?:\(\w{1,4}\)\s*)?
-        (?:[,;&]\s*(?:and|or)?|\band\b|\bor\b|\n)\s*
+        (?:[,;&]\s*(?:and|or)?|\band\b|\bor\b|\bas\s+well\s+as\b|\n)\s*
+        (?:[-•]\s+)?                         # an item of a list
         (?:[A-Za-z]+\s+){0,3}?               # "the second is"
         (?:\(\w{1,4}\)\s*[:.]?|\d{1,2}[.)])?\s*
-        (?:[A-Za-z]\w?(?:_\{?\w+\}?)?'*(?:\(\w\))?\s*=)?\s*-?\s*""",
+        (?:[A-Za-z]\w?(?:_\{?\w+\}?)?'*(?:\(\w\))?\s*&?\s*=)?\s*-?\s*""",
     re.VERBOSE,
 )
+_ITEM_ENDS = re.compile(r"\A\s*\.(?=\s*\n\s*(?:\(\w{1,4}\)|\d{1,2}[.)]|[-•])\s)")
 _SECOND_THOUGHTS = re.compile(
     r"\b(?:no|not|wait|but|instead|rather|actually|correct\w*|wrong|mistake\w*|however|sorry|oops|hmm+|should|so|then|"
     r"therefore|thus|hence|gives?|becomes?|now|again|check\w*|final\w*|answer\w*|is|simplif\w+|step|since|because|"
@@ -93,9 +95,10 @@ def boxed_answers(text: str) -> list[str]:
 def _joined(between: str) -> bool:
     if len(between) > 80 or "\n\n\n" in between:
         return False
-    plain = _MARKUP.sub(lambda m: f" {m[1]} " if m[1] else " ", between)
+    plain = _MARKUP.sub(lambda m: f" {m[1]} " if m[1] else " ", between.replace(r"\\", "\n"))
     if not plain.strip():
         return True
+    plain = _ITEM_ENDS.sub("", plain)
     if _SECOND_THOUGHTS.search(plain) or re.search(r"[.!?](?:\s|\Z)", re.sub(r"\d[.)]|[,;]\s*\.", "", plain)):
         return False
     return _JOINT.fullmatch(re.sub(r"\s*\n\s*", "\n", plain)) is not None

@@ -28,6 +28,7 @@ _JOINT = re.compile(
     r"(?:(?:or|and|maybe|perhaps|possibly|also|option|choice|both|either)\s+)*([(\[]?)([A-Za-z])(?![A-Za-z'’0-9])([)\]]?)",
     re.IGNORECASE,
 )  # fmt: skip
+_SIDE_BY_SIDE = re.compile(r"(?:[(\[]?[A-Z](?![A-Za-z])[)\]]?\s*)+\.?")
 
 
 def chosen(text: str, letters: str) -> str | None:
@@ -83,7 +84,7 @@ def _stated(rest: str, letters: str) -> str | None:
     if match is None or match[1].upper() not in letters.upper():
         return None
     behind = plain[match.end() :]
-    if _joined(behind, letters):
+    if _joined(behind, letters) or (not match[2] and _SIDE_BY_SIDE.fullmatch(behind)):
         return ""
     if match[2] or _CLAUSE.match(behind):
         return match[1].upper()

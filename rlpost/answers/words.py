@@ -20,6 +20,7 @@ _UNIT_NAMES = {
     "ev": "electronvolt eV", "cal": "calorie", "ohm": "ohm",
 }  # fmt: skip
 UNITS = {name: unit for unit, names in _UNIT_NAMES.items() for name in (unit, *names.split())}
+_SPEEDS = {"mi / h": "mph", "km / h": "kph"}
 _BARE_UNITS = frozenset(
     name for name in UNITS if len(name) > 1 and name not in ("in", "ev", "pa", "cal", "usd", "mol", "rad", "rs")
 )
@@ -108,7 +109,9 @@ def unit_of(text: str) -> str:
     powers = {"square": "2", "sq": "2", "squared": "2", "cubic": "3", "cubed": "3", "cu": "3"}
     made: list[str] = []
     ahead = ""
-    for word in re.findall(r"[A-Za-z']+|\^\s*-?\s*\d+|/|\d+", flat):
+    pieces = re.findall(r"[A-Za-z']+|\^\s*-?\s*\d+|/|\d+", flat)
+    for at, word in enumerate(pieces):
+        is_raised = ahead != "" or "^" in "".join(pieces[at + 1 : at + 2])  # then "in" is an inch
         if word[0] in "^0123456789":
             if not made:
                 raise ValueError(text)
@@ -122,12 +125,12 @@ def unit_of(text: str) -> str:
             made.append("/")
         elif word.lower() in _NO_UNIT:
             raise ValueError(text)
-        elif word.lower() not in _EMPTY_WORDS or (word in UNITS and len(flat.split()) == 1):
+        elif word.lower() not in _EMPTY_WORDS or (word in UNITS and (len(pieces) == 1 or is_raised)):
             made.append(_unit_name(word) + ahead)
             ahead = ""
     if len(made) > 6:
         raise ValueError(text)
-    return " ".join(made)
+    return _SPEEDS.get(" ".join(made), " ".join(made))
 
 
 def _unit_name(word: str) -> str:
