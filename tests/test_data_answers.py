@@ -105,6 +105,22 @@ def test_empty_thinking_stands_once(tmp_path):
         learned(tmp_path, tokenizer, THINKING, **off)
 
 
+def test_thinking_that_is_closed_without_having_been_opened_is_not_opened_by_the_answer(tmp_path):
+    template = (
+        "{% for m in messages %}<｜{{ m.role }}｜>{% if m.role == 'assistant' %}</think>{% endif %}{{ m.content }}"
+        "{% if m.role == 'assistant' %}<｜end▁of▁sentence｜>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<｜assistant｜></think>{% endif %}"
+    )  # the form of DeepSeek V3.1 without thinking
+    tokenizer = byte_tokenizer(template, eos=R1_END)
+    for answer in ("4", "<think></think>4", "<think>\n\n</think>\n\n4"):
+        prompt, response, demonstration = learned(tmp_path, tokenizer, answer)
+        assert prompt.endswith("</think>") and response == demonstration == "4" + R1_END
+    with pytest.raises(
+        DataError, match=r"cannot be an answer.*begins with <think>, but the template has written '</think>'"
+    ):
+        learned(tmp_path, tokenizer, THINKING)
+
+
 def test_answers_that_never_close_their_thinking_are_counted(tmp_path):
     tokenizer = byte_tokenizer(OPENS, eos="<|im_end|>")
     path = write(tmp_path / "d.jsonl", {"prompt": "q", "chosen": "4", "rejected": THINKING})

@@ -120,7 +120,7 @@ def test_a_null_prompt_is_no_implicit_one(plain):
 def test_what_was_found_in_place_of_a_response_is_named(tmp_path, value, words):
     path = write(tmp_path / "p.jsonl", [{"prompt": "q", "chosen": value, "rejected": [BAD]}])
     with pytest.raises(
-        DataError, match=rf"1 of 1 rows have a response that is neither.*`chosen` .*{words}.*missing=drop"
+        DataError, match=rf"1 of 1 rows have a response that cannot be an answer.*`chosen` .*{words}.*missing=drop"
     ):
         load_preferences(source(path))
 

@@ -27,6 +27,8 @@ _MARK = re.compile(r"<\|[^<>|\s]+\|>|<｜[^<>｜\s]+｜>|</?[A-Za-z_][\w-]*>|\[/
 _ASSISTANT = re.compile(r"assistant|model|/INST", re.IGNORECASE)
 _THINK = re.compile(r"<(think|thinking|thought|reasoning|analysis)>|\[(THINK)\]", re.IGNORECASE)
 
+_THOUGHT = re.compile(_THINK.pattern.replace("<(", "</(").replace(r"\[(", r"\[/("), re.IGNORECASE)
+
 
 class AnswerFault(DataError):
     """A text that cannot be an answer under the chat template. The message is the end of a sentence about the row."""
@@ -83,7 +85,8 @@ class Answers:
         text = _continued(bare, form)
         if form.before is None:
             return text
-        past = self.template.conversation((*chat, Message(role="assistant", content=bare)), row, options)
+        shown = bare if _THINK.search(form.opens) else text
+        past = self.template.conversation((*chat, Message(role="assistant", content=shown)), row, options)
         if not (past.startswith(prompt) and past.endswith(form.behind)):
             return text
         inner = past[len(prompt) : len(past) - len(form.behind)]
@@ -211,9 +214,15 @@ class Answers:
 def _continued(text: str, form: Form) -> str:
     """A text without the beginning of its thinking, where the template has written that already."""
     opened = list(_THINK.finditer(form.opens))
-    if not opened:
+    closed = _THOUGHT.search(form.opens)
+    if not opened and closed is None:
         return text
-    tag, written, start = opened[-1][0], form.opens[opened[-1].start() :], text.lstrip()
+    start = text.lstrip()
+    if opened:
+        tag, written = opened[-1][0], form.opens[opened[-1].start() :]
+    else:  # closed without having been opened, as DeepSeek V3.1 does it for answers without thinking
+        assert closed is not None
+        tag, written = closed[0].replace("/", ""), form.opens[closed.start() :]
     if start.startswith(written):
         return start[len(written) :]
     if not start.startswith(tag):

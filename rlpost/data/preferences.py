@@ -17,7 +17,7 @@ from rlpost.recipe.sections.preference import PreferenceSource
 Reason = Literal["missing", "malformed", "no_baseline", "empty", "identical", "mismatch"]
 SAYS: dict[str, str] = {
     "missing": "have no chosen or no rejected response",
-    "malformed": "have a response that is neither a text nor chat messages of texts",
+    "malformed": "have a response that cannot be an answer",
     "no_baseline": "have no response of the initial model",
     "empty": "have an empty response",
     "identical": "have two identical responses",
