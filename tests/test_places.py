@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlpost.errors import RewardError
+from rlpost.errors import RecipeError, RewardError
 from rlpost.recipe.load import load_recipe, save_resolved
 from rlpost.recipe.places import candidates, located
 from rlpost.recipe.rules.check import Setting, check, known_size
@@ -104,3 +104,21 @@ def test_what_exists_is_no_hub_name_for_the_rules_either(folder, name, text, sai
     Path(name).write_text(text)
     recipe = load_recipe("../project/recipe.yaml", [f"data.train.path={name.partition('/')[0]}"]).recipe
     assert any(said in problem for problem in check(recipe, Setting(base=folder)))
+
+
+def test_what_stands_in_the_place_of_a_model_template_reward_or_recipe_is_said_as_it_is(folder):
+    Path("notes").write_text("x")
+    Path("drawer").mkdir()
+    for key in ("model.path", "method.critic.path"):
+        preset = ["method.preset=ppo", "method.critic.model=separate"] if "critic" in key else []
+        recipe = load_recipe("../project/recipe.yaml", [*preset, f"{key}=notes"]).recipe
+        assert any(p.startswith(f"{key}=notes: this is a file") for p in check(recipe, Setting(base=folder)))
+    recipe = load_recipe("../project/recipe.yaml", ["model.chat_template=drawer"]).recipe
+    assert "model.chat_template=drawer: drawer is a folder. Name the Jinja file in it" in check(
+        recipe, Setting(base=folder)
+    )
+    for name, said in (("notes", "a file that is no Python source file"), ("drawer", "a folder")):
+        with pytest.raises(RewardError, match=rf"The reward '{name}' is {said}.*ends in \.py"):
+            load_reward(name, folder)
+    with pytest.raises(RecipeError, match=r"drawer: this is a folder, not a recipe file"):
+        load_recipe("drawer")

@@ -206,6 +206,12 @@ def test_rewards_try_warns_of_a_reward_that_says_nothing(files, tmp_path, capsys
     samples.write_text('{"prompt": "q", "completion": "xy"}\n{"prompt": "q", "completion": "uv"}\n')
     assert run_tryout(f"{files}/misuses.py:length", samples, 5.0, {}) == 0
     assert "Warning: all samples score alike (2)" in capsys.readouterr().out
+    samples.write_text('{"prompt": "q", "completion": "xy"}\n{"prompt": "q", "completion": ""}\n')
+    (tmp_path / "once.py").write_text(
+        "def reward(completions, **columns):\n    return [len(completions[0]) / len(completions[0])]\n"
+    )
+    assert run_tryout(f"{tmp_path}/once.py", samples, 5.0, {}) == 1
+    assert "1 crashed" in (printed := capsys.readouterr().out) and "alike" not in printed
     (tmp_path / "silent.py").write_text("def reward(completions, **columns):\n    return [None] * len(completions)\n")
     assert run_tryout(f"{tmp_path}/silent.py", samples, 5.0, {}) == 0
     assert "Warning: the function returned None for every sample" in capsys.readouterr().out

@@ -108,6 +108,8 @@ def _read(path: Path) -> Any:
 
     if not path.is_file():
         known = ", ".join(str(p) for p in recipe_files(path.parent)) or "none found here"
+        if path.is_dir():
+            raise RecipeError(f"{path}: this is a folder, not a recipe file. Recipes that exist: {known}.")
         raise RecipeError(f"{path}: there is no such recipe file. Recipes that exist: {known}.")
     try:
         raw = OmegaConf.load(path)

@@ -152,6 +152,12 @@ def _import_file(file: Path, spec: str) -> ModuleType:
 def _import_module(place: str, function_name: str, spec: str, base: Path | None) -> ModuleType:
     known = list_rewards(base)
     if not function_name:
+        if there := next((path for path in candidates(place, base) if path.exists()), None):
+            kind = "a folder" if there.is_dir() else "a file that is no Python source file"
+            raise RewardError(
+                f"The reward {spec!r} is {kind} ({there}). Name a file that ends in .py, such as {spec}.py, or a reward by its "
+                f"name. {_known_rewards(base)}"
+            )
         raise RewardError(f"There is no reward named {spec!r}.{_nearest(place, known)} {_known_rewards(base)}")
     try:
         return importlib.import_module(place)

@@ -107,7 +107,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
             "Warning: the function returned None for every sample, so it has no say. Is a column missing that it looks for, or "
             "a `return`?"
         ]
-    if len(rows) > 1 and len(values) == 1 and len({row.completion for row in rows}) > 1:
+    if len(values) == 1 and len({row.completion for row in rows if row.score.value is not None}) > 1:
         return [
             f"Warning: all samples score alike ({values.pop():.4g}), although they differ: nothing can be learned from such a "
             "reward. Give samples that deserve different scores, and look at what the function reads: a completion is a text "

@@ -285,8 +285,12 @@ def _files(r: Recipe, s: Setting) -> Iterator[str]:
             except DataError as error:
                 yield str(error).rstrip(".")
     if r.model.chat_template is not None and not Path(r.model.chat_template).expanduser().is_file():
-        looked = " or ".join(str(place) for place in candidates(r.model.chat_template, s.base))
-        yield f"model.chat_template={r.model.chat_template}: no such file ({looked}). Correct the path, or set it to null"
+        places = candidates(r.model.chat_template, s.base)
+        looked = " or ".join(str(place) for place in places)
+        if folder := next((place for place in places if place.is_dir()), None):
+            yield f"model.chat_template={r.model.chat_template}: {folder} is a folder. Name the Jinja file in it"
+        else:
+            yield f"model.chat_template={r.model.chat_template}: no such file ({looked}). Correct the path, or set it to null"
     if r.run_dir.exists() and not r.run_dir.is_dir():
         yield f"output_dir and name give {r.run_dir}, which is a file. Choose another name"
 

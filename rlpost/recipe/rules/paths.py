@@ -41,7 +41,9 @@ def _packaged_or_folder(key: str, path: str) -> Iterator[str]:
 
 def _folder(key: str, path: str) -> Iterator[str]:
     folder = Path(path).expanduser()
-    if looks_local(path) and not folder.is_dir():
+    if folder.is_file():
+        yield f"{key}={path}: this is a file. Give the folder of a model in Hugging Face layout, or a Hugging Face model name"
+    elif looks_local(path) and not folder.is_dir():
         yield f"{key}={path}: there is no such folder. Give one, or a Hugging Face model name"
     elif folder.is_dir() and not (folder / "config.json").is_file():
         yield f"{key}={path}: this folder has no config.json, so it holds no Hugging Face model"
