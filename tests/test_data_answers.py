@@ -193,6 +193,15 @@ def test_what_the_template_does_not_show_is_said(tmp_path):
     assert "today's date" in build_prompts(section, byte_tokenizer(dated), max_context=None).note()
 
 
+def test_a_keyword_of_the_recipe_that_the_template_does_not_have_is_said(tmp_path):
+    path = write(tmp_path / "d.jsonl", {"prompt": "q"})
+    source = {"train": {"type": "dataset", "path": path}, "held_out": 0}
+    for name, said in (("enable_thinking", False), ("enable_thinkin_g", True)):
+        section = DataSection.model_validate({**source, "template_options": {name: True}})
+        note = build_prompts(section, byte_tokenizer(QWEN3), max_context=None).note()
+        assert (f"no keyword `{name}`, so data.template_options.{name} changes nothing" in note) is said
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [

@@ -61,6 +61,11 @@ class ChatTemplate:
         ]
         source = self.tokenizer.chat_template
         text = " ".join(source.values()) if isinstance(source, Mapping) else str(source)
+        found += [
+            f"the chat template has no keyword `{name}`, so data.template_options.{name} changes nothing"
+            for name in self.options
+            if name not in text
+        ]
         if "strftime_now" in text and "date_string" not in self.options:
             fixed = (
                 "data.template_options.date_string fixes it"
