@@ -3,7 +3,7 @@ r"""Exact number: 1 if the last number of the completion equals the answer, else
 1,234 and 1 234 are one number; .5, 1e3, 1.2 x 10^3, 1/2 and \frac{1}{2} are read as what they are, and are equal or not
 exactly. The unit behind a number is not read, nor is a percent sign. Thinking does not count, finished or not.
 
-Columns:   answer   the right number, as a number or text ("1,234", "$5" and "50%" are fine).
+Columns:   answer   the right number, as a number or text ("1,234", "$5", "€5" and "50%" are fine).
 Arguments: only     true: the completion must be nothing but the number (spaces around it are allowed).
            opened   true: the chat template has already written "<think>" into the prompt.
 """
@@ -28,7 +28,9 @@ def reward(
 
 def gold(right: object) -> Fraction:
     value = (
-        None if isinstance(right, bool) else only_number(str(right).strip().strip("$").removesuffix("%").rstrip("\\"))
+        None
+        if isinstance(right, bool)
+        else only_number(str(right).strip().strip("$€£¥ ").removesuffix("%").rstrip("\\"))
     )
     if value is None:
         raise Unparsable(f"the column `answer` holds {right!r}, which is no number")

@@ -206,6 +206,7 @@ def test_a_comma_between_thousands_has_two_readings():
     ]
     + [
         ("5", "$5", 1),
+        ("5", "€5", 1),
         ("1,234", "$1,234", 1),
         ("50", "50%", 1),
         ("7", "7.0", 1),
@@ -330,6 +331,13 @@ def test_choice(text, answer, value):
         ("The answer is (C).", "C", 1),
         ("The answer is C", "D", 0),
         ("", r"\textbf{(C)}\ 3", 0),
+    ]
+    + [
+        ("The answer is 7, not 8.", "8", 0),
+        ("The answer is 7, not 8.", "7", 1),
+        ("It is $7$ rather than $8$.", "8", 0),
+        ("It is $7$ rather than $8$.", "7", 1),
+        ("It is not 8", "8", 0),
     ],
 )
 def test_math(text, answer, value):

@@ -29,6 +29,7 @@ _RUN = re.compile(rf"(?:{_PIECE})(?:\s?(?:{_PIECE}))*", re.VERBOSE)
 _PUNCTUATION = " \t\r\n,.;:!?'*"
 _BEGINS = re.compile(r"\A(?:[\s,.;:!?'*)\]}]+(?!\d)|-\s+|[\s,;:!?'*)\]}]+)")
 _HAS_VALUE = re.compile(r"\d|\\(?:pi|infty|sqrt|frac|emptyset)|[π∞√]|[½¼¾⅓⅔]")
+_DENIED = re.compile(r"(?:\bnot|\brather than|\binstead of)\s+\Z", re.IGNORECASE)  # "7, not 8"
 _PAIRS = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -80,10 +81,12 @@ def _within(text: str, whole: bool) -> list[str]:
 def last_formula(text: str) -> str | None:
     """The last formula or number of a text, taken as a whole; None without one."""
     text = text[-_LONGEST:]
-    formula = None
-    for formula in _FORMULA.finditer(text):  # noqa: B007
-        pass
-    behind = text[formula.end() :] if formula else text
+    formula, end = None, 0
+    for match in _FORMULA.finditer(text):
+        end = match.end()
+        if not _DENIED.search(text, max(match.start() - 30, 0), match.start()):
+            formula = match
+    behind = text[end:]
     run = _last_run(behind)
     if run is not None:
         return run
@@ -110,7 +113,7 @@ def _last_run(text: str) -> str | None:
                 and match[0].startswith(run[:1])
                 and run[0].isdigit()
             )
-            if run and _HAS_VALUE.search(run) and not attached:
+            if run and _HAS_VALUE.search(run) and not attached and not _DENIED.search(before):
                 last = run
         if last is not None:
             return last
