@@ -209,6 +209,11 @@ def children():
     made.end()
 
 
+def before_the_table(printed: str) -> str:
+    """What a run of several processes said itself: torch's launcher repeats its last words in a table."""
+    return printed.split("torch.distributed.elastic", 1)[0].partition("=" * 60)[0]
+
+
 def rows(run: Path, kind: str | None = None) -> list[dict]:
     """A run's metrics, without the times."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

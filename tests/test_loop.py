@@ -193,3 +193,25 @@ def test_one_evaluation_gives_greedy_accuracy_and_pass_at_k_and_replaces_no_othe
         write_page(tmp_path / "file" / "step_000001", sampled)
     with pytest.raises(CheckpointError, match="holds a whole model and no adapter"):
         evaluate_checkpoint(load_recipe(recipe, ["model.lora={rank: 4}"]), result.checkpoint)
+
+
+def test_the_probe_looks_at_a_group_where_none_has_signal(write_recipe, tmp_path, monkeypatch):
+    """Also with several minibatches, whose old log-probs leave dead groups out; and other weights in the engine are found."""
+    from rlpost.errors import RolloutError
+    from rlpost.rollout.transformers_engine import TransformersRolloutEngine
+
+    same = "def reward(completions, **columns):\n    return [1.0] * len(completions)\n"
+    changes = {"learner.minibatches": 2, "learner.rollouts": 2, "evaluation.prompts": 0}
+    found = rows(train(load_recipe(write_recipe(tmp_path / "well", changes, same))).run_dir)
+    probed = [row for row in found if "mismatch/max_abs_gap" in row]
+    assert [row["step"] for row in probed] == [1, 3] and all(row["optimizer/grad_norm"] == 0 for row in found)
+    assert all(row["mismatch/max_abs_gap"] < 1e-4 and row["tokens/probed"] > 0 for row in probed)
+
+    original = TransformersRolloutEngine.load_weights
+    monkeypatch.setattr(
+        TransformersRolloutEngine,
+        "load_weights",
+        lambda self, weights: original(self, ((n, w * 2) for n, w in weights)),
+    )
+    with pytest.raises(RolloutError, match="probe|log-prob"):
+        train(load_recipe(write_recipe(tmp_path / "ill", changes, same)))

@@ -198,7 +198,7 @@ def test_ctrl_c_in_a_terminal_reaches_launcher_and_run_alike(script, write_recip
 def test_ctrl_c_before_the_first_step_says_that_nothing_is_saved(write_recipe, children, tmp_path):
     recipe = write_recipe(tmp_path, {"evaluation.prompts": 0})
     before = (
-        "import os, signal, rlpost.run.assemble as place\n"
+        "import os, signal, rlpost.run.checks as place\n"
         "place.load_prompts = lambda *_: os.kill(os.getpid(), signal.SIGINT)"
     )
     code, printed = children.run(recipe, before=before)

@@ -303,10 +303,8 @@ def test_what_a_call_prints_is_shown_up_to_a_limit(tmp_path, capfd):
 
 def test_messages_are_text_that_any_file_takes(tmp_path, capsys):
     file, samples = tmp_path / "odd.py", tmp_path / "samples.jsonl"
-    file.write_text(
-        "def reward(completions, **columns):\n    raise ValueError(completions[0][0]['content'] + 'x' * 1000)\n"
-    )
-    samples.write_text('{"prompt": "q", "completion": "\\ud800"}\n')
+    file.write_text("def reward(completions, **columns):\n    raise ValueError('\\ud800' + 'x' * 1000)\n")
+    samples.write_text('{"prompt": "q", "completion": "a"}\n')
     assert run_tryout(str(file), samples, 5.0, {}) == 1
     assert "crashed" in capsys.readouterr().out
     assert try_reward(str(file), samples)[0].score.detail.startswith("ValueError: \\ud800xxx")

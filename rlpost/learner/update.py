@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlpost.experience import TokenRows
+from rlpost.gradient.correction import sampler_correction
 from rlpost.gradient.loss import coefficient_loss
 from rlpost.gradient.metrics import Mean, Metric, Total, merge, values
 from rlpost.gradient.step import StepContext
@@ -70,6 +72,8 @@ class Updater:
         parts = self._accumulate(buffer, rows, minibatch, context, mask)
         metrics = values(merge(self.learner.processes.gather(merge(parts))))
         if self.probe is not None and buffer.updates_done == 0 and buffer.step % self.probe.every == 0:
+            if "mismatch/mean_abs_gap" not in metrics and self.method.pairs is None:
+                metrics |= values(merge(self.learner.processes.gather(self._look_at_dead_groups(buffer))))
             self._check_engine(metrics, self.probe, buffer.step)
         report = self.learner.step(
             optimizer_step,
@@ -120,14 +124,37 @@ class Updater:
         """Whether the policy stands still (`critic.warmup_rollouts`)."""
         return self.method.critic is not None and buffer.step < self.method.critic.warmup_rollouts
 
+    @torch.no_grad()
+    def _look_at_dead_groups(self, buffer: RolloutBuffer) -> dict[str, Metric]:
+        """What the probe looks at where every group of the step is dead and nothing was computed: this process's first group.
+
+        Without it an engine with other weights would go unnoticed as long as no group has signal. Collective.
+        """
+        arrays = buffer.arrays(self.learner.processes.device)
+        rows = micro_batches(
+            buffer.row_groups(None, skip_dead=False)[:1],
+            layout=self.layout,
+            micro_batch_tokens=self.section.micro_batch_tokens,
+            pad_id=self.pad_id,
+        )
+        found: list[dict[str, Metric]] = []
+        for batch in self.learner.policy.passes(rows):
+            output = self.learner.policy(batch)
+            if batch.useful_tokens:
+                view, _ = arrays.view(batch, output)
+                mismatch = sampler_correction(self.method.correction, replace(view, old_logp=view.logp))[1]
+                gaps = {name: mismatch[name] for name in ("mismatch/mean_abs_gap", "mismatch/max_abs_gap")}
+                found.append({**gaps, "tokens/probed": Total(batch.useful_tokens)})
+        return merge(found)
+
     def _check_engine(self, metrics: dict[str, float], probe: ProbeSection, step: int) -> None:
         """The samples' own log-probs are the probe: the engine reported them, the learner has just computed them."""
         gap = metrics.get("mismatch/mean_abs_gap")
-        if gap is None:  # every group was dead: nothing was computed
+        if gap is None:  # nothing was sampled
             return
         largest = metrics.get("mismatch/max_abs_gap", gap)
         earlier = self.probed[-1] if self.probed else None
-        result = ProbeResult(gap, largest, int(metrics["tokens/useful"]))
+        result = ProbeResult(gap, largest, int(metrics.get("tokens/probed", metrics["tokens/useful"])))
         self.learner.processes.together(lambda: check(result, probe.max_mean_gap, step=step, earlier=earlier))
         self.probed[:] = [result]
 

@@ -51,12 +51,12 @@ def assemble(loaded: LoadedRecipe) -> Parts:
         assert tokenizer is not None and sets is not None
         run, resume_from = open_run(recipe, processes)
         undo.callback(run.close)
+        processes.together(partial(check_order, resume_from, sets, recipe))
         taken_up = notes(recipe, run.path, resume_from)  # before the recipe in the run's folder is replaced
         tracker = processes.together(lambda: Tracker(run, recipe, is_main=processes.is_main))
         undo.callback(tracker.close, "failed")
         for line in filter(None, (*loaded.notes, *taken_up, sets.note(), *before.notes, before.disk)):
             tracker.note(line)
-        processes.together(partial(check_order, resume_from, sets, recipe))
         model_path, policy = processes.together(lambda: build_policy(recipe, resume_from, processes))
         processes.together(lambda: try_saving(policy, tokenizer, run.checkpoints) if processes.is_main else None)
         share_rows(recipe, policy, processes)
