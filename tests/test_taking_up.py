@@ -81,13 +81,17 @@ def test_a_damaged_newest_checkpoint_is_answered_with_the_older_one_that_is_whol
     assert rows(run) == rows(original)
 
 
-def test_other_training_prompts_are_refused_before_a_model_is_loaded(trained, tmp_path, monkeypatch, capsys):
+def test_other_training_prompts_are_refused_before_a_model_is_loaded(trained, tmp_path, monkeypatch):
     recipe, original = trained
     shutil.copytree(original, tmp_path / "run")
     monkeypatch.setattr("rlpost.run.assemble.build_policy", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(CheckpointError, match="number of training prompts was 36 when it was written and is 32 now"):
+    before = (tmp_path / "run" / "recipe.yaml").read_text(), sorted((tmp_path / "run").iterdir())
+    with pytest.raises(
+        CheckpointError, match="number of training prompts was 36 when it was written and is 32 now"
+    ) as e:
         train(load_recipe(recipe, ["resume=auto", "seed=1", f"output_dir={tmp_path}", "data.held_out=8"]))
-    assert "data.held_out 4 -> 8" in capsys.readouterr().out
+    assert "data.held_out 4 -> 8" in str(e.value)
+    assert before == ((tmp_path / "run" / "recipe.yaml").read_text(), sorted((tmp_path / "run").iterdir()))
 
 
 def test_a_checkpoint_of_a_version_that_did_not_keep_its_recipe_is_compared_with_the_runs(trained, tmp_path):

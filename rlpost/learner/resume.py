@@ -124,10 +124,16 @@ def _way_out(path: Path, counters: Mapping[str, Any], fixed: Sequence[Change]) -
 
 def check_order(path: Path | None, sets: PromptSets | PairSets, recipe: Recipe) -> None:
     """Whether the training prompts are those that a checkpoint's sampler was drawing from, before a model is loaded. Raises
-    CheckpointError. Pairs are compared later: their baselines may still have to be sampled."""
+    CheckpointError, which names what was changed in the recipe. Pairs are compared later: their baselines may still have to be
+    sampled."""
     saved = {} if path is None else read_counters_unverified(path).get("sampler")
-    if saved and not recipe.data.has_pairs:
+    if not saved or path is None or recipe.data.has_pairs:
+        return
+    try:
         PromptSampler(len(sets.train), recipe.seed, recipe.data.shuffle, sets.fingerprint).load_state_dict(saved)
+    except CheckpointError as error:
+        lines = _changed_lines(path, read_counters_unverified(path), recipe)
+        raise CheckpointError("\n".join([str(error), *lines])) from error
 
 
 def notes(recipe: Recipe, run_dir: Path, resume_from: Path | None) -> list[str]:
@@ -142,11 +148,13 @@ def notes(recipe: Recipe, run_dir: Path, resume_from: Path | None) -> list[str]:
     step, rollout = counters["optimizer_step"], counters.get("rollout", 0)
     where = f"in the middle of rollout {rollout + 1}" if counters.get("in_rollout") else f"after {rollout} rollouts"
     lines = [f"Going on from {resume_from}: optimizer step {step}, {where} of {recipe.learner.rollouts}"]
-    found = [
-        change for change in found_changes(resume_from, counters, recipe) if change.key not in ("name", "output_dir")
-    ]
-    lines += [f"Changed since it was saved: {c.key} {_short(c.before)} -> {_short(c.now)}" for c in found]
-    return lines
+    return lines + _changed_lines(resume_from, counters, recipe)
+
+
+def _changed_lines(path: Path, counters: dict[str, Any], recipe: Recipe) -> list[str]:
+    """A line for every key that has another value than in the recipe of the checkpoint."""
+    found = [change for change in found_changes(path, counters, recipe) if change.key not in ("name", "output_dir")]
+    return [f"Changed since it was saved: {c.key} {_short(c.before)} -> {_short(c.now)}" for c in found]
 
 
 def read_counters_unverified(path: Path) -> dict[str, Any]:
