@@ -20,7 +20,7 @@ from rlpost.recipe.sections.learner import LearnerSection
 from rlpost.recipe.sections.masks import CurvatureMask
 from rlpost.tracking.advice import advise
 
-FULL_SIZE = LearnerSection(steps=100, learning_rate=1.5e-5, schedule="cosine", warmup_steps=10)
+FULL_SIZE = LearnerSection(rollouts=100, learning_rate=1.5e-5, schedule="cosine", warmup_steps=10)
 TOKENS, IDS, WIDE, GROUP, LENGTH = 960, 200, 16, 8, 4
 
 
@@ -63,14 +63,14 @@ def rejected(mask: CurvatureMask, section: LearnerSection) -> list[float]:
     rollouts, slots = Rollouts(), method(masks=[mask.model_dump()])
     tracker, rates = CurvatureTracker(mask, IDS, WIDE), []
     counts = Counts(TOKENS, TOKENS // LENGTH, TOKENS // LENGTH // GROUP)
-    for step in range(section.steps):
+    for step in range(section.rollouts):
         view, rate = rollouts.view(), learning_rate(section, step)
         context = StepContext(rate, step, later_rates=later_rates(section, step), curvature=tracker)
         coefficients = compute_coefficients(slots, view, counts, context=context)
         rates.append(coefficients.metrics["mask/curvature/rejected_share"].value())
         tracker.accumulate(view, coefficients, context)
         tracker.finish_step(context)
-    assert tracker.moments.steps == (section.steps if mask.step == "adam" else 0)
+    assert tracker.moments.steps == (section.rollouts if mask.step == "adam" else 0)
     return rates
 
 
@@ -95,7 +95,7 @@ def test_the_full_size_schedule_rejects_the_target_at_its_peak_and_less_later(ru
 
 @pytest.mark.thorough
 def test_a_constant_rate_reaches_the_target_when_adams_correction_has_grown() -> None:
-    section = LearnerSection(steps=60, learning_rate=1e-4)
+    section = LearnerSection(rollouts=60, learning_rate=1e-4)
     rates = rejected(CurvatureMask.model_validate({}), section)
     assert max(mean_of_five(rates[10:25])) < max(mean_of_five(rates[40:]))
     assert 0.5 * 0.08 < max(mean_of_five(rates[40:])) < 1.5 * 0.08

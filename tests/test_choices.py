@@ -142,7 +142,7 @@ DISPATCHERS: dict[str, Callable[[], Any]] = {
     "pairs.reference": lambda: planted(PAIRS, "reference").cached,
     "pairs.sft": lambda: _sft_pull(planted(PAIRS, "sft", New()), ONE, COUNTS),
     "pairs.sft (plan)": lambda: describe_order(planted(method(preset="dpo"), "pairs", planted(PAIRS, "sft", New()))),
-    "learner.schedule": lambda: learning_rate(planted(LearnerSection(steps=3), "schedule"), 1),
+    "learner.schedule": lambda: learning_rate(planted(LearnerSection(rollouts=3), "schedule"), 1),
     "learner.layout": lambda: build_rows([], layout=NEW, micro_batch_tokens=8, pad_id=0) or _rows(NEW),
     "rollout.engine": lambda: make_engine(
         New(), ModelSection(path="x"), "x", None, max_model_len=8, seed=0, device="cpu"
