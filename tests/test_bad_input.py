@@ -15,7 +15,7 @@ from rlpost.cli import main
 from rlpost.tracking import rundir
 from rlpost.tracking.rundir import RunDirectory
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 
 QUICK = {"evaluation.at_start": False, "learner.rollouts": 1}
 

@@ -14,6 +14,8 @@ from rlpost.recipe.rules.check import refuse_unsound
 from rlpost.run import assemble as assembling
 from rlpost.run.loop import train
 
+pytestmark = pytest.mark.thorough
+
 SOLVED = {"type": "dataset", "demonstration": "solution"}
 
 

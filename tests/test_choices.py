@@ -10,6 +10,7 @@ import ast
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -195,6 +196,7 @@ def _inside(annotation: Any) -> Iterator[Any]:
             yield kind
 
 
+@cache
 def choices(least: int = 1) -> dict[str, set[str]]:
     """Field -> the words that it may hold, of all sections where there are at least so many."""
     found: dict[str, set[str]] = {}
@@ -304,6 +306,7 @@ ELSEWHERE = {
 ALIASES = {"wanted": "layout"}
 
 
+@cache
 def matched() -> dict[str, set[str]]:
     """Name of what is matched (the last part of `a.b.c`) -> the words that its cases name, of the whole package."""
     found: dict[str, set[str]] = {}

@@ -21,7 +21,7 @@ from rlpost.run.loop import train
 from rlpost.run.parts import Parts
 from rlpost.source.sampled import SampledSource
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 CHANGES = {"learner.rollouts": 2}
 
 

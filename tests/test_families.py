@@ -21,6 +21,8 @@ from rlpost.recipe.sections.model import LoraSection, ModelSection
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings
 from rlpost.rollout.transformers_engine import TransformersRolloutEngine
 
+pytestmark = pytest.mark.thorough
+
 MIXTURES = (
     "afmoe cohere2_moe deepseek_v2 deepseek_v3 dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite gpt_oss "
     "granitemoeshared hunyuan_v1_moe llama4_text minimax_m2 solar_open"

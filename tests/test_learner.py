@@ -23,7 +23,7 @@ from rlpost.learner.process import Processes
 from rlpost.recipe.load import load_recipe
 from rlpost.run.loop import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture

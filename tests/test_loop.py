@@ -16,7 +16,7 @@ from rlpost.recipe.load import load_recipe
 from rlpost.run.loop import train
 from rlpost.tracking.report import write_report
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from rlpost.recipe.sections.model import LoraSection
 from rlpost.run.loop import train
 from rlpost.source.reference import cache_path
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.thorough]
 NF4 = "model.lora={rank: 4, quantize: nf4}"
 
 

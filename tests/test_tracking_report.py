@@ -17,6 +17,8 @@ from rlpost.tracking.rundir import RunDirectory
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" {{ 7 * 7 }} <img src=http://example.invalid/a.png>"
 
+pytestmark = pytest.mark.thorough
+
 
 def make_run(path, steps, *, everything=True):
     with RunDirectory.open(path, fresh=True) as run:
