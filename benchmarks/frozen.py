@@ -35,7 +35,9 @@ FULL = RolloutSpec(prompts=4, completions=8, prompt_tokens=96, max_completion_to
 # A third of the lengths: for a CPU on which a step of TRL at full scale takes minutes.
 MEDIUM = RolloutSpec(prompts=4, completions=8, prompt_tokens=32, max_completion_tokens=96, mean_tokens=32)
 SMALL = RolloutSpec(prompts=2, completions=8, prompt_tokens=32, max_completion_tokens=96, mean_tokens=32)
-SCALES = {"full": FULL, "medium": MEDIUM, "small": SMALL}
+# For a GPU: long completions, as reasoning runs have.
+GPU = RolloutSpec(prompts=16, completions=8, prompt_tokens=256, max_completion_tokens=2048, mean_tokens=768)
+SCALES = {"full": FULL, "medium": MEDIUM, "small": SMALL, "gpu": GPU}
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,6 @@ from benchmarks.worker import Job
 
 # Dense bfloat16 peaks in TFLOP/s by what the device's name contains, from the makers' data sheets.
 PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "RTX 4090": 165.0}
-GPU = RolloutSpec(prompts=16, completions=8, prompt_tokens=256, max_completion_tokens=2048, mean_tokens=768)
-
 
 PRECISIONS: dict[str, dict[str, str]] = {
     "fp32": {"autocast": "none"},
@@ -46,38 +44,56 @@ class Case:
     setting: dict[str, Any]
 
 
-def cases_of(budget: int, shares: list[float], precisions: Sequence[str] = tuple(PRECISIONS)) -> list[Case]:
+LAYOUTS: dict[str, dict[str, str]] = {layout: {"layout": layout} for layout in ("tree", "sorted", "padded")}
+# On a GPU trees are computed by FlexAttention, as a run there chooses by itself; beside it by SDPA with a dense mask.
+GPU_LAYOUTS: dict[str, dict[str, str]] = {
+    "tree": {"layout": "tree", "attention": "flex_attention"},
+    "tree, dense mask": {"layout": "tree"},
+    "sorted": {"layout": "sorted"},
+    "padded": {"layout": "padded"},
+}
+
+
+def cases_of(
+    budget: int, shares: list[float], precisions: Sequence[str] = tuple(PRECISIONS), *, gpu: bool = False
+) -> list[Case]:
     """The grid of layout x precision x share of dead groups, then the default with one mechanism taken away at a time."""
+    layouts = GPU_LAYOUTS if gpu else LAYOUTS
     grid = [
-        Case("layouts", f"{layout}, {dtype}", share, {"layout": layout, **precision, "micro_batch_tokens": budget})
+        Case("layouts", f"{name}, {dtype}", share, {**layout, **precision, "micro_batch_tokens": budget})
         for share in shares
-        for layout in ("tree", "sorted", "padded")
+        for name, layout in layouts.items()
         for dtype, precision in ((name, PRECISIONS[name]) for name in precisions)
     ]
     # The ablation in the precision that the machine is fast in, which is the last one named.
-    base: dict[str, Any] = {"micro_batch_tokens": budget, **PRECISIONS[precisions[-1]]}
+    base: dict[str, Any] = {**layouts["tree"], "micro_batch_tokens": budget, **PRECISIONS[precisions[-1]]}
+    plain = {"attention": "sdpa"}
     ablations: dict[str, dict[str, Any]] = {
         "default (tree, skipping, chunked head)": {},
-        "sorted rows instead of trees": {"layout": "sorted"},
-        "padded rows instead of trees": {"layout": "padded"},
+        "sorted rows instead of trees": layouts["sorted"] | plain,
+        "padded rows instead of trees": layouts["padded"] | plain,
         "dead groups not skipped": {"skip_dead": False},
         "head: backward computes all scores again (chunks of 64)": {"head_chunk_tokens": 64},
         "head: forward keeps all scores (one chunk)": {"head_chunk_tokens": 1 << 30},
         "head: full logits and autograd": {"head": "full"},
-        "all three off": {"layout": "padded", "skip_dead": False, "head": "full"},
+        "all three off": {**layouts["padded"], **plain, "skip_dead": False, "head": "full"},
     }
     return grid + [Case("ablation", name, 0.5, {**base, **change}) for name, change in ablations.items()]
 
 
 def measure(cases: list[Case], base: RolloutSpec, model: str, args: argparse.Namespace) -> list[list[dict[str, Any]]]:
-    """[case] -> one result a repeat."""
+    """[case] -> one result a repeat; none of a repeat that failed, which is printed."""
     found: list[list[dict[str, Any]]] = [[] for _ in cases]
     for repeat in range(args.repeats):
         order = range(len(cases)) if repeat % 2 == 0 else reversed(range(len(cases)))
         for i in order:
             spec = replace(base, dead_share=cases[i].dead_share)
             job = Job("rlpost", model, spec.as_dict(), cases[i].setting, steps=args.steps, threads=args.threads)
-            found[i].append(fresh_process(job, threads=args.threads))
+            try:
+                found[i].append(fresh_process(job, threads=args.threads))
+            except RuntimeError as error:  # out of memory, say: the others' numbers must not be lost
+                print(f"repeat {repeat + 1} {cases[i].part} {cases[i].name}: FAILED\n{error}", flush=True)
+                continue
             seconds = found[i][-1]["wall_s"][-1]
             print(f"repeat {repeat + 1} {cases[i].part} {cases[i].name}: {seconds:.2f} s", flush=True)
     return found
@@ -169,15 +185,20 @@ def main() -> int:
         return 2
     with tempfile.TemporaryDirectory() as folder:
         model = str(make_qwen(args.gpu, Path(folder))) if args.gpu else str(Path(args.model).resolve())
-        scale = GPU if args.gpu else SCALES[args.scale]
+        scale = SCALES["gpu"] if args.gpu else SCALES[args.scale]
         base = replace(scale, vocabulary=vocabulary_of(model))
         budget = args.micro_batch_tokens or (16384 if args.gpu else 4096)
-        cases = [case for case in cases_of(budget, args.dead, args.precisions) if args.part in (None, case.part)]
+        cases = [
+            case
+            for case in cases_of(budget, args.dead, args.precisions, gpu=bool(args.gpu))
+            if args.part in (None, case.part)
+        ]
         found = measure(cases, base, model, args)
     useful = make_rollout(base).counts()["completion"]
     clock = "wall_s" if args.gpu else "cpu_s"
-    rows = [summarise(case, results, useful, peak, clock) for case, results in zip(cases, found, strict=True)]
-    for part in dict.fromkeys(case.part for case in cases):
+    measured = [(case, results) for case, results in zip(cases, found, strict=True) if results]
+    rows = [summarise(case, results, useful, peak, clock) for case, results in measured]
+    for part in dict.fromkeys(case.part for case, _ in measured):
         print(f"\n{part}\n{render(rows, part, clock)}")
     result = {
         "what": "rlpost's optimizer step on frozen rollouts",
@@ -191,6 +212,7 @@ def main() -> int:
         "peak_tflops": peak,
         "machine": described,
         "rows": rows,
+        "failed": [case.name for case, results in zip(cases, found, strict=True) if not results],
     }
     write_result(args.output, result)
     return 0

@@ -131,7 +131,8 @@ def fresh_process(job: Any, *, threads: int, timeout: float = 3600) -> dict[str,
     """Runs a job of `benchmarks.worker` in a process of its own and returns its result. Raises RuntimeError."""
     variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     quiet = {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment = {**os.environ, **dict.fromkeys(variables, str(threads)), **quiet, "PYTHONPATH": str(ROOT)}
+    places = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, **dict.fromkeys(variables, str(threads)), **quiet, "PYTHONPATH": places}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "benchmarks.worker", json.dumps(asdict(job)), str(result)]

@@ -44,7 +44,7 @@ class RlpostSetting:
     dtype: Literal["float32", "bfloat16"] = "float32"
     head: Literal["chunked", "full"] = "chunked"
     head_chunk_tokens: int = 1024
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
     gradient_checkpointing: bool = False
     learning_rate: float = 1e-6
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -57,13 +58,17 @@ def rows_of(base: RolloutSpec) -> list[Row]:
     ]
 
 
-def sides_of(layouts: list[str], budget: int, autocast: str) -> dict[str, tuple[str, dict[str, Any]]]:
+def sides_of(
+    layouts: list[str], budget: int, autocast: str, micro_batches: Sequence[int] = MICRO_BATCHES
+) -> dict[str, tuple[str, dict[str, Any]]]:
     """What is measured: name -> (side, setting)."""
     sides: dict[str, tuple[str, dict[str, Any]]] = {
-        f"trl micro-batch {n}": ("trl", {"micro_batch": n, "autocast": autocast}) for n in MICRO_BATCHES
+        f"trl micro-batch {n}": ("trl", {"micro_batch": n, "autocast": autocast}) for n in micro_batches
     }
     for layout in layouts:
         setting = {"layout": layout, "micro_batch_tokens": budget, "autocast": autocast}
+        if clock() == "wall_s" and layout == "tree":  # what a run on a GPU chooses by itself
+            setting["attention"] = "flex_attention"
         sides[f"rlpost {layout}"] = ("rlpost", setting)
     return sides
 
@@ -200,21 +205,26 @@ def draw(summary: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def gate(rows: list[Row], model: str, threads: int) -> list[Agreement]:
+def gate(rows: list[Row], model: str, threads: int, micro_batch: int) -> list[Agreement]:
     """Gradients of both sides in float32, on every row's own rollout."""
     found = []
     for row in rows:
-        job = Job("parity", model, row.spec.as_dict(), {"micro_batch": max(MICRO_BATCHES)}, threads=threads)
+        job = Job("parity", model, row.spec.as_dict(), {"micro_batch": micro_batch}, threads=threads)
         found.append(replace(Agreement(**fresh_process(job, threads=threads)), name=row.name))
     return found
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder in Hugging Face layout")
+    parser.add_argument(
+        "--model", required=True, help="a folder in Hugging Face layout, or qwen-0.5b, qwen-1.5b: random"
+    )
     parser.add_argument("--scale", choices=list(SCALES), default="full")
     parser.add_argument("--rows", nargs="+", choices=[row.name for row in rows_of(FULL)])
     parser.add_argument("--layouts", nargs="+", default=["tree"], choices=["tree", "sorted", "padded"])
+    parser.add_argument(
+        "--micro-batches", type=int, nargs="+", default=list(MICRO_BATCHES), help="TRL's, in completions"
+    )
     parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="rlpost's positions a pass")
     parser.add_argument(
         "--autocast",
@@ -232,19 +242,27 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    model = str(Path(args.model).resolve())
+    from benchmarks.models import QWEN, make_qwen
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_qwen(args.model, Path(folder) / args.model) if args.model in QWEN else Path(args.model).resolve()
+        return run(args, str(model))
+
+
+def run(args: argparse.Namespace, model: str) -> int:
+    """Measures on the model in a folder; returns the exit code."""
     from benchmarks.models import vocabulary_of
 
     base = replace(SCALES[args.scale], vocabulary=vocabulary_of(model))
     rows = [row for row in rows_of(base) if args.rows is None or row.name in args.rows]
     described = machine()
-    agreements = gate(rows, model, args.threads)
+    agreements = gate(rows, model, args.threads, max(args.micro_batches))
     print(report(agreements, TOLERANCE, only_norm=True))
     valid = all(a.norm_error <= TOLERANCE for a in agreements)
     if not valid:
         print("VOID: the two sides do not take the same step, so their times cannot be compared.", file=sys.stderr)
         return 1
-    sides = sides_of(args.layouts, args.micro_batch_tokens, args.autocast)
+    sides = sides_of(args.layouts, args.micro_batch_tokens, args.autocast, args.micro_batches)
     # Written after every repeat: hours of measuring must not be lost to whatever ends the last of them.
     for done, found in enumerate(measure(rows, sides, model, args), start=1):
         summary = {row.name: summarise(row, found[row.name]) for row in rows}
