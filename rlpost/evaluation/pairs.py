@@ -46,14 +46,14 @@ def evaluate_pairs(loaded: LoadedRecipe, checkpoint: Path) -> dict[str, float]:
     pairs = [pair for pair in sets.held_out if isinstance(pair, Pair)][: recipe.evaluation.prompts]
     seen = warn_of_trained_on(pairs, recipe, checkpoint, tokenizer)
     own = list(range(processes.rank, len(pairs), processes.world))
-    found = _judge(recipe, policy, model_path, pairs, own, tokenizer.pad_token_id, processes)
-    found |= {} if seen is None else {"trained_on": float(seen)}
+    metrics = _judge(recipe, policy, model_path, pairs, own, tokenizer.pad_token_id, processes)
+    metrics |= {} if seen is None else {"trained_on": float(seen)}
     if processes.is_main:
-        show(found, len(pairs), checkpoint, "pairs")
-        page = {"settings": settings(recipe), "metrics": {f"eval/{k}": v for k, v in found.items()}}
+        show(metrics, len(pairs), checkpoint, "pairs")
+        page = {"settings": settings(recipe), "metrics": {f"eval/{k}": v for k, v in metrics.items()}}
         print(f"The same as JSON: {write_page(checkpoint, page)}")
     processes.close()
-    return found
+    return metrics
 
 
 def _judge(

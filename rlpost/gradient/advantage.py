@@ -26,9 +26,9 @@ def normalise(section: AdvantageSection, reward: Tensor, prompt: Tensor, groups:
     size = float(value.abs().max()) if value.numel() else 0.0
     if size > TOO_LARGE:  # its square has no place in a float64: the same in units of the largest reward
         return _rescaled(section, reward, prompt, groups, size)
-    flat = _flat(section, value, known, prompt, groups)
+    equal = _equal_rewards(section, value, known, prompt, groups)
     centred = torch.where(known, value - _centre(section, value, known, prompt, groups), torch.zeros_like(value))
-    centred = torch.where(flat, torch.zeros_like(centred), centred)
+    centred = torch.where(equal, torch.zeros_like(centred), centred)
     if section.scale == "none":
         return centred
     scale = _scale(section, value, centred, known, prompt, groups)
@@ -50,12 +50,12 @@ def whiten_batch(section: AdvantageSection, advantage: Tensor, known: Tensor) ->
 
 def _rescaled(section: AdvantageSection, reward: Tensor, prompt: Tensor, groups: int, size: float) -> Tensor:
     """`normalise` of rewards as large as `size`, which does not overflow."""
-    found = normalise(section.model_copy(update={"eps": section.eps / size}), reward / size, prompt, groups)
-    most = torch.finfo(found.dtype).max
-    return (found * size).clamp(-most, most) if section.scale == "none" else found
+    in_units = normalise(section.model_copy(update={"eps": section.eps / size}), reward / size, prompt, groups)
+    most = torch.finfo(in_units.dtype).max
+    return (in_units * size).clamp(-most, most) if section.scale == "none" else in_units
 
 
-def _flat(section: AdvantageSection, value: Tensor, known: Tensor, prompt: Tensor, groups: int) -> Tensor:
+def _equal_rewards(section: AdvantageSection, value: Tensor, known: Tensor, prompt: Tensor, groups: int) -> Tensor:
     """[S] bool: all known rewards that the centre is taken over are equal."""
     match section.center:
         case "none":
@@ -81,7 +81,7 @@ def _centre(section: AdvantageSection, value: Tensor, known: Tensor, prompt: Ten
             return total / count.clamp(min=1)
         case "leave_one_out":
             total, count = _totals(value, known, prompt, groups)
-            # A completion without known siblings has no baseline: its group is flat, and its advantage 0.
+            # A completion without known siblings has no baseline: so its advantage is 0.
             return torch.where(count > 1, (total - value) / (count - 1).clamp(min=1), value)
         case _:
             raise unknown_choice("advantage.center", section.center)

@@ -1,4 +1,5 @@
-"""Masks that need no optimizer model: random, low probability, off-policy. Each says which tokens to REJECT."""
+"""What single masks compute (random, low probability, off-policy): which tokens to REJECT. They are brought together in
+`rlpost.methods.masking`; the curvature mask, which needs a model of the optimizer, is in `rlpost.methods.capo`."""
 
 from __future__ import annotations
 

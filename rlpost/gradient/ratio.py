@@ -18,9 +18,9 @@ FAR = 1e6  # what a token of probability 0 counts as in a mean of log-ratios
 
 @dataclass(frozen=True, slots=True)
 class Limited:
-    """The detached weight on the advantage, and which tokens a limit acted on, below and above."""
+    """The detached factor on the advantage, and which tokens a limit acted on, below and above."""
 
-    weight: Tensor  # [N]
+    ratio: Tensor  # [N] the importance ratio after its limit
     low: Tensor  # [N] bool
     high: Tensor  # [N] bool
 

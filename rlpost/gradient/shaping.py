@@ -43,9 +43,9 @@ def groups_to_refill(method: MethodSection, rewards: Tensor, prompt: Tensor, gro
 
     `rewards` [S, R] are the weighted scores before any shaping (NaN: unknown or not applicable). Where rewards are
     normalised one by one, (1, 0) and (0, 1) in a group teach something although their sums are equal: there a group is
-    flat only if every reward is.
+    replaced only if every reward is.
     """
-    flat = torch.full((groups,), method.dynamic_sampling.enabled, device=rewards.device)
+    equal = torch.full((groups,), method.dynamic_sampling.enabled, device=rewards.device)
     for column in rewards.unbind(1) if method.advantage.each_alone else (sum_rewards(rewards),):
-        flat &= equal_rewards(column, prompt, groups)
-    return flat
+        equal &= equal_rewards(column, prompt, groups)
+    return equal

@@ -98,7 +98,8 @@ class ActorCritic:
         assert self.controller is not None
         names = ("kl", "entropy", "reward", "reward_std")
         observation = Observation(*(self.seen.get(name, math.nan) for name in names))
-        # A rollout's reward counts once: as often as it has updates it would look like one that stands still.
+        # A rollout is observed at its first update only. Observed again at each of its updates, the same reward would look to
+        # the controller like a reward that has stopped changing.
         for name in ("reward", "reward_std"):
             self.seen.pop(name, None)
         return self.controller.step(observation)
@@ -131,11 +132,11 @@ def old_values(
             continue
         index = rows.token_index.cpu()
         logp[index] = output.logp.float().cpu()
-        found = output.values.float().cpu()
+        of_rows = output.values.float().cpu()
         if not section.per_token:
             _, local = torch.unique_consecutive(rows.sequence.cpu(), return_inverse=True)
-            found = found[local]
-        values[index] = found
+            of_rows = of_rows[local]
+        values[index] = of_rows
     return logp, values
 
 

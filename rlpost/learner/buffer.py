@@ -70,12 +70,12 @@ class RolloutBuffer:
 
     def _sequences(self) -> list[tuple[int, bool]]:
         """[S] (tokens, sampled)."""
-        found: list[tuple[int, bool]] = []
+        sequences: list[tuple[int, bool]] = []
         for i, group in enumerate(self.groups):
-            found += [(len(c.token_ids), True) for c in group.completions]
+            sequences += [(len(c.token_ids), True) for c in group.completions]
             row = self.demonstration(i)
-            found += [(len(row.token_ids), False)] if row is not None else []
-        return found
+            sequences += [(len(row.token_ids), False)] if row is not None else []
+        return sequences
 
     @property
     def tokens(self) -> int:
@@ -94,13 +94,13 @@ class RolloutBuffer:
             if minibatch is not None and self.minibatch[i] != minibatch:
                 continue
             samples = [] if skip_dead and self.dead[i] else entries[: len(group.completions)]
-            taught = entries[len(group.completions) :]
+            demonstrations = entries[len(group.completions) :]
             if row is not None and samples and row.prompt_ids == group.prompt.token_ids:
-                samples, taught = entries, []  # one more branch of the same tree
+                samples, demonstrations = entries, []  # one more branch of the same tree
             if samples:
                 rows.append(RowGroup(prompt_ids=group.prompt.token_ids, completions=tuple(samples)))
-            if row is not None and taught:
-                rows.append(RowGroup(prompt_ids=row.prompt_ids, completions=tuple(taught)))
+            if row is not None and demonstrations:
+                rows.append(RowGroup(prompt_ids=row.prompt_ids, completions=tuple(demonstrations)))
         return rows
 
     def arrays(self, device: torch.device) -> FlatArrays:

@@ -76,9 +76,9 @@ class Processes:
             result = action()
         except RlpostError as error:
             problem = error
-        for found in self.gather(problem):
-            if found is not None:
-                self.fail(found)
+        for any_problem in self.gather(problem):
+            if any_problem is not None:
+                self.fail(any_problem)
         return result  # type: ignore[return-value]
 
     def fail(self, error: RlpostError) -> NoReturn:

@@ -137,15 +137,15 @@ class Updater:
             micro_batch_tokens=self.section.micro_batch_tokens,
             pad_id=self.pad_id,
         )
-        found: list[dict[str, Metric]] = []
+        gaps_by_pass: list[dict[str, Metric]] = []
         for batch in self.learner.policy.passes(rows):
             output = self.learner.policy(batch)
             if batch.useful_tokens:
                 view, _ = arrays.view(batch, output)
                 mismatch = sampler_correction(self.method.correction, replace(view, old_logp=view.logp))[1]
                 gaps = {name: mismatch[name] for name in ("mismatch/mean_abs_gap", "mismatch/max_abs_gap")}
-                found.append({**gaps, "tokens/probed": Total(batch.useful_tokens)})
-        return merge(found)
+                gaps_by_pass.append({**gaps, "tokens/probed": Total(batch.useful_tokens)})
+        return merge(gaps_by_pass)
 
     def _check_engine(self, metrics: dict[str, float], probe: ProbeSection, step: int) -> None:
         """The samples' own log-probs are the probe: the engine reported them, the learner has just computed them."""

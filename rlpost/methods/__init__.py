@@ -7,9 +7,9 @@ from rlpost.methods.estimator import (
     AdvantageResult,
     compute_advantages,
     compute_coefficients,
+    dead_groups,
     needs_reference,
     needs_statistics,
-    skippable_groups,
 )
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "StepContext",
     "compute_advantages",
     "compute_coefficients",
+    "dead_groups",
     "needs_reference",
     "needs_statistics",
-    "skippable_groups",
 ]

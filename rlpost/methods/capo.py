@@ -140,11 +140,11 @@ class CurvatureTracker:
 
     def report(self) -> dict[str, float]:
         """How many limits are in force and, of calibrated ones, how many steps must still be observed."""
-        found = {"mask/curvature/limits": float(self.limits().rules)}
+        metrics = {"mask/curvature/limits": float(self.limits().rules)}
         if self._calibration is not None:
             left = self._calibration.rule.steps - self._calibration.steps
-            found["mask/curvature/steps_to_observe"] = float(max(0, left))
-        return found
+            metrics["mask/curvature/steps_to_observe"] = float(max(0, left))
+        return metrics
 
     def _largest_ahead(self, context: StepContext) -> float:
         """How many times larger than this optimizer step the largest step is that the calibrated limits will judge.

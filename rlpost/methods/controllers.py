@@ -49,9 +49,9 @@ class Observation:
 class Decision:
     """What the coming optimizer step does about KL."""
 
-    # The derivative of the penalty with respect to this step's KL. The penalty is a function of a moving average of KL.
-    coefficient: float  # the derivative as if this step's KL stood in the average's place
-    literal: float  # the derivative through the average, in which this step's KL has a small share
+    # Both are derivatives of the penalty with respect to this step's KL. The penalty is a function of a moving average of KL.
+    coefficient: float  # the penalty's derivative with respect to its argument, as if that were this step's KL itself
+    literal: float  # the same times the share that this step's KL has in the average: small, and what the formula says
     penalty: float  # the penalty's value: all that the released code adds to its loss
     step_scale: float = 1.0  # the brake's share of the learning rate
     metrics: dict[str, float] = field(default_factory=dict)

@@ -107,15 +107,15 @@ def read_pairs(section: PairsSection, view: TokenView) -> PairIndex:
 
 
 def _one_each(prompt: Tensor, where: Tensor, groups: int, what: str) -> Tensor:
-    found = where.nonzero().squeeze(1)
-    if found.numel() != groups or not torch.equal(
-        prompt[found].sort().values, torch.arange(groups, device=prompt.device)
+    responses = where.nonzero().squeeze(1)
+    if responses.numel() != groups or not torch.equal(
+        prompt[responses].sort().values, torch.arange(groups, device=prompt.device)
     ):
         raise ValueError(
-            f"a view of {groups} pairs holds {found.numel()} {what} responses: a pair was split over micro-batches, or has "
+            f"a view of {groups} pairs holds {responses.numel()} {what} responses: a pair was split over micro-batches, or has "
             "more than two sides"
         )
-    return found[prompt[found].argsort()]
+    return responses[prompt[responses].argsort()]
 
 
 def pair_coefficients(

@@ -65,15 +65,15 @@ def compute_advantages(
         columns = [(w, column / (w or 1.0)) for w, column in zip(given, rewards.unbind(1), strict=True)]
         columns += [(coefficient, torch.where(unknown, torch.nan, term)) for coefficient, term in terms]
     advantage = torch.zeros_like(total)
-    flat = torch.ones(groups, dtype=torch.bool, device=rewards.device)
+    zero_variance = torch.ones(groups, dtype=torch.bool, device=rewards.device)
     for factor, column in columns:
         advantage = advantage + factor * normalise(method.advantage, column, prompt, groups)
-        flat &= equal_rewards(column, prompt, groups)
+        zero_variance &= equal_rewards(column, prompt, groups)
     advantage = torch.where(unknown, torch.zeros_like(advantage), advantage)
     if method.advantage.whitened:
         advantage = whiten_batch(method.advantage, advantage, ~unknown)
-    metrics = advantage_metrics(method, advantage, ~unknown, flat=flat, shaping=shaping)
-    return AdvantageResult(advantage, flat, metrics, ~unknown, shaping)
+    metrics = advantage_metrics(method, advantage, ~unknown, zero_variance=zero_variance, shaping=shaping)
+    return AdvantageResult(advantage, zero_variance, metrics, ~unknown, shaping)
 
 
 def _shaping(
@@ -113,7 +113,7 @@ def compute_coefficients(
         keep, masking = accepted_tokens(method, view, context)
 
         # The coefficient of a sampled token: keep * (limited ratio * correction * A * gate's factor - beta * dKL).
-        sampled = limited.weight * correction * view.advantage * factor - beta * kl_slope
+        sampled = limited.ratio * correction * view.advantage * factor - beta * kl_slope
         sampled = torch.where(keep, sampled, torch.zeros_like(sampled))
         coefficient = torch.where(demonstration, demonstration_coefficient(method.gate, view), sampled)
 
@@ -179,8 +179,10 @@ def needs_statistics(method: MethodSection) -> StatisticsRequest | None:
     return StatisticsRequest(k=mask.top_k, powers=False) if mask.by_adam else StatisticsRequest()
 
 
-def skippable_groups(method: MethodSection, advantage: Tensor, prompt: Tensor) -> Tensor:
-    """[P] bool: groups without any gradient, which need no forward pass. They still count in `Counts`."""
+def dead_groups(method: MethodSection, advantage: Tensor, prompt: Tensor) -> Tensor:
+    """[P] bool: dead groups, of whose samples every coefficient is zero, so that they need no forward pass. They still count in
+    `Counts`. Most have zero variance (all known rewards equal), but a group of equal rewards is not dead where a penalty, an
+    entropy bonus or a critic learns from it, nor where the advantage has no centre."""
     groups = int(prompt.max()) + 1 if prompt.numel() else 0
     pulled = method.kl_place == "loss" or method.entropy.coefficient != 0 or method.critic is not None
     dead = torch.full((groups,), not pulled, dtype=torch.bool, device=prompt.device)

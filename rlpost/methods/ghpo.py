@@ -14,17 +14,17 @@ def is_wrong(value: float, section: HintGuidance) -> bool:
     return not is_right(value, section.threshold) if limit is None else value <= limit
 
 
-def is_hard(found: Sequence[float | None], section: HintGuidance) -> bool:
+def is_hard(accuracies: Sequence[float | None], section: HintGuidance) -> bool:
     """Whether every completion of the group is known to be wrong: the paper's sum_i f(a, o_i) = 0.
 
     A group with a completion whose accuracy is unknown (None) is not hard: unknown is not wrong.
     """
-    return bool(found) and all(value is not None and is_wrong(value, section) for value in found)
+    return bool(accuracies) and all(value is not None and is_wrong(value, section) for value in accuracies)
 
 
-def is_solved(found: Sequence[float | None], section: HintGuidance) -> bool:
+def is_solved(accuracies: Sequence[float | None], section: HintGuidance) -> bool:
     """Whether a completion is known not to be wrong. Unknown is not solved either, so this is not the opposite of hard."""
-    return any(value is not None and not is_wrong(value, section) for value in found)
+    return any(value is not None and not is_wrong(value, section) for value in accuracies)
 
 
 def level_ratios(section: HintGuidance, rollout: int, rollouts: int) -> tuple[float, ...]:

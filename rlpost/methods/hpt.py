@@ -33,13 +33,13 @@ class Route:
         return replace(self, samples=True, demonstration=False, sft_weight=0.0)
 
 
-def route(gate: Gate, found: Sequence[float | None], rollout: int) -> Route:
-    """Where the gate sends a prompt whose completions have the accuracies `found` (None: unknown).
+def route(gate: Gate, accuracies: Sequence[float | None], rollout: int) -> Route:
+    """Where the gate sends a prompt whose completions have the `accuracies` (None: unknown).
 
     HPT eq. 10: P <= gamma goes to SFT. Completions of unknown accuracy are left out of P; a prompt of which nothing is
     known is sent to SFT only by gamma = 1, which sends all.
     """
-    right, known = right_of_known(found, gate.threshold)
+    right, known = right_of_known(accuracies, gate.threshold)
     match gate:
         case SftFirstGate():
             first = gate.rollouts is None or rollout < gate.rollouts
@@ -90,8 +90,10 @@ def gated_advantages(
     max_completion_tokens: int = 0,
     sequence_kl: Tensor | None = None,
 ) -> GatedAdvantages:
-    """`compute_advantages` (see there) with routes; demonstrations that join their group enter its mean and std.
+    """The advantages of samples and demonstrations, where a gate decides which of them a prompt is learned from.
 
+    Without a gate this is `compute_advantages` (see there) of the samples, unchanged. With one, samples have their route's
+    factor, and demonstrations that join their group enter its mean and standard deviation.
     Such a demonstration has full marks: the sum of the positive `weights`. `right` [S] (1, 0; NaN: unknown) is what SRFT
     makes +1 and -1 of.
     """
@@ -125,7 +127,7 @@ def gated_advantages(
         method,
         samples,
         known,
-        flat=result.zero_variance,
+        zero_variance=result.zero_variance,
         shaping=None if result.shaping is None else result.shaping[:size],
         learned=torch.tensor([r.samples for r in routes], dtype=torch.bool)[: len(result.zero_variance)]
         if routes

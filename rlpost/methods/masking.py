@@ -1,4 +1,5 @@
-"""All masks of a method together: which tokens take part in the update."""
+"""All masks of a method together: which tokens take part in the update. What a single mask computes is in
+`rlpost.gradient.masks`, what a recipe may say of it in `rlpost.recipe.sections.masks`."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ from rlpost.recipe.sections.method import MethodSection
 def accepted_tokens(method: MethodSection, view: TokenView, context: StepContext) -> tuple[Tensor, dict[str, Metric]]:
     """[N] bool: tokens that pass every mask, and the masks' metrics over tokens with a non-zero advantage.
 
-    Tokens of zero advantage carry no policy gradient: masks leave them alone, and they are in no rate. Demonstrations
-    pass always. Masks are judged independently of each other.
+    Where the advantage is zero there is no policy gradient to be masked: no mask rejects such a token, and shares of rejected
+    tokens do not count it. Demonstrations are never rejected. Every mask decides for itself, whatever the others reject.
     """
     counted = moved_tokens(view)
     predicted, metrics = _curvature_rejects(method, view, counted, context)
@@ -49,8 +50,11 @@ def accepted_tokens(method: MethodSection, view: TokenView, context: StepContext
 def _curvature_rejects(
     method: MethodSection, view: TokenView, counted: Tensor, context: StepContext
 ) -> tuple[Tensor, dict[str, Metric]]:
-    """[N] bool: the tokens that the curvature mask rejects. A method whose only masks are controls (random, probability) that
-    are matched to the curvature mask needs this too: it says how many tokens the controls must reject."""
+    """[N] bool: the tokens that the curvature mask rejects.
+
+    Random and probability masks can be told to reject as many tokens as the curvature mask would (CAPO's controls). Their
+    method then has no curvature mask, but this is computed all the same, because it gives the number.
+    """
     if method.curvature is None:
         return torch.zeros_like(counted), {}
     tracker = context.curvature

@@ -159,21 +159,21 @@ def estimate(
     return Estimate(torch.where(known, advantage, zero), torch.where(known, target, zero), known)
 
 
-def counted(section: CriticSection, found: Estimate, sequence: Tensor) -> Tensor:
+def counted(section: CriticSection, estimated: Estimate, sequence: Tensor) -> Tensor:
     """[N] bool: the tokens that statistics are taken over: known ones, one a completion where that has one value."""
     if section.per_token:
-        return found.known
-    first = torch.zeros_like(found.known)
+        return estimated.known
+    first = torch.zeros_like(estimated.known)
     first[first_tokens(sequence)] = True
-    return first & found.known
+    return first & estimated.known
 
 
-def whiten_advantage(section: CriticSection, found: Estimate, moments: Moments) -> Tensor:
+def whiten_advantage(section: CriticSection, estimated: Estimate, moments: Moments) -> Tensor:
     """[N] advantages with mean 0 and spread 1 over the rollout, whose `moments` (of all processes) are those of
-    `found.advantage` where `counted`. Unknown ones stay 0."""
+    `estimated.advantage` where `counted`. Unknown ones stay 0."""
     if not section.whiten_advantage:
-        return found.advantage
-    return torch.where(found.known, whiten(found.advantage, moments), torch.zeros_like(found.advantage))
+        return estimated.advantage
+    return torch.where(estimated.known, whiten(estimated.advantage, moments), torch.zeros_like(estimated.advantage))
 
 
 def value_weights(section: CriticSection, counts: Counts, known: Tensor) -> Tensor:
@@ -199,11 +199,11 @@ class ValueStatistics:
     error: Moments = field(default_factory=Moments)
 
     @classmethod
-    def of(cls, section: CriticSection, found: Estimate, value: Tensor, sequence: Tensor) -> ValueStatistics:
-        where = counted(section, found, sequence)
-        target = found.target[where]
+    def of(cls, section: CriticSection, estimated: Estimate, value: Tensor, sequence: Tensor) -> ValueStatistics:
+        where = counted(section, estimated, sequence)
+        target = estimated.target[where]
         error = target - value.to(target.dtype)[where]
-        return cls(Moments.of(found.advantage[where]), Moments.of(target), Moments.of(error))
+        return cls(Moments.of(estimated.advantage[where]), Moments.of(target), Moments.of(error))
 
     def __add__(self, other: ValueStatistics) -> ValueStatistics:
         return ValueStatistics(self.advantage + other.advantage, self.target + other.target, self.error + other.error)
@@ -212,14 +212,14 @@ class ValueStatistics:
         """The critic's bias and error on rewards it had not seen, and the share of their variance that it explains."""
         if not self.target.count:
             return {}
-        found = {
+        metrics = {
             "critic/target_mean": self.target.mean,
             "critic/bias": self.error.mean,
             "critic/rmse": math.sqrt(self.error.square / self.error.count + self.error.mean**2),
             "critic/advantage_std": math.sqrt(self.advantage.variance),
         }
         explained = explained_variance(self.target, self.error)
-        return found if explained is None else {**found, "critic/explained_variance": explained}
+        return metrics if explained is None else {**metrics, "critic/explained_variance": explained}
 
 
 def value_metrics(

@@ -32,14 +32,15 @@ def advantage_metrics(
     advantage: Tensor,
     known: Tensor,
     *,
-    flat: Tensor,
+    zero_variance: Tensor,
     shaping: Tensor | None = None,
     learned: Tensor | None = None,
     prompt: Tensor | None = None,
 ) -> dict[str, Metric]:
     """Metrics of S samples of P groups, over all processes when they are given all.
 
-    `advantage` [S]; `known` [S] bool: the reward is known; `flat` [P] bool: the group's known shaped rewards are all equal;
+    `advantage` [S]; `known` [S] bool: the reward is known; `zero_variance` [P] bool: the group's known
+    shaped rewards are all equal;
     `shaping` [S] what was added to rewards. `learned` [P] bool says which groups are learned from by their samples (with a
     gate not all are; `prompt` [S] then names the groups): only these count in `zero_variance_share` and `mean_abs`.
     """
@@ -51,7 +52,7 @@ def advantage_metrics(
         metrics["advantage/mean_abs"] = mean_of(advantage.abs(), taking_part)
     if group_is_baseline(method):
         metrics["reward/zero_variance_share"] = mean_of(
-            flat.double(), torch.ones_like(flat) if learned is None else learned
+            zero_variance.double(), torch.ones_like(zero_variance) if learned is None else learned
         )
     if shaping is not None:
         metrics["reward/shaping"] = mean_of(shaping, known)

@@ -334,11 +334,11 @@ class _ChunkedHead(torch.autograd.Function):
             for part, block in _logit_blocks(whole, raw, bias, rule, keep=last is not None):
                 largest = None if collected is None else collected.take_logits(part, block)
                 with_p = collected is not None and bool(collected.powers)
-                found = _log_probs(block, target[part], with_p=with_p, largest=largest)
-                normalizer[part], logp[part], entropy[part], p = found
+                scored = _log_probs(block, target[part], with_p=with_p, largest=largest)
+                normalizer[part], logp[part], entropy[part], p = scored
                 if collected is not None and p is not None:
                     collected.take_probabilities(part, p)
-                del p, found, block
+                del p, scored, block
             del raw  # before the next chunk's is made
         ctx.save_for_backward(hidden, target, normalizer, entropy)
         ctx.weight, ctx.bias, ctx.rule, ctx.chunk, ctx.product, ctx.cast = weight, bias, rule, chunk, product, cast

@@ -78,26 +78,26 @@ def save_resolved(recipe: Recipe, path: Path) -> None:
 
 def leaves(section: Section, prefix: str = "") -> dict[str, Any]:
     """Every value of a recipe by its dotted path; lists of sections are opened, other lists and mappings are values."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name in type(section).model_fields:
         value = getattr(section, name)
         path = f"{prefix}{name}"
         if isinstance(value, Section):
-            found |= leaves(value, f"{path}.")
+            values |= leaves(value, f"{path}.")
         elif isinstance(value, tuple) and value and all(isinstance(item, Section) for item in value):
             for i, item in enumerate(value):
-                found |= leaves(item, f"{path}.{i}.")
+                values |= leaves(item, f"{path}.{i}.")
         else:
-            found[path] = value
-    return found
+            values[path] = value
+    return values
 
 
 def recipe_files(folder: Path) -> list[Path]:
     """The recipes in a folder (not its hidden files), or next to the package if the folder has none."""
     shipped = Path(__file__).resolve().parents[1] / "_shipped" / "recipes"
     for place in (folder, Path("recipes"), Path(__file__).resolve().parents[2] / "recipes", shipped):
-        if found := sorted(f for f in place.glob("*.yaml") if not f.name.startswith(".")):
-            return found
+        if files := sorted(f for f in place.glob("*.yaml") if not f.name.startswith(".")):
+            return files
     return []
 
 
@@ -147,12 +147,12 @@ def _rename(config: Any, given: list[tuple[str, str]], former: str, now: str) ->
 
     section, _, name = former.rpartition(".")
     inside, new = config.get(section), now.rpartition(".")[2]
-    found = any(key == former for key, _ in given)
+    used = any(key == former for key, _ in given)
     given[:] = [(now if key == former else key, text) for key, text in given]
     if isinstance(inside, DictConfig) and name in inside and new not in inside:
         inside[new] = inside.pop(name)
-        found = True
-    return f"{former} is the former name of {now}, which says what it counts; it is accepted" if found else None
+        used = True
+    return f"{former} is the former name of {now}, which says what it counts; it is accepted" if used else None
 
 
 def _parse(key: str, text: str) -> Any:
@@ -208,8 +208,8 @@ def _origin(leaf: str, tree: Any, changed: Sequence[str], presets: Mapping[str, 
         return COMMAND_LINE
     head, _, slot = leaf.partition(".")
     if head == "method" and slot:
-        found = [place for path, place in presets.items() if slot == path or slot.startswith(f"{path}.")]
-        return found[0] if found else "default"
+        matches = [place for path, place in presets.items() if slot == path or slot.startswith(f"{path}.")]
+        return matches[0] if matches else "default"
     for part in leaf.split("."):
         if isinstance(tree, list):
             tree = tree[int(part)]

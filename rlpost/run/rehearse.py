@@ -63,28 +63,28 @@ class Signatures:
 
 def rehearse(loaded: LoadedRecipe, zero_stage: int = 0) -> Rehearsal:
     """Does what a run does before it loads a model, as far as everything for it is on this machine."""
-    found = Rehearsal()
+    rehearsal = Rehearsal()
     recipe, whole = sampled(loaded.recipe)
     signatures = Signatures(recipe, loaded.path.resolve().parent)
-    model = _model(recipe.model, found)
-    data = _local_data(recipe, found)
+    model = _model(recipe.model, rehearsal)
+    data = _local_data(recipe, rehearsal)
     if not whole:
-        found.notes.append(f"data: only the first {SAMPLE} rows of every source were looked at")
+        rehearsal.notes.append(f"data: only the first {SAMPLE} rows of every source were looked at")
     before = Before(_described(recipe) if model else recipe, signatures, zero_stage=zero_stage)
     for check in CHECKS:
         if (model or not check.model) and (data or not check.data):
-            _attempt(check, before, found, whole)
+            _attempt(check, before, rehearsal, whole)
     if model and not data:
-        found.attempt(lambda: _tokenizer(before.recipe))
+        rehearsal.attempt(lambda: _tokenizer(before.recipe))
     elif data and not model and not recipe.data.has_pairs:
-        found.attempt(lambda: _columns(recipe, signatures))
+        rehearsal.attempt(lambda: _columns(recipe, signatures))
     if recipe.resume != "never":
-        found.attempt(lambda: _checkpoint(recipe))
+        rehearsal.attempt(lambda: _checkpoint(recipe))
     if before.sets is not None and before.sets.dropped:
-        found.notes.append(f"data: {before.sets.note()}")
-    found.notes += before.notes
-    found.disk = before.disk
-    return found
+        rehearsal.notes.append(f"data: {before.sets.note()}")
+    rehearsal.notes += before.notes
+    rehearsal.disk = before.disk
+    return rehearsal
 
 
 def _described(recipe: Recipe) -> Recipe:
@@ -93,15 +93,15 @@ def _described(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": model})
 
 
-def _attempt(check: Check, before: Before, found: Rehearsal, whole: bool) -> None:
+def _attempt(check: Check, before: Before, rehearsal: Rehearsal, whole: bool) -> None:
     """One of a run's own checks; what is wrong with the solutions of a sample alone is no problem yet."""
     try:
-        found.attempt(lambda: check.look(before), other_than=() if whole else (DataError,))
+        rehearsal.attempt(lambda: check.look(before), other_than=() if whole else (DataError,))
     except DataError as error:
         if check.look is solutions:
-            found.notes.append(of_a_sample(error))
+            rehearsal.notes.append(of_a_sample(error))
         else:
-            found.problems.append(str(error).rstrip("."))
+            rehearsal.problems.append(str(error).rstrip("."))
 
 
 def _checkpoint(recipe: Recipe) -> None:
@@ -142,21 +142,21 @@ def _cut(source: Source) -> Source:
     return source.model_copy(update={"limit": min(source.limit or SAMPLE, SAMPLE)})
 
 
-def _model(section: ModelSection, found: Rehearsal) -> bool:
+def _model(section: ModelSection, rehearsal: Rehearsal) -> bool:
     """Whether the model's configuration and tokenizer can be read here; says what is wrong with the folder."""
     path = Path(section.path).expanduser()
     if section.path.startswith("package:"):
-        return found.attempt(lambda: described_by(section.path)) is not None
+        return rehearsal.attempt(lambda: described_by(section.path)) is not None
     if not path.is_dir():
-        found.notes.append(
+        rehearsal.notes.append(
             f"model.path={section.path} is a hub name: whether it is there, its tokenizer, its chat template and its context "
             "are checked when the run starts"
         )
         return False
-    if found.attempt(lambda: _causal_config(section)) is None:
+    if rehearsal.attempt(lambda: _causal_config(section)) is None:
         return False
     if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
-        found.problems.append(
+        rehearsal.problems.append(
             f"model.path={section.path}: this folder has no weights ({', '.join(_WEIGHTS[::2])}). Copy them there, or name "
             "another model"
         )
@@ -170,14 +170,14 @@ def _causal_config(section: ModelSection) -> object:
     return load_config(section, str(Path(section.path).expanduser()))[0]
 
 
-def _local_data(recipe: Recipe, found: Rehearsal) -> bool:
+def _local_data(recipe: Recipe, rehearsal: Rehearsal) -> bool:
     """Whether all sources are generated, or files of this machine."""
     from rlpost.data.files import is_local
 
     local = True
     for key, source in (("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
         if isinstance(source, DatasetSource | PreferenceSource) and not is_local(source.path):
-            found.notes.append(
+            rehearsal.notes.append(
                 f"{key}.path={source.path} is a hub name: its columns and the lengths of its prompts are checked when the run "
                 "starts"
             )

@@ -60,7 +60,7 @@ class Job:
     """Calls that run in one process together, and the seconds after which that process is killed."""
 
     calls: tuple[Call, ...]
-    hard_s: float
+    kill_after_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +127,11 @@ class WorkerPool:
         assert self._pool is not None
         lost = False
         try:
-            futures = [self._pool.schedule(worker.run, args=(jobs[i].calls,), timeout=jobs[i].hard_s) for i in todo]
+            futures = [
+                self._pool.schedule(worker.run, args=(jobs[i].calls,), timeout=jobs[i].kill_after_s) for i in todo
+            ]
             for i, future in zip(todo, futures, strict=True):
-                result = _wait(future, 0.0 if lost else jobs[i].hard_s + START_S)
+                result = _wait(future, 0.0 if lost else jobs[i].kill_after_s + START_S)
                 if result is None:
                     lost = True
                 else:

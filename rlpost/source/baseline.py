@@ -53,13 +53,13 @@ def with_baselines(
     # Equal prompts have equal greedy responses: each is sampled once.
     prompts = sorted({pair.token_ids for pair in (*sets.train, *sets.held_out) if pair.baseline is None})
     path = baseline_path(recipe, model_path, prompts)
-    found = processes.gather(read_responses(path, len(prompts)) if processes.is_main else None)[0]
+    baselines = processes.gather(read_responses(path, len(prompts)) if processes.is_main else None)[0]
     how = f"read from {path}"
-    if found is None:
-        found = _sample(recipe, prompts, start_engine, processes)
-        problem = write_responses(path, found) if processes.is_main else None
+    if baselines is None:
+        baselines = _sample(recipe, prompts, start_engine, processes)
+        problem = write_responses(path, baselines) if processes.is_main else None
         how = f"sampled, kept in {path}" if problem is None else f"sampled, not kept: {problem}"
-    response = dict(zip(prompts, found, strict=True))
+    response = dict(zip(prompts, baselines, strict=True))
 
     def complete(pairs: Sequence[Pair]) -> tuple[Pair, ...]:
         return tuple(replace(p, baseline=response[p.token_ids]) if p.baseline is None else p for p in pairs)
@@ -119,7 +119,7 @@ def _sample(
         sampled = processes.together(lambda: engine.sample([SamplingRequest(ids, 0) for ids in own], settings))
     finally:
         engine.close()
-    found: list[Tokens] = [()] * len(prompts)
+    baselines: list[Tokens] = [()] * len(prompts)
     for rank, part in enumerate(processes.gather([completion.token_ids for completion in sampled])):
-        found[rank :: processes.world] = part
-    return found
+        baselines[rank :: processes.world] = part
+    return baselines

@@ -17,7 +17,7 @@ from rlpost.methods.estimator import needs_reference
 from rlpost.methods.safe import CrashState
 from rlpost.rollout.sampler import sample_groups
 from rlpost.source.shares import own_places
-from rlpost.source.weigh import flat_groups, logged_metrics, open_buffer, weigh
+from rlpost.source.weigh import logged_metrics, open_buffer, weigh, zero_variance_groups
 from rlpost.teaching.guide import remember
 from rlpost.teaching.teacher import Teacher, Teaching
 from rlpost.tracking.completions import ScoredRollout
@@ -147,12 +147,12 @@ class SampledSource:
         weights = tuple(r.weight for r in parts.recipe.rewards)
         places, rounds, replaced = own_places(parts.recipe, parts.processes), 0, 0
         while rounds < section.max_rounds:
-            own = list(compress(places, flat_groups(groups, weights, parts.recipe.method)))
-            flat = sorted(place for part in parts.processes.gather(own) for place in part)
-            if not flat:
+            own = list(compress(places, zero_variance_groups(groups, weights, parts.recipe.method)))
+            equal = sorted(place for part in parts.processes.gather(own) for place in part)
+            if not equal:
                 break
-            rounds, replaced = rounds + 1, replaced + len(flat)
-            fresh = dict(zip(flat, parts.sampler.next(len(flat)), strict=True))
+            rounds, replaced = rounds + 1, replaced + len(equal)
+            fresh = dict(zip(equal, parts.sampler.next(len(equal)), strict=True))
             prompts = [parts.prompts[fresh[place]] for place in own]
             with parts.phases("rollout"):
                 sampled = self._sample_together(prompts, rounds)

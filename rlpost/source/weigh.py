@@ -18,7 +18,7 @@ from rlpost.gradient.shaping import groups_to_refill
 from rlpost.gradient.types import Counts
 from rlpost.learner.buffer import RolloutBuffer
 from rlpost.learner.process import Processes
-from rlpost.methods.estimator import skippable_groups
+from rlpost.methods.estimator import dead_groups
 from rlpost.methods.hpt import Route, gated_advantages
 from rlpost.recipe.sections.method import MethodSection
 from rlpost.recipe.sections.reward import Reward
@@ -115,22 +115,24 @@ def weigh(
         max_completion_tokens=max_completion_tokens,
         sequence_kl=_all_or_none([d.sequence_kl for d in digests]),
     )
-    skippable = skippable_groups(method, gated.samples, prompt)
+    dead = dead_groups(method, gated.samples, prompt)
     first_group = sum(len(d.rewards) for d in digests[: processes.rank])
     own_groups, own = slice(first_group, first_group + len(buffer.groups)), sum(sizes[:first_group])
     sampled = torch.tensor(buffer.sampled, dtype=torch.bool)
-    taught = torch.tensor([buffer.demonstration(i) is not None for i in range(len(buffer.groups))], dtype=torch.bool)
+    has_demonstration = torch.tensor(
+        [buffer.demonstration(i) is not None for i in range(len(buffer.groups))], dtype=torch.bool
+    )
     buffer.advantage[sampled] = gated.samples[own : own + int(sampled.sum())].float()
-    buffer.advantage[~sampled] = gated.demonstrations[own_groups][taught].float()
-    idle = [True] * len(buffer.groups) if not len(prompt) else skippable[own_groups].tolist()
+    buffer.advantage[~sampled] = gated.demonstrations[own_groups][has_demonstration].float()
+    own_dead = [True] * len(buffer.groups) if not len(prompt) else dead[own_groups].tolist()
     routes = digests[processes.rank].routes
-    buffer.dead = tuple(flat or not route.samples for flat, route in zip(idle, routes, strict=True))
+    buffer.dead = tuple(is_dead or not route.samples for is_dead, route in zip(own_dead, routes, strict=True))
     buffer.counts = _counts(digests, minibatches, max_completion_tokens)
     buffer.metrics = {**_metrics(digests, matrix, names), **values(gated.metrics)}
 
 
-def flat_groups(groups: Sequence[Group], weights: Sequence[float], method: MethodSection) -> list[bool]:
-    """Which groups dynamic sampling replaces."""
+def zero_variance_groups(groups: Sequence[Group], weights: Sequence[float], method: MethodSection) -> list[bool]:
+    """By group: whether dynamic sampling replaces it, since all its known rewards are equal."""
     rewards = [weighted(scores, weights) for group in groups for scores in group.scores]
     prompt = [g for g, group in enumerate(groups) for _ in group.completions]
     matrix = torch.tensor(rewards, dtype=torch.float64).reshape(-1, len(weights))
@@ -172,8 +174,8 @@ def _right(groups: Sequence[Group], rewards: Sequence[Reward], method: MethodSec
     """[S] whether each sample is right, as the gate judges it; NaN where that is not known."""
     if method.gate is None:
         return []
-    found = [value for group in groups for value in accuracies(group, [r.accuracy for r in rewards])]
-    judged = [right_of_known([value], method.gate.threshold) for value in found]
+    judgements = [value for group in groups for value in accuracies(group, [r.accuracy for r in rewards])]
+    judged = [right_of_known([value], method.gate.threshold) for value in judgements]
     return [float(right) if known else math.nan for right, known in judged]
 
 

@@ -39,10 +39,10 @@ def gate(
     routes = tuple(r.dropped if i in ids and ids[i] is None else r for i, r in enumerate(wanted))
     rows = tuple(_row(group, ids.get(i)) for i, group in enumerate(groups))
     solved = [right_of_known(values, section.threshold) for values in found]
-    size, taught = float(len(groups)), [r for r in routes if r.demonstration]
+    size, demonstrated = float(len(groups)), [r for r in routes if r.demonstration]
     metrics: dict[str, Metric] = {
-        "gate/sft_share": Mean(float(sum(not r.samples for r in taught)), size),
-        "gate/demonstration_share": Mean(float(len(taught)), size),
+        "gate/sft_share": Mean(float(sum(not r.samples for r in demonstrated)), size),
+        "gate/demonstration_share": Mean(float(len(demonstrated)), size),
         "gate/demonstration_tokens": Total(float(sum(len(row.token_ids) for row in rows if row is not None))),
         "gate/no_demonstration": Total(float(sum(value is None for value in ids.values()))),
         "gate/solve_rate": Mean(

@@ -76,9 +76,9 @@ class _Escalation:
         self.groups, self.section, self.accuracy_rewards = groups, section, accuracy_rewards
         self.levels = [0] * len(groups)
         self.asked: set[int] = set()  # groups for which a hint was wanted
-        found = [accuracies(group, accuracy_rewards) for group in groups]
-        self.hard = [i for i, values in enumerate(found) if is_hard(values, section)]
-        self.unknown = sum(not is_hard(values, section) and not is_solved(values, section) for values in found)
+        by_group = [accuracies(group, accuracy_rewards) for group in groups]
+        self.hard = [i for i, values in enumerate(by_group) if is_hard(values, section)]
+        self.unknown = sum(not is_hard(values, section) and not is_solved(values, section) for values in by_group)
         self._counted: dict[str, Metric] = {}
 
     def solved(self, i: int) -> bool:
@@ -102,7 +102,7 @@ class _Escalation:
         """Shares and counts of one process's groups. The same names whatever happened, so that curves have no gaps."""
         hard, unsolved, all_ = len(self.hard), set(self.unsolved()), float(len(self.groups))
         hinted = [i for i, level in enumerate(self.levels) if level]
-        found: dict[str, Metric] = {
+        metrics: dict[str, Metric] = {
             "guidance/hard_share": Mean(float(hard), all_),
             "guidance/unknown_share": Mean(float(self.unknown), all_),
             "guidance/unsolved_share": Mean(float(len(unsolved)), all_),
@@ -113,9 +113,9 @@ class _Escalation:
         }
         for level in range(1, levels + 1):
             solved = sum(self.levels[i] == level and i not in unsolved for i in hinted)
-            found[f"guidance/solved_level_{level}"] = Mean(float(solved), float(hard))
-            found |= {f"guidance/{what}_level_{level}": Total(0.0) for what in ("groups", "tokens")}
-        return found | self._counted
+            metrics[f"guidance/solved_level_{level}"] = Mean(float(solved), float(hard))
+            metrics |= {f"guidance/{what}_level_{level}": Total(0.0) for what in ("groups", "tokens")}
+        return metrics | self._counted
 
 
 def trained_metrics(

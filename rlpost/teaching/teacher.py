@@ -69,19 +69,19 @@ class Teacher:
 
         guided = self.processes.together(escalate)
         everyone = self.processes.gather((guided.metrics, guided.first_levels))
-        changes = {name: level for _, found in everyone for name, level in found.items()}
+        changes = {name: level for _, own_levels in everyone for name, level in own_levels.items()}
         return Teaching(guided.groups, values(merge(metrics for metrics, _ in everyone)), changes, tuple(guided.levels))
 
-    def refilled(self, taught: Teaching, groups: list[Group]) -> Teaching:
+    def refilled(self, before: Teaching, groups: list[Group]) -> Teaching:
         """With dynamic sampling's `groups` in the places of flat ones, and the figures of what is trained on of these."""
         section = self.recipe.method.guidance
         if section is None:
-            return replace(taught, groups=groups)
-        old = zip(groups, taught.groups, taught.levels, strict=True)
+            return replace(before, groups=groups)
+        old = zip(groups, before.groups, before.levels, strict=True)
         levels = tuple(level if new is before else 0 for new, before, level in old)
         own = trained_metrics(groups, levels, section, self.accuracy_rewards)
-        found = values(merge(self.processes.gather(own)))
-        return replace(taught, groups=groups, levels=levels, metrics=taught.metrics | found)
+        metrics = values(merge(self.processes.gather(own)))
+        return replace(before, groups=groups, levels=levels, metrics=before.metrics | metrics)
 
     def gate(self, groups: Sequence[Group], rollout: int) -> tuple[Gated | None, dict[str, float]]:
         """Where the groups go, and the gate's metrics over all processes; (None, {}) without a gate."""

@@ -262,12 +262,12 @@ def _draw_solutions(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
     ]
     if not any(series(rows, key)[0] for key, _, _ in curves):
         curves = [("gate/solve_rate", "samples", BLUE)]
-    taught = [
+    guided = [
         row for row in rows if any(number(row, key) is not None for key in ("guidance/hard_share", "gate/sft_share"))
     ]
-    if not taught:
+    if not guided:
         return None
-    shown = [(label, color, *series(taught, key)) for key, label, color in curves]
+    shown = [(label, color, *series(guided, key)) for key, label, color in curves]
     with _pyplot() as plt:
         figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5.2), sharex=True, layout="constrained")
         for label, color, steps, values in shown:
@@ -276,7 +276,7 @@ def _draw_solutions(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
                 above.lines[-1].set_label(label)
         above.set_title("Right answers")
         above.set_ylabel("share of completions")
-        _stack_levels(below, taught)
+        _stack_levels(below, guided)
         below.set_title(
             "Prompts that no first sample solved" if len(curves) > 1 else "Prompts learned from their solution"
         )

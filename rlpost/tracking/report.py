@@ -85,35 +85,37 @@ def summarize(rows: Sequence[MetricRow]) -> list[Figure]:
     """The numbers at the head of the page."""
     train = [row for row in rows if row.get("kind", "train") == "train"]
     held_out = [row for row in rows if row.get("kind") == "eval"]
-    found = [Figure("optimizer steps", str(max((int(row["step"]) for row in train), default=0)))]
+    figures = [Figure("optimizer steps", str(max((int(row["step"]) for row in train), default=0)))]
     _, accuracy = series(held_out, "eval/accuracy")
     if accuracy:
         remark = f"from {accuracy[0]:.3f}; best {max(accuracy):.3f}" if len(accuracy) > 1 else ""
-        found.append(Figure("held-out accuracy", f"{accuracy[-1]:.3f}", remark))
+        figures.append(Figure("held-out accuracy", f"{accuracy[-1]:.3f}", remark))
     for name, key, form in (("reward", "reward/mean", ".3f"), ("length, tokens", "completions/length_mean", ".0f")):
         _, values = series(train, key)
         if values:
             start, end = _mean(values[:TAIL]), _mean(values[-TAIL:])
             remark = f"from {start:{form}}" if len(values) > TAIL else ""
-            found.append(Figure(name, f"{end:{form}}", remark))
-    found += _speed(train)
-    return found
+            figures.append(Figure(name, f"{end:{form}}", remark))
+    figures += _speed(train)
+    return figures
 
 
 def _speed(train: Sequence[MetricRow]) -> list[Figure]:
     _, durations = series(train, "time/step")
     if not durations:
         return []
-    found = [Figure("training time", in_words(sum(durations)), f"{_mean(durations):.1f} s per step")]
+    figures = [Figure("training time", in_words(sum(durations)), f"{_mean(durations):.1f} s per step")]
     paired = [row for row in train if series([row], "time/step")[1]]
     _, tokens = series(paired, "tokens/completion")
     if tokens:
-        found.append(Figure("completion tokens per s", f"{sum(tokens) / max(sum(durations), 1e-9):.0f}", "all phases"))
+        figures.append(
+            Figure("completion tokens per s", f"{sum(tokens) / max(sum(durations), 1e-9):.0f}", "all phases")
+        )
     _, useful = series(train, "tokens/useful")
     _, padded = series(train, "tokens/padded")
     if useful and padded and sum(padded):
-        found.append(Figure("useful positions", f"{sum(useful) / sum(padded):.0%}", "of all computed in updates"))
-    return found
+        figures.append(Figure("useful positions", f"{sum(useful) / sum(padded):.0%}", "of all computed in updates"))
+    return figures
 
 
 def _reward_ceiling(run: RunDirectory) -> float:

@@ -73,18 +73,18 @@ class Tracker:
         """
         if not self._is_main:
             return
-        found = records(step, rollout) if rollout is not None else []
-        if found:
-            write_completions(self._run.completions, step, found)
+        sampled = records(step, rollout) if rollout is not None else []
+        if sampled:
+            write_completions(self._run.completions, step, sampled)
         row = self._metrics.append(step, metrics, kind="train")
         self._wandb.log(row, kind="train")
         self._show(lambda console: console.step(row))
         for advice in self._doctor.observe(row):
             self._show(partial(_show_advice, advice))
         rollout_number = (step - 1) // self._steps_per_rollout
-        if found and self._show_every and rollout_number % self._show_every == 0:
-            self._wandb.log_completions(step, found)
-            sample = pick_sample(found, step)
+        if sampled and self._show_every and rollout_number % self._show_every == 0:
+            self._wandb.log_completions(step, sampled)
+            sample = pick_sample(sampled, step)
             if sample is not None:
                 self._show(lambda console: console.sample(sample))
 

@@ -64,11 +64,11 @@ class WandbTracker:
         self._state["sent"][kind] = step
         self._guarded("log", self._write_state)
 
-    def log_completions(self, step: int, found: Sequence[CompletionRecord]) -> None:
-        """Sends a table of completions spread evenly over `found`."""
-        if self._run is None or not found:
+    def log_completions(self, step: int, records: Sequence[CompletionRecord]) -> None:
+        """Sends a table of completions spread evenly over `records`."""
+        if self._run is None or not records:
             return
-        some = found[:: max(1, len(found) // TABLE_ROWS)][:TABLE_ROWS]
+        some = records[:: max(1, len(records) // TABLE_ROWS)][:TABLE_ROWS]
         self._guarded("table", lambda: self._run.log({"step": step, "completions/samples": _table(some)}))
 
     def finish(self, *, exit_code: int = 0) -> None:
@@ -156,12 +156,12 @@ class WandbTracker:
             self._note(f"W&B failed ({doing}; {reason}); the run goes on without it, metrics.jsonl has everything.")
 
 
-def _table(found: Sequence[CompletionRecord]) -> Any:
+def _table(records: Sequence[CompletionRecord]) -> Any:
     import wandb
 
-    names = list(found[0].scores)
+    names = list(records[0].scores)
     table = wandb.Table(columns=["step", "prompt", "completion", "reward", "advantage", "finish", "tokens", *names])
-    for one in found:
+    for one in records:
         scores = [
             (str(s.value) if s.value is not None else s.outcome) if (s := one.scores.get(name)) else ""
             for name in names

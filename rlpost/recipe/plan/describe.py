@@ -220,10 +220,10 @@ def _tokens_per_prompt(recipe: Recipe) -> int:
     samples = (1 if layout_in_use(recipe)[0] == "tree" else g) * data.max_prompt_tokens + g * limit
     if gate is None:
         return samples
-    taught = data.max_prompt_tokens + recipe.demonstration_limit
+    demonstration = data.max_prompt_tokens + recipe.demonstration_limit
     if not recipe.method.samples:
-        return taught
-    return max(samples, taught) if either_or(gate) else samples + taught
+        return demonstration
+    return max(samples, demonstration) if either_or(gate) else samples + demonstration
 
 
 def _order(recipe: Recipe) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`method.masks`: which tokens are left out of the update, and why."""
+"""`method.masks`: what a recipe may say of masks. Which tokens they reject is computed in `rlpost.methods.masking`."""
 
 from __future__ import annotations
 

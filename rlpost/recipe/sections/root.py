@@ -95,8 +95,8 @@ class Recipe(Section):
     @property
     def longest_sequence(self) -> int:
         """How many tokens a prompt with a completion or a demonstration may have at the most; hints are part of a prompt."""
-        taught = self.demonstration_limit if self.method.gate is not None else 0
-        return self.data.max_prompt_tokens + max(self.rollout.max_completion_tokens, taught)
+        demonstration = self.demonstration_limit if self.method.gate is not None else 0
+        return self.data.max_prompt_tokens + max(self.rollout.max_completion_tokens, demonstration)
 
     @property
     def demonstration_limit(self) -> int:
