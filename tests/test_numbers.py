@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from rlpost.methods import compute_advantages, compute_coefficients
 from rlpost.methods.capo import make_tracker
 from rlpost.methods.hpt import Route, gated_advantages
 from rlpost.methods.ppo import Moments, whiten
+from rlpost.recipe.sections.method import AdvantageSection
 from rlpost.recipe.sections.presets import preset_names
 from rlpost.recipe.sections.reward import RewardSection
 from rlpost.source.weigh import logged_metrics, open_buffer, weigh
