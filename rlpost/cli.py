@@ -102,6 +102,25 @@ def evaluate(
 
 
 @app.command()
+def serve(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    host: Annotated[
+        str, typer.Option(help="Where to listen. Whoever reaches it can replace the weights: see docs/rollouts.md.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The port.")] = 8000,
+) -> None:
+    """Start a rollout server for runs with rollout.engine.where=server, and keep it alive."""
+    from rlpost.recipe.load import load_recipe
+    from rlpost.recipe.rules.check import refuse_unsound
+    from rlpost.run.serve import serve as run
+
+    loaded = load_recipe(recipe, overrides or ())
+    refuse_unsound(loaded, processes=1)
+    run(loaded, host=host, port=port, say=typer.echo)
+
+
+@app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's folder, such as runs/quickstart.")],
 ) -> None:

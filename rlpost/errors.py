@@ -27,6 +27,12 @@ class RolloutError(RlpostError):
     """The rollout engine cannot start, or disagrees with the learner."""
 
 
+class EngineLost(RolloutError):
+    """No rollout server is left that could go on. What was learned is saved: started again, the run goes on from there."""
+
+    exit_code = 75  # of BSD's sysexits: a failure that may pass, so try again
+
+
 class CheckpointError(RlpostError):
     """A checkpoint cannot be written or read."""
 

@@ -46,6 +46,7 @@ from rlpost.methods.signal import group_is_baseline
 from rlpost.policy.critic import make_critic, read_places
 from rlpost.policy.precision import autocast_of, sampler_dtype
 from rlpost.policy.rows import build_rows
+from rlpost.recipe.rules.rollout import placement_problems
 from rlpost.recipe.sections.base import Section, members
 from rlpost.recipe.sections.critic import CriticSection, ValueLossSection, penalty_place
 from rlpost.recipe.sections.guidance import HintGuidance, LuffyGate, SolveRateGate, describe_gate
@@ -148,6 +149,10 @@ DISPATCHERS: dict[str, Callable[[], Any]] = {
     "rollout.engine": lambda: make_engine(
         New(), ModelSection(path="x"), "x", None, max_model_len=8, seed=0, device="cpu"
     ),
+    "rollout.engine.where": lambda: make_engine(
+        planted(VllmEngine(), "where"), ModelSection(path="x"), "x", None, max_model_len=8, seed=0, device="cpu"
+    ),
+    "rollout.engine.where (rules)": lambda: list(placement_problems(planted(VllmEngine(), "where"))),
     "rollout.engine.dtype": lambda: sampler_dtype(planted(VllmEngine(), "dtype")),
     "model.autocast": lambda: autocast_of(planted(ModelSection(path="x"), "autocast")),
     "rewards.call": lambda: list(_split([], NEW)),

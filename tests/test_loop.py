@@ -211,7 +211,7 @@ def test_the_probe_looks_at_a_group_where_none_has_signal(write_recipe, tmp_path
     monkeypatch.setattr(
         TransformersRolloutEngine,
         "load_weights",
-        lambda self, weights: original(self, ((n, w * 2) for n, w in weights)),
+        lambda self, weights, version=0: original(self, ((n, w * 2) for n, w in weights)),
     )
     with pytest.raises(RolloutError, match="probe|log-prob"):
         train(load_recipe(write_recipe(tmp_path / "ill", changes, same)))

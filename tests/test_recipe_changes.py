@@ -74,7 +74,7 @@ RECIPE = str(REPOSITORY / "recipes" / "quickstart.yaml")
         ([], ["rollout.temperature=0.3"], [("rollout.temperature", 1.0, 0.3, ROLLOUT)]),
         ([], ["learner.betas=[0.9,0.95]"], [("learner.betas", [0.9, 0.999], [0.9, 0.95], LATER)]),
         ([], ["rewards.0.weight=2"], [("rewards.0.weight", 1.0, 2.0, ROLLOUT)]),
-        (["rollout.probe=null"], [], [("rollout.probe", None, {"every": 1, "max_mean_gap": 0.5}, NONE)]),
+        (["rollout.probe=null"], [], [("rollout.probe", None, {"every": 1, "max_mean_gap": "auto"}, NONE)]),
         (["method.controller={type: adaptive_kl, term: coefficient}"], ["learner.rollouts=7"], None),
     ],
 )

@@ -24,6 +24,7 @@ from rlpost.methods.capo import CurvatureTracker
 from rlpost.methods.controllers import Decision
 from rlpost.methods.estimator import compute_coefficients, needs_statistics
 from rlpost.policy.model import Policy
+from rlpost.policy.rows import Layout
 from rlpost.recipe.sections.learner import LearnerSection
 from rlpost.recipe.sections.method import MethodSection
 from rlpost.recipe.sections.rollout import ProbeSection
@@ -37,7 +38,7 @@ class Updater:
     learner: Learner
     method: MethodSection
     section: LearnerSection
-    layout: str
+    layout: Layout
     pad_id: int
     probe: ProbeSection | None
     seed: int
@@ -155,7 +156,7 @@ class Updater:
         largest = metrics.get("mismatch/max_abs_gap", gap)
         earlier = self.probed[-1] if self.probed else None
         result = ProbeResult(gap, largest, int(metrics.get("tokens/probed", metrics["tokens/useful"])))
-        self.learner.processes.together(lambda: check(result, probe.max_mean_gap, step=step, earlier=earlier))
+        self.learner.processes.together(lambda: check(result, float(probe.max_mean_gap), step=step, earlier=earlier))
         self.probed[:] = [result]
 
     def _accumulate(

@@ -44,6 +44,10 @@ class WeightNames:
         self.bundles: tuple[Bundle, ...] = tuple(self._bundles(_Rules(_save_rules(model), reverse=True)))
         self._parts = {name: len(bundle.checkpoint) for bundle in self.bundles for name in bundle.module}
 
+    def size(self) -> int:
+        """How many numbers the weights are."""
+        return sum(tensor.numel() for tensor in self._like.values())
+
     def to_checkpoint(self, bundle: Bundle, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The bundle's tensors under the names of the checkpoint, made of those under the names of the module."""
         if bundle.converter is None:

@@ -61,7 +61,8 @@ DECISIONS: dict[str, dict[Effect, str]] = {
         ROLLOUT: "prompts_per_step completions_per_prompt max_completion_tokens temperature top_p top_k stop",
     },
     "rollout.engine": {
-        NONE: "memory_fraction kv_cache_gib max_sequences eager sleep tensor_parallel batch_size",
+        NONE: "memory_fraction kv_cache_gib max_sequences eager sleep tensor_parallel batch_size where urls replicas devices "
+        "cores deadline_s start_s restarts weights_folder",
         LATER: "type dtype",
     },
     "rollout.probe": {NONE: "every max_mean_gap"},

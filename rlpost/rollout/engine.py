@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -43,7 +43,7 @@ class SamplingSettings:
 
 
 class RolloutEngine(Protocol):
-    """What the loop asks of an engine. All calls are blocking and local to the process.
+    """What the loop asks of an engine. All calls are blocking, and but for `load_weights` local to the process.
 
     `Completion.sampler_logprobs` are of softmax(logits / temperature) over the whole vocabulary, also where top-k or
     top-p left tokens out: the distribution that the learner's log-probs are of, so that the two can be compared, and
@@ -59,8 +59,9 @@ class RolloutEngine(Protocol):
         """One completion a request, in the order of the requests."""
         ...
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]] | Iterator[tuple[str, Tensor]]) -> None:
-        """Replaces the engine's weights in place (Hugging Face names) and forgets every cached prefix."""
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int = 0) -> None:
+        """Replaces the engine's weights in place (Hugging Face names) and forgets every cached prefix. Collective: all
+        processes of the run call it together. `version`: the number of optimizer steps that made these weights."""
         ...
 
     def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlpost.data.answers import end_ids
@@ -11,10 +12,12 @@ from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.model import ModelSection
 from rlpost.recipe.sections.rollout import TransformersEngine, VllmEngine
 from rlpost.rollout.engine import RolloutEngine
+from rlpost.rollout.place import Place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+__all__ = ["Place", "make_engine"]
 _log = logging.getLogger(__name__)
 
 
@@ -27,31 +30,23 @@ def make_engine(
     max_model_len: int,
     seed: int,
     device: str,
+    place: Place | None = None,
 ) -> RolloutEngine:
     """The engine of `rollout.engine`; transformers, with a loud note, where vLLM is asked for and not installed.
 
     `model_path` is a folder with weights and tokenizer; `max_model_len` is prompt plus completion in tokens; `device`
-    is a torch device ("cpu", "cuda", "cuda:1"). Raises RolloutError when the engine cannot start.
+    is a torch device ("cpu", "cuda", "cuda:1"); `place` is this process among others, by default the only one. Raises
+    RolloutError when the engine cannot start.
     """
     if not isinstance(section, VllmEngine | TransformersEngine):
         raise unknown_choice("rollout.engine", section)
     if isinstance(section, VllmEngine):
-        if importlib.util.find_spec("vllm") is not None:
-            from rlpost.rollout.vllm_engine import VllmRolloutEngine
-
-            return VllmRolloutEngine(
-                model_path,
-                section,
-                max_model_len=max_model_len,
-                seed=seed,
-                device=device,
-                trust_remote_code=model.trust_remote_code,
-                ends=end_ids(tokenizer),
-            )
-        _log.warning(
-            "vLLM IS NOT INSTALLED: sampling with transformers instead, ten or more times slower. Install "
-            "`rlpost[cuda]` or `rlpost[cpu]`, or silence this with rollout.engine.type=transformers."
+        ends, place = end_ids(tokenizer), place or Place()
+        made = _vllm(
+            section, model, model_path, ends, max_model_len=max_model_len, seed=seed, device=device, place=place
         )
+        if made is not None:
+            return made
         section = TransformersEngine(dtype="bfloat16" if section.dtype == "bfloat16" else "float32")
     from rlpost.rollout.transformers_engine import TransformersRolloutEngine
 
@@ -64,3 +59,44 @@ def make_engine(
         attention=model.attention,
         trust_remote_code=model.trust_remote_code,
     )
+
+
+def _vllm(
+    section: VllmEngine,
+    model: ModelSection,
+    model_path: str,
+    ends: Sequence[int],
+    *,
+    max_model_len: int,
+    seed: int,
+    device: str,
+    place: Place,
+) -> RolloutEngine | None:
+    """vLLM where the recipe wants it; None where it would be in this process and is not installed."""
+    match section.where:
+        case "worker" | "server":
+            from rlpost.rollout.remote.engine import make_remote_engine
+
+            return make_remote_engine(
+                section, model, model_path, ends, max_model_len=max_model_len, seed=seed, device=device, place=place
+            )
+        case "colocated":
+            if importlib.util.find_spec("vllm") is None:
+                _log.warning(
+                    "vLLM IS NOT INSTALLED: sampling with transformers instead, ten or more times slower. Install "
+                    "`rlpost[cuda]` or `rlpost[cpu]`, or silence this with rollout.engine.type=transformers."
+                )
+                return None
+            from rlpost.rollout.vllm_engine import VllmRolloutEngine
+
+            return VllmRolloutEngine(
+                model_path,
+                section,
+                max_model_len=max_model_len,
+                seed=seed,
+                device=device,
+                trust_remote_code=model.trust_remote_code,
+                ends=ends,
+            )
+        case _:
+            raise unknown_choice("rollout.engine.where", section.where)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rlpost.errors import RolloutError
@@ -22,7 +22,7 @@ class NoEngine:
     def sample(self, requests: Sequence[SamplingRequest], settings: SamplingSettings) -> list[Completion]:
         raise RolloutError(_NOTHING)
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]] | Iterator[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int = 0) -> None:
         """Nobody samples from them, so they are not even gathered."""
 
     def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:

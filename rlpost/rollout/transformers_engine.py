@@ -195,7 +195,7 @@ class TransformersRolloutEngine:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     @torch.inference_mode()
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]] | Iterator[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int = 0) -> None:
         """Copies weights in by their names in the checkpoint, or in the module; tied ones may be left out. There is no prefix
         cache to forget.
 

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlpost.errors import RolloutError
 from rlpost.experience import Completion
-from rlpost.policy.names import WeightNames
 from rlpost.policy.precision import sampler_dtype
-from rlpost.policy.weights import weight_names
 from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
 from rlpost.rollout.process_state import memory_binding_kept, process_group_kept, random_state_kept, threads_kept
 from rlpost.rollout.sync_errors import incomplete, not_replaced
 from rlpost.rollout.vllm_errors import explain_startup
 from rlpost.rollout.vllm_logprobs import report_whole_distribution
+from rlpost.rollout.vllm_names import checkpoint_names, load_config
 from rlpost.rollout.vllm_reload import is_borrowed, replace_weights, transformers_classes_kept
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class VllmRolloutEngine:
         section = section.model_copy(update={"dtype": sampler_dtype(section)})
         # With eager execution on CPU nothing is worth compiling: what vLLM compiles regardless costs 20 s at the start.
         self._eager = self._on_cpu if section.eager is None else section.eager
-        config = _config(model_path, trust_remote_code)
+        config = load_config(model_path, trust_remote_code)
         if not self._eager and is_borrowed(config):
             if section.eager is False:
                 raise RolloutError(
@@ -95,7 +94,7 @@ class VllmRolloutEngine:
             options = self._options(section, seed, trust_remote_code) | _generation_options(model_path)
             self._llm = _start(model_path, section, options)
             self._whole = all(self._llm.collective_rpc(report_whole_distribution))
-        self._names = _weight_names(config, trust_remote_code)
+        self._names = checkpoint_names(config, trust_remote_code)
 
     @staticmethod
     def _check(section: VllmEngine, model_path: str) -> None:
@@ -166,7 +165,7 @@ class VllmRolloutEngine:
                 self._asleep = True
         return completions
 
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]] | Iterator[tuple[str, Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int = 0) -> None:
         """Replaces all weights in place (Hugging Face names; tied ones may be left out); forgets cached prefixes.
 
         Raises RolloutError for unknown names, wrong shapes, and weights that are missing.
@@ -248,22 +247,6 @@ def _start(model_path: str, section: VllmEngine, options: dict[str, Any]) -> LLM
             return LLM(model=model_path, **options)
     except (ImportError, OSError, ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
         raise explain_startup(error, model_path, section, options["max_model_len"]) from error
-
-
-def _config(model_path: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
-
-
-def _weight_names(config: Any, trust_remote_code: bool) -> WeightNames:
-    """The names of the model's weights, here and in its checkpoint. No memory is used: tensors are on `meta`."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return weight_names(model)
 
 
 def _sampling_params(request: SamplingRequest, settings: SamplingSettings, ends: Sequence[int] = ()) -> Any:

@@ -12,35 +12,45 @@ if TYPE_CHECKING:
 
 
 def replace_weights(worker: Any, weights: Iterable[tuple[str, Tensor]], *, on_cpu: bool) -> list[str]:
-    """Loads a checkpoint's weights into vLLM's running model, layer by layer. Returns the layers that none reached.
+    """Loads a checkpoint's weights into vLLM's running model, layer by layer. Returns the layers that none reached."""
+    from vllm.config import set_current_vllm_config
+
+    model = worker.get_model()
+    with set_current_vllm_config(worker.vllm_config):
+        begin_replacing(model, on_cpu=on_cpu)
+        model.load_weights(weights)
+        return end_replacing(model, worker.model_config, on_cpu=on_cpu)
+
+
+def begin_replacing(model: Any, *, on_cpu: bool) -> None:
+    """Has `model.load_weights`, called any number of times from now on, replace what the model holds."""
+    from vllm.model_executor.model_loader.reload.layerwise import initialize_layerwise_reload
+
+    if on_cpu:
+        _forget_packed_experts(model)
+    initialize_layerwise_reload(model)
+
+
+def end_replacing(model: Any, model_config: Any, *, on_cpu: bool) -> list[str]:
+    """Puts what was loaded in place. Returns the layers that nothing reached.
 
     As vLLM's own `reload_weights`, which tells such layers to its log only: the code of some models (GPT-OSS, for one) writes
     past the loaders that a reload goes through, and leaves old weights where they were.
     """
-    from vllm.config import set_current_vllm_config
     from vllm.model_executor.layers.attention import is_deferred_attention_layer
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-    from vllm.model_executor.model_loader.reload.layerwise import (
-        finalize_layerwise_reload,
-        get_layerwise_info,
-        initialize_layerwise_reload,
-    )
+    from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_reload, get_layerwise_info
 
-    model, missed = worker.get_model(), []
-    with set_current_vllm_config(worker.vllm_config):
-        if on_cpu:
-            _forget_packed_experts(model)
-        initialize_layerwise_reload(model)
-        model.load_weights(weights)
-        for name, layer in model.named_modules():
-            info = get_layerwise_info(layer)
-            own = [n for n, p in layer.named_parameters(recurse=False) if p.numel()]
-            # An attention layer has no weights of a checkpoint; a tied head is loaded as the embedding that it is.
-            if own and info.can_load() and not info.load_numel and not is_deferred_attention_layer(layer):
-                missed += [] if isinstance(layer, ParallelLMHead) else [f"{name}.{own[0]}"]
-        finalize_layerwise_reload(model, worker.model_config)
-        if on_cpu:
-            _repack_heads(model)
+    missed = []
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        own = [n for n, p in layer.named_parameters(recurse=False) if p.numel()]
+        # An attention layer has no weights of a checkpoint; a tied head is loaded as the embedding that it is.
+        if own and info.can_load() and not info.load_numel and not is_deferred_attention_layer(layer):
+            missed += [] if isinstance(layer, ParallelLMHead) else [f"{name}.{own[0]}"]
+    finalize_layerwise_reload(model, model_config)
+    if on_cpu:
+        _repack_heads(model)
     return missed
 
 

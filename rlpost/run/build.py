@@ -21,8 +21,10 @@ from rlpost.policy.loading import load_config
 from rlpost.policy.model import Policy, load_policy
 from rlpost.policy.rows import Layout
 from rlpost.policy.sequence_parallel import SequenceParallel, refuse_unshareable
+from rlpost.recipe.sections.rollout import ProbeSection
 from rlpost.recipe.sections.root import Recipe
 from rlpost.rollout.engine import RolloutEngine, SamplingSettings
+from rlpost.rollout.verify import level, precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,22 +144,28 @@ def build_engine(
     return start_engine(recipe, model_path, tokenizer, processes)
 
 
+def max_model_len(recipe: Recipe) -> int:
+    """How many tokens of prompt and completion an engine must hold."""
+    longest = recipe.longest_sequence  # the learner's: both choose rotary frequencies by it where they depend on length
+    # Prompts that leave no room for a completion in the model's window are dropped or refused: no more is needed.
+    return min(longest, context_window(recipe) or longest)
+
+
 def start_engine(
     recipe: Recipe, model_path: str, tokenizer: PreTrainedTokenizerBase, processes: Processes
 ) -> RolloutEngine:
     """The rollout engine; several CPU processes take turns with their threads by having one each."""
-    from rlpost.rollout.factory import make_engine
+    from rlpost.rollout.factory import Place, make_engine
 
-    longest = recipe.longest_sequence  # the learner's: both choose rotary frequencies by it where they depend on length
     return make_engine(
         recipe.rollout.engine,
         recipe.model,
         model_path,
         tokenizer,
-        # Prompts that leave no room for a completion in the model's window are dropped or refused: no more is needed.
-        max_model_len=min(longest, context_window(recipe) or longest),
+        max_model_len=max_model_len(recipe),
         seed=recipe.seed,
         device=str(processes.device),
+        place=Place(processes.rank, processes.local_rank, processes.gather, recipe.run_dir / "rollout"),
     )
 
 
@@ -180,6 +188,14 @@ def build_curvature(recipe: Recipe, policy: Policy, processes: Processes) -> Cur
     return make_tracker(recipe.method, vocabulary, width, betas=section.betas, eps=section.eps, device=processes.device)
 
 
+def decided_probe(recipe: Recipe) -> ProbeSection | None:
+    """`rollout.probe` with its limit in nats."""
+    section = recipe.rollout.probe
+    if section is None:
+        return None
+    return section.model_copy(update={"max_mean_gap": level(section.max_mean_gap, precision(recipe))})
+
+
 def build_updater(
     recipe: Recipe, learner: Learner, layout: Layout, pad_id: int, curvature: CurvatureTracker | None
 ) -> Updater:
@@ -191,7 +207,7 @@ def build_updater(
         section=recipe.learner,
         layout=layout,
         pad_id=pad_id,
-        probe=recipe.rollout.probe,
+        probe=decided_probe(recipe),
         seed=recipe.seed,
         curvature=curvature,
         actor_critic=ActorCritic.of(method) if method.critic or method.controller else None,

@@ -11,6 +11,7 @@ from rlpost.run.emptiness import watch_rows
 from rlpost.run.result import RunResult, end_run, finished_before
 from rlpost.run.saving import Saver
 from rlpost.run.state import RunState, load_checkpoint
+from rlpost.run.sync_probe import SyncProbe
 from rlpost.source.factory import make_source
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Loop:
         self.parts, self.source, self.interrupt = parts, source, interrupt
         self.state = RunState()
         self.saver = Saver(parts, source)
+        self.probe = SyncProbe(parts)
 
     def run(self) -> RunResult:
         """To the last rollout, or to the step at which the run is asked to stop."""
@@ -91,6 +93,7 @@ class Loop:
                 actor_critic.load_state_dict(before[1])
             return False
         watch_rows(self.parts, self.state, buffer)
+        self.parts.phase("probe", lambda: self.probe.before(buffer))
         self.state.buffer = buffer
         return True
 
@@ -102,6 +105,7 @@ class Loop:
         parts.optimizer_step = self.state.optimizer_step
         if buffer.updates_done == parts.recipe.learner.steps_per_rollout:
             parts.phase("sync", self.sync)
+            metrics |= parts.phase("probe", lambda: self.probe.after(self.state.optimizer_step))
         seconds = parts.phases.take()
         row = {"rollout": float(buffer.step), **buffer.metrics, **metrics, **mask_share(metrics, seconds), **seconds}
         record = self.source.record(buffer) if first else None
@@ -119,7 +123,7 @@ class Loop:
 
     def sync(self) -> None:
         """The learner's weights into the engine, in place."""
-        self.parts.engine.load_weights(self.parts.learner.named_weights())
+        self.parts.engine.load_weights(self.parts.learner.named_weights(), self.state.optimizer_step)
 
     def evaluate(self) -> float:
         """Held-out accuracy, recorded."""

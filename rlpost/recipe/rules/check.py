@@ -22,11 +22,11 @@ from rlpost.recipe.rules.model import (
 )
 from rlpost.recipe.rules.pairs import pair_problems
 from rlpost.recipe.rules.paths import model_problems
+from rlpost.recipe.rules.rollout import engine_problems
 from rlpost.recipe.rules.setting import Rule, Setting, processes_from_environment, zero_stage_from_environment
 from rlpost.recipe.sections.data import ArithmeticSource, DatasetSource, ReasoningGymSource, Source
 from rlpost.recipe.sections.preference import PreferenceSource
 from rlpost.recipe.sections.reward import RewardModelSection
-from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.recipe.sections.root import Recipe
 
 if TYPE_CHECKING:
@@ -202,15 +202,6 @@ def _data_size(r: Recipe, _: Setting) -> Iterator[str]:
         )
 
 
-def _engine(r: Recipe, _: Setting) -> Iterator[str]:
-    engine = r.rollout.engine
-    if isinstance(engine, VllmEngine) and engine.tensor_parallel > 1:
-        yield (
-            f"rollout.engine.tensor_parallel={engine.tensor_parallel} with rollout.engine.type=vllm: a colocated "
-            "engine lives in one process and uses its one GPU. Set it to 1 and start more processes"
-        )
-
-
 def _flash_attention(r: Recipe, _: Setting) -> Iterator[str]:
     if r.model.attention != "flash_attention_2":
         return
@@ -364,7 +355,7 @@ RULES: tuple[Rule, ...] = (
     _stop_after,
     _evaluation,
     _data_size,
-    _engine,
+    engine_problems,
     _flash_attention,
     flex_problems,
     family_problems,

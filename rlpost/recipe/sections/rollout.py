@@ -10,9 +10,14 @@ from rlpost.recipe.sections.base import Section
 
 
 class VllmEngine(Section):
-    """vLLM inside the learner's process (colocated)."""
+    """vLLM: inside the learner's process, in one beside it, or on servers."""
 
     type: Literal["vllm"] = "vllm"
+    where: Literal["colocated", "worker", "server"] = "colocated"
+    """colocated: inside each learner process, on its device. worker: a vLLM server beside each learner process, on other cores
+    or cards of the same node, started and ended by the run. server: the servers at `urls`, started by `rlpost serve RECIPE`."""
+    urls: tuple[Annotated[str, Field(pattern=r"^https?://[^/]+/?$")], ...] = ()
+    """Where the servers are, such as http://10.0.0.2:8000; with `where: server` only. A dead one's requests go to others."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """The precision of the sampler. auto: bfloat16 where the device has instructions for it, else float32."""
     memory_fraction: float = Field(0.4, gt=0, lt=1)
@@ -27,6 +32,21 @@ class VllmEngine(Section):
     """Give GPU memory back between rollouts (vLLM's sleep mode: weights to the host, KV cache dropped). CUDA only."""
     tensor_parallel: PositiveInt = 1
     """GPUs per engine. Only 1 in a colocated engine for now."""
+    replicas: PositiveInt = 1
+    """Engines per server (vLLM's data parallelism), each on `tensor_parallel` GPUs. Not in a colocated engine."""
+    devices: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """The node's GPUs for its workers, as many as all workers of the node need; with `where: worker` on CUDA."""
+    cores: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """The processor cores for a worker; default: those of the learner. With `where: worker` only."""
+    deadline_s: float = Field(60.0, ge=1)
+    """A server whose engine answers nothing for so long is lost: it is replaced (worker), or left out (server)."""
+    start_s: float = Field(600.0, gt=0)
+    """How long a worker may take to start."""
+    restarts: int = Field(3, ge=0)
+    """How often a worker is replaced in a run. With none left the run ends with what it learned saved, and exit code 75."""
+    weights_folder: str | None = None
+    """Where new weights are handed to the servers, as files. Default: shared memory. Servers on other nodes need a folder that
+    every node sees under the same path."""
 
 
 class TransformersEngine(Section):
@@ -43,12 +63,14 @@ Engine = Annotated[VllmEngine | TransformersEngine, Field(discriminator="type")]
 
 
 class ProbeSection(Section):
-    """After a weight sync, a few tokens are scored by learner and engine; a jump stops the run with its cause named."""
+    """Learner and engine score the same tokens: those of the rollout, and a few of them again after the sync. Where they
+    disagree, or the learner's last change did not arrive, the run stops with the cause named."""
 
     every: PositiveInt = 1
     """Compare on every so many-th rollout."""
-    max_mean_gap: float = Field(0.5, gt=0)
-    """Mean |learner log-prob - engine log-prob| (nats) above which the engine is held to have wrong weights."""
+    max_mean_gap: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Mean |learner log-prob - engine log-prob| (nats) above which the engine is held to have wrong weights. auto: by the
+    coarsest precision of the two, 0.001 in float32, 0.05 in float16, 0.1 in bfloat16, 0.5 with weights in 4 bits."""
 
 
 class RolloutSection(Section):

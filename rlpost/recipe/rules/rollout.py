@@ -1,0 +1,55 @@
+"""Rules about who samples, and where."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from rlpost.recipe.rules.setting import Setting
+from rlpost.recipe.sections.base import unknown_choice
+from rlpost.recipe.sections.rollout import VllmEngine
+from rlpost.recipe.sections.root import Recipe
+
+
+def engine_problems(r: Recipe, _: Setting) -> Iterator[str]:
+    """What is wrong with where the rollout engine runs."""
+    engine = r.rollout.engine
+    if isinstance(engine, VllmEngine):
+        yield from placement_problems(engine)
+
+
+def placement_problems(engine: VllmEngine) -> Iterator[str]:
+    """The same of vLLM alone."""
+    key, where = "rollout.engine", f"rollout.engine.where={engine.where}"
+    match engine.where:
+        case "colocated":
+            for name in ("tensor_parallel", "replicas"):
+                if (number := getattr(engine, name)) > 1:
+                    yield (
+                        f"{key}.{name}={number} with {where}: a colocated engine lives in one process and uses its one GPU. "
+                        "Set it to 1 and start more processes, or set where=worker"
+                    )
+        case "worker":
+            needed = engine.tensor_parallel * engine.replicas
+            if engine.devices and len(engine.devices) % needed:
+                yield (
+                    f"{key}.devices names {len(engine.devices)} GPUs, and each worker takes tensor_parallel x replicas = "
+                    f"{needed}. Name as many as the workers of a node (one for each learner process) take together"
+                )
+            there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            if engine.cores and max(engine.cores) >= (os.cpu_count() or there):
+                yield f"{key}.cores names core {max(engine.cores)}, and this machine's are 0 to {(os.cpu_count() or there) - 1}"
+        case "server":
+            if not engine.urls:
+                yield f"{where} needs {key}.urls: where `rlpost serve` listens, such as [http://10.0.0.2:8000]"
+            if len(set(engine.urls)) < len(engine.urls):
+                yield f"{key}.urls names the same server twice"
+        case _:
+            raise unknown_choice(f"{key}.where", engine.where)
+    if engine.urls and engine.where != "server":
+        yield f"{key}.urls with {where}: they are for where=server"
+    for name in ("devices", "cores"):
+        if getattr(engine, name) and engine.where != "worker":
+            yield f"{key}.{name} with {where}: it is for where=worker"
+    if engine.sleep and engine.where != "colocated":
+        yield f"{key}.sleep with {where}: only an engine on the learner's own GPU gives memory back between rollouts"

@@ -1,0 +1,97 @@
+"""How vLLM's server is started for a recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+
+from rlpost.recipe.sections.rollout import VllmEngine
+
+# What a launcher tells the learner's processes about each other: vLLM would take it for its own.
+_LAUNCHER = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE"),
+    *(
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "GROUP_WORLD_SIZE",
+        "ROLE_NAME",
+        "TORCHELASTIC_RUN_ID",
+        "TORCHELASTIC_RESTART_COUNT",
+    ),
+    *("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_SERVER_DEV_MODE"),
+)
+
+
+def server_arguments(
+    model_path: str,
+    section: VllmEngine,
+    *,
+    max_model_len: int,
+    seed: int,
+    on_cpu: bool,
+    trust_remote_code: bool,
+    address: str,
+    generation_config: str | None = None,
+) -> list[str]:
+    """The arguments of `vllm serve`. `address`: `unix:` and a path, or HOST:PORT. `generation_config`: vLLM's own option.
+
+    The same options as in process (`rlpost.rollout.vllm_engine`), so that the same requests give the same tokens.
+    """
+    eager = on_cpu if section.eager is None else section.eager
+    arguments = [
+        model_path,
+        *("--dtype", section.dtype, "--max-model-len", str(max_model_len), "--seed", str(seed)),
+        *("--max-num-seqs", str(section.max_sequences), "--logprobs-mode", "processed_logprobs"),
+        *("--gpu-memory-utilization", str(section.memory_fraction)),
+        *("--tensor-parallel-size", str(section.tensor_parallel), "--data-parallel-size", str(section.replicas)),
+        *("--weight-transfer-config", json.dumps({"backend": "rlpost_files"})),
+        *("--worker-extension-cls", "rlpost.rollout.remote.worker.Extension"),
+        *("--enable-scale-out", "--disable-log-stats", "--disable-uvicorn-access-log"),
+    ]
+    arguments += ["--enforce-eager"] if eager else []
+    arguments += ["--trust-remote-code"] if trust_remote_code else []
+    arguments += ["--generation-config", generation_config] if generation_config else []
+    if on_cpu:
+        arguments += ["--kv-cache-memory-bytes", str(int(section.kv_cache_gib * 2**30)), "--block-size", "32"]
+    if address.startswith("unix:"):
+        return [*arguments, "--uds", address.removeprefix("unix:")]
+    host, _, port = address.rpartition(":")
+    return [*arguments, "--host", host, "--port", port]
+
+
+def server_environment(
+    section: VllmEngine, *, on_cpu: bool, deadline_s: float, devices: tuple[int, ...] = ()
+) -> dict[str, str]:
+    """The environment of the server: the learner's without what is the learner's own. A user's own settings win."""
+    environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
+    environment["VLLM_SERVER_DEV_MODE"] = "1"  # weights and pings go by routes that vLLM offers to developers only
+    defaults: Mapping[str, str] = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(max(1, int(deadline_s))),
+    }
+    if on_cpu:
+        cores = section.cores or tuple(sorted(os.sched_getaffinity(0)))
+        defaults = {
+            **defaults,
+            "TORCHDYNAMO_DISABLE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the server is pinned as a whole, to `rollout.engine.cores`
+            "OMP_WAIT_POLICY": "passive",
+        }
+        if section.cores:
+            environment["OMP_NUM_THREADS"] = str(len(cores))
+        else:
+            defaults = {**defaults, "OMP_NUM_THREADS": str(len(cores))}
+    for key, value in defaults.items():
+        environment.setdefault(key, value)
+    if devices:
+        environment["CUDA_VISIBLE_DEVICES"] = _visible(devices)
+    return environment
+
+
+def _visible(devices: tuple[int, ...]) -> str:
+    """The cards as vLLM is to see them: `devices` counts those that this machine shows."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = None if not shown else shown.split(",")
+    return ",".join(str(d) if names is None or d >= len(names) else names[d] for d in devices)

