@@ -106,7 +106,7 @@ PUBLISHED = {
 
 
 # Presets whose published losses are compared in files of their own: critics, gates, guidance and preference pairs.
-ELSEWHERE = ("capo", "dr_capo", "rein_capo", "ppo", "safe", "ghpo", "hpt", "luffy", "srft", "sft", "dpo", "rpo")
+ELSEWHERE = ("capo", "dr_capo", "rein_capo", "ppo", "safe", "ghpo", "hpt", "sft", "dpo", "rpo")
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -10,6 +10,7 @@ import torch
 from conftest import rows
 
 from rlpost.errors import RolloutError
+from rlpost.evaluation.checkpoint import evaluate_checkpoint
 from rlpost.recipe.load import load_recipe
 from rlpost.recipe.sections.rollout import ProbeSection
 from rlpost.rollout.transformers_engine import TransformersRolloutEngine
@@ -54,16 +55,16 @@ def test_a_slope_says_nothing_where_the_learner_stood_still_or_rounding_is_as_la
 )
 def test_the_message_says_how_much_arrived(share, words):
     with pytest.raises(RolloutError, match=words):
-        check_sync(*said(share), limit=1.0, exact=True, step=3)
-    check_sync(*said(share), limit=1.0, exact=False, step=3)
+        check_sync(*said(share), limit=1.0, exact=True, when="Step 3")
+    check_sync(*said(share), limit=1.0, exact=False, when="Step 3")
 
 
 def test_a_gap_that_is_too_large_or_no_number_is_refused_whatever_moved():
     before, (learner, engine) = said(1.0)
     with pytest.raises(RolloutError, match=r"Step 3: .*gap is 0\.01 nats.*did arrive"):
-        check_sync(before, (learner, [x - 0.01 for x in engine]), limit=1e-3, exact=True, step=3)
+        check_sync(before, (learner, [x - 0.01 for x in engine]), limit=1e-3, exact=True, when="Step 3")
     with pytest.raises(RolloutError, match="gap is nan"):
-        check_sync(before, (learner, [math.nan, *engine[1:]]), limit=1e-3, exact=False, step=3)
+        check_sync(before, (learner, [math.nan, *engine[1:]]), limit=1e-3, exact=False, when="Step 3")
 
 
 def test_the_level_is_by_precision_unless_it_is_given():
@@ -150,3 +151,19 @@ def test_the_probe_reads_every_precision(write_recipe, tmp_path, one_thread):
     found = rows(tmp_path / "run", "train")
     assert all(0 < row["sync/mean_abs_gap"] < LEVELS["bfloat16"] for row in found)
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.thorough
+def test_an_evaluation_by_other_weights_than_the_checkpoints_is_refused(
+    write_recipe, tmp_path, monkeypatch, one_thread
+):
+    recipe = load_recipe(write_recipe(tmp_path, {"learner.rollouts": 2}))
+    checkpoint = train(recipe).checkpoint
+    assert evaluate_checkpoint(recipe, checkpoint).groups
+
+    def load(self, weights, version=0):
+        ORIGINAL(self, one_norm_scaled(list(weights), {}), version)
+
+    monkeypatch.setattr(TransformersRolloutEngine, "load_weights", load)
+    with pytest.raises(RolloutError, match="Evaluation: after the sync learner and rollout engine disagree"):
+        evaluate_checkpoint(recipe, checkpoint)

@@ -17,14 +17,18 @@ from rlpost.learner.process import Processes
 from rlpost.learner.rng import seed_everything
 from rlpost.policy.precision import decide_precision
 from rlpost.recipe.sections.root import Recipe
-from rlpost.run.build import build_engine, build_policy
+from rlpost.rollout.verify import check_sync, level, precision
+from rlpost.run.build import build_engine, build_policy, layout_for
 from rlpost.run.checks import load_prompts
+from rlpost.run.sync_probe import choose, look
 from rlpost.scoring.factory import make_scorer
 from rlpost.tracking.metrics import write_atomically
 
 if TYPE_CHECKING:
     from rlpost.evaluation.accuracy import EvaluationResult
+    from rlpost.policy.model import Policy
     from rlpost.recipe.load import LoadedRecipe
+    from rlpost.rollout.engine import RolloutEngine
 
 GREEDY = ("eval/greedy_accuracy", "eval/greedy_accuracy_stderr", "eval/greedy_reward")
 
@@ -49,6 +53,7 @@ def evaluate_checkpoint(loaded: LoadedRecipe, checkpoint: Path) -> EvaluationRes
         try:
             engine.load_weights(policy.named_weights())
             result = judge(recipe, engine, scorer, sets.held_out, processes)
+            verify(recipe, policy, engine, processes, result, tokenizer.pad_token_id)
             greedy = None
             if recipe.evaluation.samples > 1:
                 greedy = judge(greedily(recipe), engine, scorer, sets.held_out, processes)
@@ -59,6 +64,26 @@ def evaluate_checkpoint(loaded: LoadedRecipe, checkpoint: Path) -> EvaluationRes
         report(recipe, checkpoint, result, greedy, names, seen)
     processes.close()
     return result
+
+
+def verify(
+    recipe: Recipe,
+    policy: Policy,
+    engine: RolloutEngine,
+    processes: Processes,
+    result: EvaluationResult,
+    pad_id: int,
+) -> None:
+    """Compares the engine that answered with the checkpoint's own model, on a few answers. Raises RolloutError where they
+    are not the same model."""
+    section, sequences = recipe.rollout.probe, choose(result.groups)
+    if section is None or not sequences:
+        return
+    layout = layout_for(policy, recipe.learner.layout, recipe.longest_sequence)[0]
+    tokens = recipe.learner.micro_batch_tokens
+    said = look(policy, engine, processes, sequences, layout=layout, micro_batch_tokens=tokens, pad_id=pad_id)
+    limit = level(section.max_mean_gap, precision(recipe))
+    check_sync(None, said, limit=limit, exact=False, when="Evaluation")
 
 
 def greedily(recipe: Recipe) -> Recipe:

@@ -68,16 +68,16 @@ def check_sync(
     *,
     limit: float,
     exact: bool,
-    step: int,
+    when: str,
 ) -> tuple[ProbeResult, Slope | None]:
-    """What a sync did that followed optimizer step `step`. `exact`: both sides compute in float32, so that the slope is of
+    """What a sync did; `when` begins the message of an error. `exact`: both sides compute in float32, so that the slope is of
     weights and not of rounding. Raises RolloutError when engine and learner are more than `limit` nats apart in the mean, or
     the learner's last change did not arrive; the message says what was seen, and no more."""
     result = compare([after[0]], [after[1]])
     found = None if before is None else slope(before, after)
     if found is not None and exact and found.wrong:
         raise RolloutError(
-            f"Step {step}: the sync did not bring the learner's weights to the rollout engine: {_arrived(found.value)} of the "
+            f"{when}: the sync did not bring the learner's weights to the rollout engine: {_arrived(found.value)} of the "
             f"learner's last change of log-probs has arrived (slope {found.value:.3f} +- {found.error:.3f} over {found.tokens} "
             f"tokens; 1 after a sync, 0 when it is skipped). The mean gap is {result.mean_gap:.3g} nats. Resume from the last "
             "checkpoint; if it comes back, use `rollout.engine.type=transformers` and report it."
@@ -85,7 +85,7 @@ def check_sync(
     if result.tokens and not result.mean_gap <= limit:
         moved = _moved_along(found if exact else None)
         raise RolloutError(
-            f"Step {step}: after the sync learner and rollout engine disagree about the same tokens: the mean gap is "
+            f"{when}: after the sync learner and rollout engine disagree about the same tokens: the mean gap is "
             f"{result.mean_gap:.3g} nats (largest {result.max_gap:.3g}, {result.tokens} tokens), the limit "
             f"`rollout.probe.max_mean_gap` is {limit:.3g}{moved}. The engine holds other weights than the "
             "learner, or computes this type of model otherwise: try the other `rollout.engine.type`, or "

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,12 @@ from rlpost.policy.rows import RowGroup, build_rows
 from rlpost.rollout.verify import check_sync, level, precision
 
 if TYPE_CHECKING:
+    from rlpost.experience import Group
     from rlpost.learner.buffer import RolloutBuffer
+    from rlpost.learner.process import Processes
+    from rlpost.policy.model import Policy
+    from rlpost.policy.rows import Layout
+    from rlpost.rollout.engine import RolloutEngine
     from rlpost.run.parts import Parts
 
 SEQUENCES = 8
@@ -20,6 +24,7 @@ SEQUENCES = 8
 TOKENS = 1024
 """Of prompts and completions together, at the most, beyond the first completion."""
 
+Sequences = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # prompt and completion
 Pair = tuple[list[float], list[float]]  # log-probs of the same tokens by learner and engine
 
 
@@ -27,7 +32,7 @@ Pair = tuple[list[float], list[float]]  # log-probs of the same tokens by learne
 class Watched:
     """Completions and what both sides said of them while they held the same weights."""
 
-    sequences: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # prompt and completion
+    sequences: Sequences
     said: Pair
 
 
@@ -48,7 +53,8 @@ class SyncProbe:
         self._watched = None
         if self.section is None or buffer.step % self.section.every or not self.parts.recipe.samples:
             return
-        sequences = choose(buffer)
+        by_signal = sorted(zip(buffer.groups, buffer.dead, strict=True), key=lambda pair: pair[1])  # dead groups last
+        sequences = choose([group for group, _ in by_signal])
         if not all(self.parts.processes.gather(bool(sequences))):
             return
         self._watched = Watched(sequences, self._look(sequences))
@@ -65,44 +71,55 @@ class SyncProbe:
             after,
             limit=level(self.section.max_mean_gap, self._precision),
             exact=self._precision == "float32",
-            step=step,
+            when=f"Step {step}",
         )
         metrics = {"sync/mean_abs_gap": result.mean_gap, "sync/max_abs_gap": result.max_gap}
         if found is not None and found.telling:
             metrics["sync/slope"] = found.value
         return metrics
 
-    def _look(self, sequences: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> Pair:
-        """What learner and engine say of the completions' tokens, at temperature 1."""
-        parts = self.parts
-        scored = parts.processes.together(lambda: parts.engine.logprobs([p + c for p, c in sequences]))
-        engine = [value for (_, c), row in zip(sequences, scored, strict=True) for value in row[-len(c) :]]
-        groups, offset = [], 0
-        for i, (prompt, completion) in enumerate(sequences):
-            groups.append(RowGroup(prompt, ((i, offset, completion),)))
-            offset += len(completion)
-        updater, policy = parts.updater, parts.learner.policy
-        rows = build_rows(
-            groups, layout=updater.layout, micro_batch_tokens=updater.section.micro_batch_tokens, pad_id=updater.pad_id
+    def _look(self, sequences: Sequences) -> Pair:
+        parts, updater = self.parts, self.parts.updater
+        return look(
+            parts.learner.policy,
+            parts.engine,
+            parts.processes,
+            sequences,
+            layout=updater.layout,
+            micro_batch_tokens=updater.section.micro_batch_tokens,
+            pad_id=updater.pad_id,
         )
-        with self._at_temperature_1():
-            learner = token_logprobs(policy, rows, offset)
-        return learner.tolist(), engine
-
-    @contextmanager
-    def _at_temperature_1(self) -> Iterator[None]:
-        policy = self.parts.learner.policy
-        rule = policy.rule
-        policy.rule = replace(rule, temperature=1.0)
-        try:
-            yield
-        finally:
-            policy.rule = rule
 
 
-def choose(buffer: RolloutBuffer) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-    """(prompt, completion) of one completion a group, then of the next, until there are enough; dead groups last."""
-    groups = [g for g, dead in sorted(zip(buffer.groups, buffer.dead, strict=True), key=lambda pair: pair[1])]
+def look(
+    policy: Policy,
+    engine: RolloutEngine,
+    processes: Processes,
+    sequences: Sequences,
+    *,
+    layout: Layout,
+    micro_batch_tokens: int,
+    pad_id: int,
+) -> Pair:
+    """What policy and engine say of the completions' tokens, at temperature 1. Collective; `sequences` is not empty."""
+    scored = processes.together(lambda: engine.logprobs([p + c for p, c in sequences]))
+    heard = [value for (_, c), row in zip(sequences, scored, strict=True) for value in row[-len(c) :]]
+    groups, offset = [], 0
+    for i, (prompt, completion) in enumerate(sequences):
+        groups.append(RowGroup(prompt, ((i, offset, completion),)))
+        offset += len(completion)
+    rows = build_rows(groups, layout=layout, micro_batch_tokens=micro_batch_tokens, pad_id=pad_id)
+    rule = policy.rule
+    policy.rule = replace(rule, temperature=1.0)
+    try:
+        learner = token_logprobs(policy, rows, offset)
+    finally:
+        policy.rule = rule
+    return learner.tolist(), heard
+
+
+def choose(groups: Sequence[Group]) -> Sequences:
+    """(prompt, completion) of one completion a group, then of the next, until there are enough."""
     longest = max((len(g.completions) for g in groups), default=0)
     chosen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
     tokens = 0
