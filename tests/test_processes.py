@@ -70,7 +70,7 @@ def test_two_processes_are_one_run(layout, launch, single, write_recipe, childre
     assert [(row["step"], row["kind"]) for row in mine] == [(row["step"], row["kind"]) for row in theirs]
     for row, expected in zip(mine, theirs, strict=True):
         for key in expected:
-            if key not in ("kind", "policy/kl_old") and not key.startswith(("tokens/", "mismatch/")):
+            if key not in ("kind", "policy/kl_old") and not key.startswith(("tokens/", "mismatch/", "sync/")):
                 # The loss is a sum of terms of order 1 that cancel: float32 leaves more of it than of the gradient.
                 bound = 2e-6 if key == "optimizer/loss" else 1e-6
                 assert row[key] == pytest.approx(expected[key], rel=1e-5, abs=bound), (row["step"], key)

@@ -29,7 +29,7 @@ from rlpost.rollout.remote.weights import WeightFiles, weights_folder
 
 engine_test = pytest.mark.engine
 SETTINGS = SamplingSettings(max_completion_tokens=24, temperature=1.0)
-DEADLINE_S = 6.0
+DEADLINE_S = 8.0  # short, so that a stopped process is noticed soon; a busy machine must still answer within it
 SECTION = VllmEngine(where="worker", dtype="float32", kv_cache_gib=0.25, max_sequences=32, deadline_s=DEADLINE_S)
 
 
@@ -236,7 +236,9 @@ def make(saved, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def worker(make):
-    return make()
+    return make(
+        SECTION.model_copy(update={"deadline_s": 120.0})
+    )  # nothing is stopped here, and the machine may be busy
 
 
 @pytest.fixture(scope="module")

@@ -93,7 +93,7 @@ class Loop:
                 actor_critic.load_state_dict(before[1])
             return False
         watch_rows(self.parts, self.state, buffer)
-        self.parts.phase("probe", lambda: self.probe.before(buffer))
+        self.state.watched = self.parts.phase("probe", lambda: self.probe.before(buffer))
         self.state.buffer = buffer
         return True
 
@@ -105,7 +105,7 @@ class Loop:
         parts.optimizer_step = self.state.optimizer_step
         if buffer.updates_done == parts.recipe.learner.steps_per_rollout:
             parts.phase("sync", self.sync)
-            metrics |= parts.phase("probe", lambda: self.probe.after(self.state.optimizer_step))
+            metrics |= parts.phase("probe", lambda: self.probe.after(self.state))
         seconds = parts.phases.take()
         row = {"rollout": float(buffer.step), **buffer.metrics, **metrics, **mask_share(metrics, seconds), **seconds}
         record = self.source.record(buffer) if first else None

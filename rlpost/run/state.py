@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,7 @@ from rlpost.learner.rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from rlpost.run.parts import Parts
+    from rlpost.run.sync_probe import Watched
     from rlpost.source.source import Source
 
 
@@ -28,6 +29,7 @@ class RunState:
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     buffer: RolloutBuffer | None = None  # a rollout of which some optimizer steps are still to be taken
+    watched: Watched | None = None  # what the probe compares with after the rollout's last optimizer step
     accuracy_before: float | None = None
     empty_in_a_row: int = 0  # rollouts without a single row to learn from
 
@@ -51,7 +53,7 @@ class RunState:
         )
 
 
-COUNTERS = tuple(name for name in RunState.__dataclass_fields__ if name != "buffer")
+COUNTERS = tuple(name for name in RunState.__dataclass_fields__ if name not in ("buffer", "watched"))
 
 
 def save_checkpoint(parts: Parts, state: RunState, source: Source) -> Path:
@@ -61,7 +63,8 @@ def save_checkpoint(parts: Parts, state: RunState, source: Source) -> Path:
     """
     learner, processes, later = parts.learner, parts.processes, parts.store.asynchronous
     weights = learner.full_state_dict(copy=later)
-    own = {"rng": rng_state(), "buffer": state.buffer, "method": parts.updater.state_dict()}
+    own: dict[str, Any] = {"rng": rng_state(), "buffer": state.buffer, "watched": state.watched}
+    own["method"] = parts.updater.state_dict()
     write_own = file_writer({f"rank_{processes.rank}.pt": own, **learner.own_state()}, snapshot=later)
     write_trainer = file_writer(learner.shared_state() if processes.is_main else {}, snapshot=later)
     counters = {name: getattr(state, name) for name in COUNTERS} | source.state_dict()
@@ -97,7 +100,7 @@ def load_checkpoint(path: Path, parts: Parts, source: Source) -> RunState:
     own = torch.load(path / "trainer" / f"rank_{rank}.pt", weights_only=False, map_location="cpu")
     set_rng_state(own["rng"])
     parts.updater.load_state_dict(own["method"])
-    state.buffer = own["buffer"]
+    state.buffer, state.watched = own["buffer"], own.get("watched")
     if state.buffer is not None and not all(hasattr(state.buffer, name) for name in state.buffer.__dataclass_fields__):
         raise CheckpointError(
             f"{path} holds a rollout in progress that another version of rlpost saved. Resume with that version up to a "

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rlpost.policy.rows import Layout
     from rlpost.rollout.engine import RolloutEngine
     from rlpost.run.parts import Parts
+    from rlpost.run.state import RunState
 
 SEQUENCES = 8
 """Completions that each process compares: one in eight of the quickstart's rollout, so that it costs little of a step."""
@@ -45,23 +46,21 @@ class SyncProbe:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.section = parts.recipe.rollout.probe
-        self._watched: Watched | None = None
         self._precision = precision(parts.recipe)
 
-    def before(self, buffer: RolloutBuffer) -> None:
+    def before(self, buffer: RolloutBuffer) -> Watched | None:
         """Called with a rollout that nothing was learned from yet: learner and engine hold the same weights. Collective."""
-        self._watched = None
         if self.section is None or buffer.step % self.section.every or not self.parts.recipe.samples:
-            return
+            return None
         by_signal = sorted(zip(buffer.groups, buffer.dead, strict=True), key=lambda pair: pair[1])  # dead groups last
         sequences = choose([group for group, _ in by_signal])
         if not all(self.parts.processes.gather(bool(sequences))):
-            return
-        self._watched = Watched(sequences, self._look(sequences))
+            return None
+        return Watched(sequences, self._look(sequences))
 
-    def after(self, step: int) -> dict[str, float]:
+    def after(self, state: RunState) -> dict[str, float]:
         """Called after the sync; metrics. Raises RolloutError when it did not bring the learner's weights. Collective."""
-        watched, self._watched = self._watched, None
+        watched, state.watched = state.watched, None
         if watched is None or self.section is None:
             return {}
         everyone = self.parts.processes.gather((watched.said, self._look(watched.sequences)))
@@ -71,7 +70,7 @@ class SyncProbe:
             after,
             limit=level(self.section.max_mean_gap, self._precision),
             exact=self._precision == "float32",
-            when=f"Step {step}",
+            when=f"Step {state.optimizer_step}",
         )
         metrics = {"sync/mean_abs_gap": result.mean_gap, "sync/max_abs_gap": result.max_gap}
         if found is not None and found.telling:
