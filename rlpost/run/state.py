@@ -15,8 +15,8 @@ from rlpost.learner.checkpoint import file_writer
 from rlpost.learner.rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
+    from rlpost.rollout.verify import Watched
     from rlpost.run.parts import Parts
-    from rlpost.run.sync_probe import Watched
     from rlpost.source.source import Source
 
 
