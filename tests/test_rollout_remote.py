@@ -24,6 +24,8 @@ from rlpost.rollout.engine import SamplingRequest, SamplingSettings
 from rlpost.rollout.factory import make_engine
 from rlpost.rollout.place import Place
 from rlpost.rollout.remote.arguments import server_arguments, server_environment
+from rlpost.rollout.remote.client import ServerLost
+from rlpost.rollout.remote.engine import RemoteEngine, Server
 from rlpost.rollout.remote.replies import BadReply, read_sample, read_scores
 from rlpost.rollout.remote.weights import WeightFiles, weights_folder
 
@@ -80,6 +82,8 @@ def test_a_reply_as_it_should_be():
         (reply(token_ids=[5, 6, 1, 1], logprobs=scored(-1.0, -1.0, -1.0, -1.0)), "1 to 3 tokens"),
         (reply(token_ids=None), "1 to 3 tokens"),
         (reply(logprobs=None), "1 to 3 tokens"),
+        (reply(logprobs=[1]), "1 to 3 tokens"),
+        (reply(logprobs={"content": ["x", "y", "z"]}), "finite"),
         (reply(logprobs=scored(-0.5, -9999.0, 0.0)), "-9999"),
         (reply(logprobs=scored(-0.5, float("nan"), 0.0)), "finite"),
         (reply(logprobs=scored(-0.5, float("-inf"), 0.0)), "finite"),
@@ -201,6 +205,45 @@ def test_the_arguments_are_the_options_of_the_engine_in_process():
 def test_no_server_left_is_an_exit_code_that_says_try_again():
     assert EngineLost.exit_code == 75
     assert issubclass(EngineLost, RolloutError)
+
+
+class DyingProcess:
+    """A worker of which the first starts fail."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures, self.starts, self.alive, self.address = failures, 0, False, "unix:/nowhere"
+
+    def start(self) -> None:
+        self.starts += 1
+        if self.starts <= self.failures:
+            raise ServerLost(f"start {self.starts} failed")
+        self.alive = True
+
+    def end(self) -> None:
+        self.alive = False
+
+
+@pytest.mark.parametrize(("failures", "starts", "lives"), [(0, 1, True), (2, 3, True), (3, 3, False)])
+def test_a_worker_is_replaced_as_often_as_the_recipe_says(failures, starts, lives):
+    process = DyingProcess(failures)
+    section = SECTION.model_copy(update={"restarts": 3})
+    engine = RemoteEngine(
+        [Server(process.address, process)],
+        section,
+        None,
+        vocabulary=9,
+        max_model_len=9,
+        ends=(),
+        place=Place(),
+        files=None,
+    )
+    if lives:
+        engine._replace()
+        assert engine.restarts == starts
+    else:
+        with pytest.raises(EngineLost, match=r"start 3 failed.*3 of rollout\.engine\.restarts=3 restarts were used"):
+            engine._replace()
+    assert process.starts == starts
 
 
 # --- real servers ----------------------------------------------------------------------------------------------------------
@@ -398,7 +441,7 @@ path = {saved[0]!r}
 engine = t.make_engine(t.SECTION, t.ModelSection(path=path), path, AutoTokenizer.from_pretrained(path), max_model_len=100,
                        seed=0, device="cpu", place=t.Place(logs=t.Path({str(tmp_path)!r})))
 engine.load_weights(AutoModelForCausalLM.from_pretrained(path).named_parameters(), 0)
-print(*t.processes(engine).values(), engine.servers[0].process._process.pid, flush=True)
+print(*t.processes(engine).values(), engine.servers[0].process._process.pid, engine.servers[0].address, flush=True)
 time.sleep(600)
 """
     child = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
@@ -406,13 +449,16 @@ time.sleep(600)
         line = child.stdout.readline()
         while line and not line[0].isdigit():
             line = child.stdout.readline()
-        pids = [int(word) for word in line.split()]
+        *pids, address = line.split()
+        pids, socket_folder = [int(pid) for pid in pids], Path(address.removeprefix("unix:")).parent
+        assert socket_folder.stat().st_mode & 0o077 == 0, "for this user only"
         assert len(pids) == 4
     finally:
         child.kill()
         child.wait()
     assert all_gone(pids, 10)
     assert set(os.listdir("/dev/shm")) <= before
+    assert not socket_folder.exists()
 
 
 def free_port() -> int:
@@ -456,10 +502,11 @@ def test_a_run_with_two_servers_goes_on_when_one_is_killed(write_recipe, childre
     while not metrics.is_file() or metrics.read_text().count('"train"') < 1:
         assert learner.poll() is None and time.monotonic() < until, learner.communicate()[0]
         time.sleep(0.05)
-    for process in [*psutil.Process(servers[0].pid).children(recursive=True), psutil.Process(servers[0].pid)]:
-        process.kill()
+    processes = [psutil.Process(servers[0].pid), *psutil.Process(servers[0].pid).children(recursive=True)]
+    servers[0].kill()  # what watches vLLM ends the rest
     printed, _ = learner.communicate(timeout=300)
     assert learner.returncode == 0, printed
     assert f"http://127.0.0.1:{ports[0]} is lost" in printed
+    assert all_gone([process.pid for process in processes], 10)
     wanted, got = rows(tmp_path / "alone" / "run", "train"), rows(tmp_path / "served" / "run", "train")
     assert [row["reward/mean"] for row in got] == pytest.approx([row["reward/mean"] for row in wanted], rel=1e-6)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlpost.data.answers import end_ids
@@ -17,7 +16,6 @@ from rlpost.rollout.place import Place
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Place", "make_engine"]
 _log = logging.getLogger(__name__)
 
 
@@ -41,12 +39,32 @@ def make_engine(
     if not isinstance(section, VllmEngine | TransformersEngine):
         raise unknown_choice("rollout.engine", section)
     if isinstance(section, VllmEngine):
-        ends, place = end_ids(tokenizer), place or Place()
-        made = _vllm(
-            section, model, model_path, ends, max_model_len=max_model_len, seed=seed, device=device, place=place
+        match section.where:
+            case "colocated":
+                if importlib.util.find_spec("vllm") is not None:
+                    from rlpost.rollout.vllm_engine import VllmRolloutEngine
+
+                    return VllmRolloutEngine(
+                        model_path,
+                        section,
+                        max_model_len=max_model_len,
+                        seed=seed,
+                        device=device,
+                        trust_remote_code=model.trust_remote_code,
+                        ends=end_ids(tokenizer),
+                    )
+            case "worker" | "server":
+                from rlpost.rollout.remote.make import Served, make_remote_engine
+
+                on_cpu = device.split(":")[0] == "cpu"
+                served = Served(model_path, max_model_len, seed, model.trust_remote_code, on_cpu)
+                return make_remote_engine(section, served, end_ids(tokenizer), place or Place())
+            case _:
+                raise unknown_choice("rollout.engine.where", section.where)
+        _log.warning(
+            "vLLM IS NOT INSTALLED: sampling with transformers instead, ten or more times slower. Install "
+            "`rlpost[cuda]` or `rlpost[cpu]`, or silence this with rollout.engine.type=transformers."
         )
-        if made is not None:
-            return made
         section = TransformersEngine(dtype="bfloat16" if section.dtype == "bfloat16" else "float32")
     from rlpost.rollout.transformers_engine import TransformersRolloutEngine
 
@@ -59,44 +77,3 @@ def make_engine(
         attention=model.attention,
         trust_remote_code=model.trust_remote_code,
     )
-
-
-def _vllm(
-    section: VllmEngine,
-    model: ModelSection,
-    model_path: str,
-    ends: Sequence[int],
-    *,
-    max_model_len: int,
-    seed: int,
-    device: str,
-    place: Place,
-) -> RolloutEngine | None:
-    """vLLM where the recipe wants it; None where it would be in this process and is not installed."""
-    match section.where:
-        case "worker" | "server":
-            from rlpost.rollout.remote.engine import make_remote_engine
-
-            return make_remote_engine(
-                section, model, model_path, ends, max_model_len=max_model_len, seed=seed, device=device, place=place
-            )
-        case "colocated":
-            if importlib.util.find_spec("vllm") is None:
-                _log.warning(
-                    "vLLM IS NOT INSTALLED: sampling with transformers instead, ten or more times slower. Install "
-                    "`rlpost[cuda]` or `rlpost[cpu]`, or silence this with rollout.engine.type=transformers."
-                )
-                return None
-            from rlpost.rollout.vllm_engine import VllmRolloutEngine
-
-            return VllmRolloutEngine(
-                model_path,
-                section,
-                max_model_len=max_model_len,
-                seed=seed,
-                device=device,
-                trust_remote_code=model.trust_remote_code,
-                ends=ends,
-            )
-        case _:
-            raise unknown_choice("rollout.engine.where", section.where)

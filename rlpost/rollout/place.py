@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,5 +20,5 @@ class Place:
     local_rank: int = 0  # on its node
     gather: Callable[[Any], list[Any]] = _alone
     """Every process's value, by rank, on every process. Collective."""
-    logs: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
-    """The folder for what servers print."""
+    logs: Path | None = None
+    """The folder for what servers print; by default a new temporary one."""

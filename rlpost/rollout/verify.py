@@ -21,6 +21,10 @@ Precision = Literal["float32", "float16", "bfloat16", "quantised"]
 LEVELS: dict[Precision, float] = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1, "quantised": 0.5}
 """Mean |learner - engine| in nats above which the engine is held to have other weights (`rollout.probe.max_mean_gap: auto`)."""
 
+_AWAY = 0.02  # from 1: a sync that brought everything was measured at 0.9999 +- 0.0001
+_SURE = 5.0  # standard errors away from 1
+_MOVED = 2e-5  # root mean square of the learner's change in nats, below which rounding is as large: nothing can be said
+
 Sequences = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # prompt and completion
 Pair = tuple[list[float], list[float]]  # log-probs of the same tokens by learner and engine
 
@@ -31,11 +35,6 @@ class Watched:
 
     sequences: Sequences
     said: Pair | None  # None in 16 bits, where a step is no larger than rounding
-
-
-_AWAY = 0.02  # from 1: a sync that brought everything was measured at 0.9999 +- 0.0001
-_SURE = 5.0  # standard errors away from 1
-_MOVED = 2e-5  # root mean square of the learner's change in nats, below which rounding is as large: nothing can be said
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,7 +155,8 @@ def start_engine(
     recipe: Recipe, model_path: str, tokenizer: PreTrainedTokenizerBase, processes: Processes
 ) -> RolloutEngine:
     """The rollout engine; several CPU processes take turns with their threads by having one each."""
-    from rlpost.rollout.factory import Place, make_engine
+    from rlpost.rollout.factory import make_engine
+    from rlpost.rollout.place import Place
 
     return make_engine(
         recipe.rollout.engine,

@@ -36,20 +36,25 @@ def placement_problems(engine: VllmEngine) -> Iterator[str]:
                     f"{key}.devices names {len(engine.devices)} GPUs, and each worker takes tensor_parallel x replicas = "
                     f"{needed}. Name as many as the workers of a node (one for each learner process) take together"
                 )
-            there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            if engine.cores and max(engine.cores) >= (os.cpu_count() or there):
-                yield f"{key}.cores names core {max(engine.cores)}, and this machine's are 0 to {(os.cpu_count() or there) - 1}"
+            last = (os.cpu_count() or 1) - 1
+            if engine.cores and not hasattr(os, "sched_setaffinity"):
+                yield f"{key}.cores: this operating system does not let programs be bound to cores. Leave the key out"
+            elif engine.cores and max(engine.cores) > last:
+                yield f"{key}.cores names core {max(engine.cores)}, and this machine's are 0 to {last}. Name others"
         case "server":
             if not engine.urls:
                 yield f"{where} needs {key}.urls: where `rlpost serve` listens, such as [http://10.0.0.2:8000]"
             if len(set(engine.urls)) < len(engine.urls):
-                yield f"{key}.urls names the same server twice"
+                yield f"{key}.urls names the same server twice. Name each once"
         case _:
             raise unknown_choice(f"{key}.where", engine.where)
     if engine.urls and engine.where != "server":
-        yield f"{key}.urls with {where}: they are for where=server"
+        yield f"{key}.urls with {where}: they are for where=server. Set it, or leave the key out"
     for name in ("devices", "cores"):
         if getattr(engine, name) and engine.where != "worker":
-            yield f"{key}.{name} with {where}: it is for where=worker"
+            yield f"{key}.{name} with {where}: it is for where=worker. Set it, or leave the key out"
     if engine.sleep and engine.where != "colocated":
-        yield f"{key}.sleep with {where}: only an engine on the learner's own GPU gives memory back between rollouts"
+        yield (
+            f"{key}.sleep with {where}: only an engine on the learner's own GPU gives memory back between rollouts. "
+            "Leave the key out"
+        )

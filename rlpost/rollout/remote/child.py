@@ -3,9 +3,9 @@
 vLLM's processes do not watch each other: if its API server is killed, engine and workers live on with the card's memory, and
 their queues' shared memory is never removed. This process does nothing else, so that it is there when they are not.
 
-python -m rlpost.rollout.remote.child [--remove FOLDER] -- vllm's arguments
+python -m rlpost.rollout.remote.child [FOLDER ...] -- vllm's arguments
 
-Its standard input is a pipe that the learner holds.
+Its standard input is a pipe that the learner holds. The folders are removed when the learner is gone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LOOK_EVERY_S = 1.0
 def main(arguments: list[str]) -> int:
     """Runs the server until it ends or standard input does. The exit code is the server's."""
     mark = arguments.index("--")
-    folders = [Path(folder) for folder in arguments[:mark] if folder != "--remove"]
+    folders = [Path(folder) for folder in arguments[:mark]]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     server = subprocess.Popen(
         [sys.executable, "-m", "rlpost.rollout.remote.vllm_serve", *arguments[mark + 1 :]], stdin=subprocess.DEVNULL

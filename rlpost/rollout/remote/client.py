@@ -13,7 +13,8 @@ import httpx
 T = TypeVar("T")
 
 
-logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for every sample
+if logging.getLogger("httpx").level == logging.NOTSET:
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # else a line for every sample
 
 
 class ServerLost(Exception):
@@ -52,13 +53,12 @@ class Client:
         *,
         deadline_s: float | None = None,
         method: str = "POST",
-        params: dict[str, str] | None = None,
     ) -> Any:
         """The JSON that `path` answers with; None for an empty answer. Raises ServerLost or ServerRefused."""
         seconds = self.deadline_s if deadline_s is None else deadline_s
         try:
             async with asyncio.timeout(seconds):
-                reply = await self._http.request(method, path, json=body, params=params)
+                reply = await self._http.request(method, path, json=body)
         except TimeoutError:
             raise ServerLost(f"{path} was not answered within {seconds:g} s") from None
         except httpx.HTTPError as error:
@@ -104,6 +104,20 @@ def _read(path: str, reply: httpx.Response) -> Any:
 
 def _words(reply: httpx.Response) -> str:
     return " ".join(reply.text.split())[:600]
+
+
+def answers(address: str, *, deadline_s: float) -> bool:
+    """Whether the server at `address` is up: its API, its engine and every worker."""
+
+    async def ask() -> bool:
+        try:
+            async with Client(address, deadline_s=deadline_s) as client:
+                await client.ping()
+        except (ServerLost, ServerRefused):
+            return False
+        return True
+
+    return run(ask())
 
 
 def run(action: Coroutine[Any, Any, T]) -> T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -14,20 +15,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from rlpost.errors import EngineLost, RolloutError
 from rlpost.experience import Completion
 from rlpost.policy.names import WeightNames
-from rlpost.policy.precision import sampler_dtype
-from rlpost.recipe.sections.base import unknown_choice
-from rlpost.recipe.sections.model import ModelSection
 from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
 from rlpost.rollout.place import Place
-from rlpost.rollout.remote.arguments import server_arguments, server_environment
-from rlpost.rollout.remote.client import Client, ServerLost, ServerRefused, run
+from rlpost.rollout.remote.client import Client, ServerLost, ServerRefused, answers, run
 from rlpost.rollout.remote.process import ServerProcess
 from rlpost.rollout.remote.replies import BadReply, read_sample, read_scores, sampling_body, scoring_body
-from rlpost.rollout.remote.weights import WeightFiles, weights_folder
+from rlpost.rollout.remote.weights import WeightFiles
 from rlpost.rollout.sync_errors import incomplete
-from rlpost.rollout.vllm_errors import explain_startup
-from rlpost.rollout.vllm_names import checkpoint_names, load_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +111,7 @@ class RemoteEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int = 0) -> None:
         """Gives all servers new weights. Collective. Raises RolloutError when some are missing or the servers cannot take them,
         EngineLost when no server is left."""
-        error: RlpostErrorOrNone = None
+        error: RolloutError | None = None
         if self._files is not None:
             try:
                 self._files.write(weights)
@@ -145,7 +140,7 @@ class RemoteEngine:
     def _salt(self) -> str:
         return f"{self.version}-{self._place.rank}-{os.getpid()}-{next(self._calls)}"
 
-    def _agree(self, error: RlpostErrorOrNone) -> None:
+    def _agree(self, error: RolloutError | None) -> None:
         """Every process of the run goes on, or none does; all know which servers are lost."""
         lost = {s.address: s.lost for s in self.servers if s.process is None}
         told = self._place.gather((None if error is None else (type(error), str(error)), lost, self._files is not None))
@@ -157,16 +152,16 @@ class RemoteEngine:
             if server.process is None:
                 server.lost = shared.get(server.address, server.lost)
 
-    def _give_all(self) -> RlpostErrorOrNone:
+    def _give_all(self) -> RolloutError | None:
         """The weights to every server, lost ones included: with all weights they may join again."""
         for server in self.servers:
             if server.process is None:
                 server.lost = None
         try:
-            run(self._give(self.servers))
-            if self._first and not any(s.process for s in self.servers):
+            if self._first:
                 self._wait_for_servers()
-            if not [s for s in self.servers if s.lost is None]:
+            run(self._give(self.servers))
+            if not self._living():
                 self._replace()
         except RolloutError as error:
             return error
@@ -176,16 +171,17 @@ class RemoteEngine:
         return None
 
     def _wait_for_servers(self) -> None:
-        """Before the first rollout: learner and servers may have been started at the same time."""
+        """Before the first sync: learner and servers may have been started at the same time."""
         until, told = time.monotonic() + self._section.start_s, False
-        while (lost := [s for s in self.servers if s.lost and not s.refused]) and time.monotonic() < until:
+        while absent := [s for s in self.servers if s.process is None and not answers(s.address, deadline_s=5)]:
+            if time.monotonic() > until:
+                return  # those that are there go on; none at all is an error of the sync
             if not told:
-                _log.warning("Waiting for %s, %g s at most", " and ".join(s.name for s in lost), self._section.start_s)
+                _log.warning(
+                    "Waiting for %s, %g s at most", " and ".join(s.name for s in absent), self._section.start_s
+                )
                 told = True
             time.sleep(2)
-            for server in lost:
-                server.lost = None
-            run(self._give(lost))
 
     async def _give(self, servers: Sequence[Server]) -> None:
         """Start, every file, finish: the same on all servers at once."""
@@ -210,11 +206,9 @@ class RemoteEngine:
                 await client.call("/update_weights", {"update_info": {"path": str(path), "names": names}})
             await client.call("/finish_weight_update", {"weight_version": self.version})
             told = await client.call("/weight_info", method="GET")
-            if told.get("weight_version") != self.version:
-                raise ServerLost(
-                    f"after the sync it holds weights {told.get('weight_version')!r}, not {self.version!r}"
-                )
-            await client.call("/reset_prefix_cache", params={})
+            if told != {"weight_version": self.version}:
+                raise ServerLost(f"after the sync it holds weights {told!r}, not {self.version!r}")
+            await client.call("/reset_prefix_cache")
         except (ServerRefused, ServerLost) as error:
             if isinstance(error, ServerRefused) and server.fresh:
                 server.refused = str(error)
@@ -239,23 +233,13 @@ class RemoteEngine:
         return [server for server in self.servers if server.lost is None]
 
     def _replace(self) -> None:
-        """Starts the worker again and gives it the weights that it had. Raises EngineLost where that is not to be."""
-        for server in self.servers:
-            if server.process is None or server.refused or self.restarts >= self._section.restarts:
-                continue
-            self.restarts += 1
-            _log.warning(
-                "%s is replaced (%d of %d): %s", server.name, self.restarts, self._section.restarts, server.lost
-            )
-            try:
-                server.process.start()
-            except ServerLost as error:
-                server.lost = str(error)
-                continue
-            server.address, server.lost, server.fresh, server.refused = server.process.address, None, True, None
-            if self.version != "default":
-                run(self._give([server]))
-        if not [server for server in self.servers if server.lost is None]:
+        """Starts the worker again, as often as may be, with the weights that it had. Raises EngineLost when none lives."""
+        while not self._living() and self.restarts < self._section.restarts:
+            worker = next((s for s in self.servers if s.process is not None and s.refused is None), None)
+            if worker is None:
+                break
+            self._restart(worker)
+        if not self._living():
             why = "; ".join(f"{server.name}: {server.lost}" for server in self.servers)
             if all(server.refused for server in self.servers):
                 raise RolloutError(
@@ -269,6 +253,20 @@ class RemoteEngine:
                 "resume=auto."
             )
 
+    def _restart(self, server: Server) -> None:
+        """One more process for a worker that is lost; it may be lost again at once."""
+        assert server.process is not None
+        self.restarts += 1
+        _log.warning("%s is replaced (%d of %d)", server.name, self.restarts, self._section.restarts)
+        try:
+            server.process.start()
+        except ServerLost as error:
+            server.lost = str(error)
+            return
+        server.address, server.lost, server.fresh = server.process.address, None, True
+        if self.version != "default":
+            run(self._give([server]))
+
     def _lose(self, server: Server, why: str) -> None:
         if server.lost is None:
             server.lost = why
@@ -279,7 +277,7 @@ class RemoteEngine:
 
     async def _round(self, job: Job[Any]) -> None:
         """Every open request of the job, until all are answered or no server is left."""
-        living = [server for server in self.servers if server.lost is None]
+        living = self._living()
         async with AsyncExitStack() as stack:
             lanes = [Lane(server, await stack.enter_async_context(self._client(server))) for server in living]
             beats = [asyncio.create_task(self._heartbeat(lane)) for lane in lanes]
@@ -295,7 +293,7 @@ class RemoteEngine:
 
     async def _forget(self, lane: Lane) -> None:
         try:
-            await lane.client.call("/reset_prefix_cache", params={})
+            await lane.client.call("/reset_prefix_cache")
         except (ServerLost, ServerRefused) as error:
             self._give_up(lane, str(error))
 
@@ -337,10 +335,9 @@ class RemoteEngine:
 
 async def _send_away(client: Client) -> None:
     """Ends a server that may hold a mixture of weights, so that whoever started it starts it anew."""
-    try:
+    # It ends without an answer. Where it cannot be reached, there is nothing to be sent away: whoever started it finds out.
+    with contextlib.suppress(ServerLost, ServerRefused):
         await client.rpc("rlpost_end", deadline_s=5)
-    except (ServerLost, ServerRefused):
-        pass  # it cannot answer: it is gone, or was before
 
 
 class Job(Generic[T]):
@@ -379,114 +376,3 @@ class Lane:
             for task in (mine, lost):
                 task.cancel()
             await asyncio.gather(mine, lost, return_exceptions=True)
-
-
-RlpostErrorOrNone = RolloutError | None
-
-
-def make_remote_engine(
-    section: VllmEngine,
-    model: ModelSection,
-    model_path: str,
-    ends: Sequence[int],
-    *,
-    max_model_len: int,
-    seed: int,
-    device: str,
-    place: Place,
-) -> RemoteEngine:
-    """The engine of `where: worker` or `where: server`. Raises RolloutError when a worker cannot start.
-
-    `max_model_len`: prompt plus completion in tokens; `device`: the learner's.
-    """
-    config = load_config(model_path, model.trust_remote_code)
-    names = checkpoint_names(config, model.trust_remote_code)
-    section = section.model_copy(update={"dtype": sampler_dtype(section)})
-
-    def weight_files() -> WeightFiles:
-        return WeightFiles(weights_folder(section.weights_folder, 4 * names.size()))
-
-    match section.where:
-        case "worker":
-            files: WeightFiles | None = weight_files()
-            assert files is not None
-            on_cpu = device.split(":")[0] == "cpu"
-            process = _worker(
-                section,
-                model_path,
-                max_model_len=max_model_len,
-                seed=seed,
-                on_cpu=on_cpu,
-                trust_remote_code=model.trust_remote_code,
-                place=place,
-                files=files,
-            )
-            try:
-                process.start()
-            except ServerLost as error:
-                files.close()
-                raise explain_startup(error, model_path, section, max_model_len) from error
-            servers = [Server(process.address, process)]
-        case "server":
-            files = weight_files() if place.rank == 0 else None
-            servers = [Server(url) for url in section.urls]
-        case "colocated":
-            raise ValueError("a colocated engine is made by `rlpost.rollout.factory`")
-        case _:
-            raise unknown_choice("rollout.engine.where", section.where)
-    return RemoteEngine(
-        servers,
-        section,
-        names,
-        vocabulary=config.get_text_config().vocab_size,
-        max_model_len=max_model_len,
-        ends=ends,
-        place=place,
-        files=files,
-    )
-
-
-def _worker(
-    section: VllmEngine,
-    model_path: str,
-    *,
-    max_model_len: int,
-    seed: int,
-    on_cpu: bool,
-    trust_remote_code: bool,
-    place: Place,
-    files: WeightFiles,
-) -> ServerProcess:
-    from rlpost.policy.generation import loading_options
-
-    devices: tuple[int, ...] = ()
-    if not on_cpu:
-        needed = section.tensor_parallel * section.replicas
-        devices = section.devices[place.local_rank * needed : (place.local_rank + 1) * needed]
-        if len(devices) < needed:
-            raise RolloutError(
-                f"rollout.engine.where=worker: the worker of learner process {place.local_rank} of this node needs {needed} "
-                f"GPUs of its own, and rollout.engine.devices={list(section.devices)} has none left for it. Name "
-                "tensor_parallel x replicas GPUs for each learner process, none of which a learner uses."
-            )
-
-    def arguments(address: str) -> list[str]:
-        return server_arguments(
-            model_path,
-            section,
-            max_model_len=max_model_len,
-            seed=seed,
-            on_cpu=on_cpu,
-            trust_remote_code=trust_remote_code,
-            address=address,
-            generation_config="vllm" if loading_options(model_path)[0] else None,
-        )
-
-    return ServerProcess(
-        arguments,
-        server_environment(section, on_cpu=on_cpu, deadline_s=section.deadline_s, devices=devices),
-        cores=section.cores,
-        log=place.logs / f"vllm_{place.rank}.log",
-        remove=files.folder,
-        start_s=section.start_s,
-    )

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from rlpost.rollout.remote.client import Client, ServerLost, ServerRefused, run
+from rlpost.rollout.remote.client import ServerLost, answers
 
 _ENDS_WITHIN_S = 12.0
 
@@ -51,15 +51,19 @@ class ServerProcess:
         else:
             self.address = f"http://{self._listens}"
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        cores = self._cores
         with self.log.open("ab") as log:
             began = log.tell()
             self._process = self._spawn(log)
-        if cores:
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(self._process.pid, cores)  # its children inherit it
+        if self._cores:
+            try:
+                os.sched_setaffinity(self._process.pid, self._cores)  # its children inherit it
+            except OSError as error:
+                self.end()
+                raise ServerLost(
+                    f"it may not use the cores {list(self._cores)} (rollout.engine.cores): {error}"
+                ) from error
         until = time.monotonic() + self._start_s
-        while not self.answers(30):
+        while not answers(self.address, deadline_s=30):
             if (code := self._process.poll()) is not None:
                 said = _last_words(self.log, began)
                 self.end()
@@ -71,7 +75,7 @@ class ServerProcess:
             time.sleep(0.3)
 
     def _spawn(self, log: IO[bytes]) -> subprocess.Popen[bytes]:
-        remove = [] if self._remove is None else ["--remove", str(self._remove)]
+        remove = [str(folder) for folder in (self._remove, self._folder) if folder is not None]
         command = [sys.executable, "-m", "rlpost.rollout.remote.child", *remove, "--"]
         return subprocess.Popen(
             [*command, *self._arguments(self._listens or self.address)],
@@ -86,22 +90,16 @@ class ServerProcess:
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    def answers(self, deadline_s: float) -> bool:
-        """Whether the API server and every worker answer."""
-        return run(_answers(self.address, deadline_s))
-
     def end(self) -> None:
         """Ends the server with all of its processes. Ending twice does nothing."""
         process, self._process = self._process, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_ENDS_WITHIN_S)
-            except subprocess.TimeoutExpired:
-                pass
-            # What watches the server may have been killed itself.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
+            # What watches the server may hang, or have been killed itself: then the rest of its group is still there.
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             if process.stdin is not None:
@@ -109,16 +107,6 @@ class ServerProcess:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
-
-
-async def _answers(address: str, deadline_s: float) -> bool:
-    try:
-        async with Client(address, deadline_s=deadline_s) as client:
-            await client.call("/health", method="GET", deadline_s=5)
-            await client.ping()
-    except (ServerLost, ServerRefused):
-        return False
-    return True
 
 
 def _last_words(log: Path, began: int) -> str:

@@ -73,7 +73,8 @@ def read_sample(reply: Any, *, vocabulary: int, longest: int, version: str) -> C
     Raises BadReply for anything else.
     """
     choice = _choice(reply)
-    tokens, content = choice.get("token_ids"), (choice.get("logprobs") or {}).get("content")
+    tokens, logged = choice.get("token_ids"), choice.get("logprobs")
+    content = logged.get("content") if isinstance(logged, Mapping) else None
     if not isinstance(tokens, list) or not isinstance(content, list) or not 0 < len(tokens) <= longest:
         raise BadReply(f"it holds no list of 1 to {longest} tokens with their log-probs")
     if len(tokens) != len(content):

@@ -61,6 +61,7 @@ class WeightFiles:
 
     def write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces what was there. A sharded learner gathers one tensor at a time: so many are held as fill a file."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         self.remove()
@@ -68,7 +69,7 @@ class WeightFiles:
             path = self.folder / f"{number}.safetensors"
             try:
                 save_file(bucket, path)
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 raise RolloutError(
                     f"The weights for the rollout servers cannot be written to {self.folder} ({error}). Free space there, or "
                     "name another place with rollout.engine.weights_folder."

@@ -1,0 +1,142 @@
+"""Makes the engine of `rollout.engine.where: worker | server`, and the processes of servers."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlpost.errors import RolloutError
+from rlpost.policy.generation import loading_options
+from rlpost.policy.precision import sampler_dtype
+from rlpost.recipe.sections.base import unknown_choice
+from rlpost.recipe.sections.rollout import VllmEngine
+from rlpost.rollout.place import Place
+from rlpost.rollout.remote.arguments import server_arguments, server_environment
+from rlpost.rollout.remote.client import ServerLost
+from rlpost.rollout.remote.engine import RemoteEngine, Server
+from rlpost.rollout.remote.process import ServerProcess
+from rlpost.rollout.remote.weights import WeightFiles, weights_folder
+from rlpost.rollout.vllm_errors import explain_startup
+from rlpost.rollout.vllm_names import checkpoint_names, load_config
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a server of vLLM is to serve, and on what."""
+
+    model_path: str  # a folder with weights and tokenizer
+    max_model_len: int  # prompt plus completion, in tokens
+    seed: int
+    trust_remote_code: bool
+    on_cpu: bool
+
+
+def make_remote_engine(section: VllmEngine, served: Served, ends: Sequence[int], place: Place) -> RemoteEngine:
+    """The engine of this process. `ends`: tokens that end a completion beside the tokenizer's and the generation
+    configuration's. Raises RolloutError when a worker cannot start."""
+    config = load_config(served.model_path, served.trust_remote_code)
+    names = checkpoint_names(config, served.trust_remote_code)
+    section = section.model_copy(update={"dtype": sampler_dtype(section)})
+
+    def new_files() -> WeightFiles:
+        return WeightFiles(weights_folder(section.weights_folder, 4 * names.size()))
+
+    files: WeightFiles | None
+    match section.where:
+        case "worker":
+            files = new_files()
+            try:
+                servers = [_worker(section, served, place, files)]
+            except BaseException:
+                files.close()
+                raise
+        case "server":
+            files = new_files() if place.rank == 0 else None
+            servers = [Server(url) for url in section.urls]
+        case "colocated":
+            raise ValueError("A colocated engine is made by `rlpost.rollout.factory`.")
+        case _:
+            raise unknown_choice("rollout.engine.where", section.where)
+    return RemoteEngine(
+        servers,
+        section,
+        names,
+        vocabulary=config.get_text_config().vocab_size,
+        max_model_len=served.max_model_len,
+        ends=ends,
+        place=place,
+        files=files,
+    )
+
+
+def _worker(section: VllmEngine, served: Served, place: Place, files: WeightFiles) -> Server:
+    """This process's own server, started."""
+    process = server_process(
+        section,
+        served,
+        devices=() if served.on_cpu else own_devices(section, place.local_rank),
+        log=(place.logs or Path(tempfile.mkdtemp(prefix="rlpost-logs-"))) / f"vllm_{place.rank}.log",
+        remove=files.folder,
+    )
+    start(process, section, served)
+    return Server(process.address, process)
+
+
+def own_devices(section: VllmEngine, local_rank: int) -> tuple[int, ...]:
+    """The GPUs of the worker of a node's learner process number `local_rank`. Raises RolloutError when there are too few."""
+    needed = section.tensor_parallel * section.replicas
+    devices = section.devices[local_rank * needed : (local_rank + 1) * needed]
+    if len(devices) < needed:
+        raise RolloutError(
+            f"rollout.engine.where=worker: the worker of learner process {local_rank} of this node needs {needed} GPUs of its "
+            f"own, and rollout.engine.devices={list(section.devices)} has none left for it. Name tensor_parallel x replicas "
+            "GPUs for each learner process, none of which a learner uses."
+        )
+    return devices
+
+
+def server_process(
+    section: VllmEngine,
+    served: Served,
+    *,
+    log: Path,
+    devices: tuple[int, ...] = (),
+    remove: Path | None = None,
+    address: str | None = None,
+) -> ServerProcess:
+    """A server that is not started yet: on a Unix socket, or at HOST:PORT (`address`). See `ServerProcess`."""
+    if importlib.util.find_spec("vllm") is None:
+        raise RolloutError(
+            "vLLM is not installed here. Install `rlpost[cuda]` or `rlpost[cpu]`, or sample with servers on machines that "
+            "have it (rollout.engine.where=server)."
+        )
+    options = "vllm" if loading_options(served.model_path)[0] else None
+    return ServerProcess(
+        lambda where: server_arguments(
+            served.model_path,
+            section,
+            max_model_len=served.max_model_len,
+            seed=served.seed,
+            on_cpu=served.on_cpu,
+            trust_remote_code=served.trust_remote_code,
+            address=where,
+            generation_config=options,
+        ),
+        server_environment(section, on_cpu=served.on_cpu, deadline_s=section.deadline_s, devices=devices),
+        cores=section.cores,
+        log=log,
+        remove=remove,
+        start_s=section.start_s,
+        address=address,
+    )
+
+
+def start(process: ServerProcess, section: VllmEngine, served: Served) -> None:
+    """Starts a server for the first time. Raises RolloutError, with the recipe key to change, when it cannot."""
+    try:
+        process.start()
+    except ServerLost as error:
+        raise explain_startup(error, served.model_path, section, served.max_model_len) from error
