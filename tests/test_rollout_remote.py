@@ -24,6 +24,7 @@ from rlpost.rollout.engine import SamplingRequest, SamplingSettings
 from rlpost.rollout.factory import make_engine
 from rlpost.rollout.place import Place
 from rlpost.rollout.remote.arguments import server_arguments, server_environment
+from rlpost.rollout.remote.child import shared_memory_of
 from rlpost.rollout.remote.client import ServerLost
 from rlpost.rollout.remote.engine import RemoteEngine, Server
 from rlpost.rollout.remote.replies import BadReply, read_sample, read_scores
@@ -432,7 +433,6 @@ def test_without_restarts_the_run_ends(make, saved):
 @engine_test
 @pytest.mark.slow
 def test_nothing_outlives_a_learner_that_is_killed(saved, tmp_path):
-    before = set(os.listdir("/dev/shm"))
     code = f"""
 import sys; sys.path.insert(0, "tests")
 import test_rollout_remote as t, torch, time
@@ -452,13 +452,26 @@ time.sleep(600)
         *pids, address = line.split()
         pids, socket_folder = [int(pid) for pid in pids], Path(address.removeprefix("unix:")).parent
         assert socket_folder.stat().st_mode & 0o077 == 0, "for this user only"
+        segments = shared_memory_of(pids)
+        assert segments, "vLLM's queues"
+        assert left_of(child.pid, pids), "weights, and semaphores under the server's own name"
         assert len(pids) == 4
     finally:
         child.kill()
         child.wait()
     assert all_gone(pids, 10)
-    assert set(os.listdir("/dev/shm")) <= before
+    assert not any(segment.exists() for segment in segments)
+    assert not left_of(child.pid, pids)
     assert not socket_folder.exists()
+
+
+def left_of(learner: int, servers) -> list[Path]:
+    """What a learner and its servers have in shared memory under their own names."""
+    shared = Path("/dev/shm")
+    return [
+        *shared.glob(f"rlpost-weights-*-{learner}-*"),
+        *(path for pid in servers for path in shared.glob(f"sem.rlpost-{pid}-*")),
+    ]
 
 
 def free_port() -> int:
