@@ -61,8 +61,11 @@ def test_the_message_says_how_much_arrived(share, words):
 
 def test_a_gap_that_is_too_large_or_no_number_is_refused_whatever_moved():
     before, (learner, engine) = said(1.0)
-    with pytest.raises(RolloutError, match=r"Step 3: .*gap is 0\.01 nats.*did arrive"):
-        check_sync(before, (learner, [x - 0.01 for x in engine]), limit=1e-3, exact=True, when="Step 3")
+    off = [x - 0.01 for x in engine]
+    with pytest.raises(RolloutError, match=r"Step 3: after the sync .*gap is 0\.01 nats.*did arrive"):
+        check_sync((before[0], [x - 0.01 for x in before[1]]), (learner, off), limit=1e-3, exact=True, when="Step 3")
+    with pytest.raises(RolloutError, match=r"Step 3: the sync did not bring.*gap is 0\.01 nats"):
+        check_sync(before, (learner, off), limit=1e-3, exact=True, when="Step 3")
     with pytest.raises(RolloutError, match="gap is nan"):
         check_sync(before, (learner, [math.nan, *engine[1:]]), limit=1e-3, exact=False, when="Step 3")
 

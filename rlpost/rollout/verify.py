@@ -21,8 +21,8 @@ Precision = Literal["float32", "float16", "bfloat16", "quantised"]
 LEVELS: dict[Precision, float] = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1, "quantised": 0.5}
 """Mean |learner - engine| in nats above which the engine is held to have other weights (`rollout.probe.max_mean_gap: auto`)."""
 
-_AWAY = 0.02  # from 1: a sync that brought everything was measured at 0.9999 +- 0.0001
-_SURE = 5.0  # standard errors away from 1
+_MISSING = 0.02  # of the learner's change, beside what rounding can take away
+_ROUNDING = 5  # times the root mean square of what rounding did before
 _MOVED = 2e-5  # root mean square of the learner's change in nats, below which rounding is as large: nothing can be said
 
 Sequences = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]  # prompt and completion
@@ -46,6 +46,7 @@ class Slope:
     moved: float  # root mean square of the learner's change, in nats
     tokens: int
     rounding: float  # root mean square of learner - engine before, when both held the same weights
+    missing: float  # root mean square of (engine's change - learner's change), in units of `moved`
 
     @property
     def telling(self) -> bool:
@@ -55,9 +56,8 @@ class Slope:
     @property
     def wrong(self) -> bool:
         """Whether some of the change is missing, or something else changed."""
-        # Rounding in the learner's change pulls the slope towards 0, by the share that it has in the square of the change.
-        allowed = max(_AWAY + 2 * (self.rounding / self.moved) ** 2, _SURE * self.error) if self.telling else math.inf
-        return abs(self.value - 1) > allowed
+        # Token by token: what one stale layer takes away need not show in the slope, which is an average.
+        return self.telling and self.missing > _MISSING + _ROUNDING * self.rounding / self.moved
 
 
 def slope(before: tuple[Sequence[float], Sequence[float]], after: tuple[Sequence[float], Sequence[float]]) -> Slope:
@@ -66,11 +66,12 @@ def slope(before: tuple[Sequence[float], Sequence[float]], after: tuple[Sequence
     engine = [b - a for a, b in zip(before[1], after[1], strict=True)]
     n, squares = len(learner), math.fsum(x * x for x in learner)
     if n < 2 or squares == 0:
-        return Slope(math.nan, math.inf, 0.0, n, 0.0)
+        return Slope(math.nan, math.inf, 0.0, n, 0.0, math.nan)
     value = math.fsum(x * y for x, y in zip(learner, engine, strict=True)) / squares
     residual = math.fsum((y - value * x) ** 2 for x, y in zip(learner, engine, strict=True))
     rounding = math.sqrt(math.fsum((x - y) ** 2 for x, y in zip(*before, strict=True)) / n)
-    return Slope(value, math.sqrt(residual / (n - 1) / squares), math.sqrt(squares / n), n, rounding)
+    missing = math.sqrt(math.fsum((y - x) ** 2 for x, y in zip(learner, engine, strict=True)) / squares)
+    return Slope(value, math.sqrt(residual / (n - 1) / squares), math.sqrt(squares / n), n, rounding, missing)
 
 
 def check_sync(
@@ -89,9 +90,10 @@ def check_sync(
     if found is not None and exact and found.wrong:
         raise RolloutError(
             f"{when}: the sync did not bring the learner's weights to the rollout engine: {_arrived(found.value)} of the "
-            f"learner's last change of log-probs has arrived (slope {found.value:.3f} +- {found.error:.3f} over {found.tokens} "
-            f"tokens; 1 after a sync, 0 when it is skipped). The mean gap is {result.mean_gap:.3g} nats. Resume from the last "
-            "checkpoint; if it comes back, use `rollout.engine.type=transformers` and report it."
+            f"learner's last change of log-probs has arrived on average (slope {found.value:.3f} +- {found.error:.3f} over "
+            f"{found.tokens} tokens; 1 after a sync, 0 when it is skipped), and the two changes of a token differ by "
+            f"{found.missing:.0%} of its size. The mean gap is {result.mean_gap:.3g} nats. Resume from the last checkpoint; if "
+            "it comes back, use `rollout.engine.type=transformers` and report it."
         )
     if result.tokens and not result.mean_gap <= limit:
         moved = _moved_along(found if exact else None)
