@@ -58,6 +58,7 @@ CASES = [
     (["rollout.engine.where=server"], ["where=server", "rollout.engine.urls", "rlpost serve"]),
     (["rollout.engine.urls=[http://a:1]"], ["rollout.engine.urls", "where=server"]),
     (["rollout.engine={where: server, urls: [http://a:1, http://a:1]}"], ["same server twice"]),
+    (["rollout.engine={where: server, urls: ['10.0.0.2:8000']}"], ["'10.0.0.2:8000'", "http://10.0.0.2:8000"]),
     (["rollout.engine={where: worker, sleep: true}"], ["rollout.engine.sleep", "gives memory back"]),
     (["rollout.engine={where: worker, devices: [1, 2, 3], tensor_parallel: 2}"], ["3 GPUs", "= 2"]),
     (["rollout.engine={where: worker, cores: [4096]}"], ["core 4096"]),

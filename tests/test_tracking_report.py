@@ -109,6 +109,9 @@ def test_summary_numbers(tmp_path):
 def test_metrics_with_a_picture_of_their_own_are_not_drawn_twice():
     rows = [{"step": 1, "kind": "train", "reward/mean": 1.0, "time/step": 1.0, "mask/a": 1.0, "mask/b": None, "x": 2.0}]
     assert extra_groups(rows) == {"mask": ["mask/a"]}
+    later = [{"step": step, "kind": "train", "mask/a": 1.0} for step in (2, 3)]
+    rows[0]["sync/gap"] = 0.1  # of the last sync alone, say: a point is no curve
+    assert extra_groups(rows + later) == {"mask": ["mask/a"]}
 
 
 def controlled(steps: int) -> list[dict]:

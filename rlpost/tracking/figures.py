@@ -15,7 +15,7 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#777777",
 )  # fmt: skip
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
-PHASES = ("rollout", "score", "guide", "update", "sync", "checkpoint", "eval")
+PHASES = ("rollout", "score", "guide", "update", "sync", "probe", "checkpoint", "eval")
 PANELS_PER_ROW = 3
 _OWN_FIGURE = (
     *("time/", "eval/", "reward/mean", "completions/length_mean", "policy/entropy", "policy/kl_reference"),
@@ -81,10 +81,12 @@ def draw_all(rows: Sequence[MetricRow], folder: Path) -> list[Picture]:
 
 
 def extra_groups(rows: Sequence[MetricRow]) -> dict[str, list[str]]:
-    """The metric keys that have no picture of their own, by the part before the first slash."""
+    """The metric keys that have no picture of their own, by the part before the first slash. One value in several steps makes
+    no picture."""
     groups: dict[str, list[str]] = {}
     for key in sorted({key for row in rows for key in row if "/" in key}):
-        if not key.startswith(_OWN_FIGURE) and any(number(row, key) is not None for row in rows):
+        known = sum(number(row, key) is not None for row in rows)
+        if not key.startswith(_OWN_FIGURE) and known >= min(2, len(rows)):
             groups.setdefault(key.split("/", 1)[0], []).append(key)
     return groups
 
@@ -324,7 +326,9 @@ def _draw_time(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
 
     def draw(axes: Any) -> None:
         base = [0.0] * len(rows)
-        colors = dict(zip(PHASES, (BLUE, ORANGE, YELLOW, GREEN, PURPLE, SKY, RED), strict=True)) | {"other": "#BBBBBB"}
+        colors = dict(zip(PHASES, (BLUE, ORANGE, YELLOW, GREEN, PURPLE, GREY, SKY, RED), strict=True)) | {
+            "other": "#BBBBBB"
+        }
         total = (math.fsum(known) + math.fsum(other)) or 1.0
         for phase, values in (layers | ({"other": other} if sum(other) > 0.01 * sum(known) else {})).items():
             label = f"{phase} ({math.fsum(values) / total:.0%})"

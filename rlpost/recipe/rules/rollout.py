@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 
 from rlpost.recipe.rules.setting import Setting
@@ -44,6 +45,9 @@ def placement_problems(engine: VllmEngine) -> Iterator[str]:
         case "server":
             if not engine.urls:
                 yield f"{where} needs {key}.urls: where `rlpost serve` listens, such as [http://10.0.0.2:8000]"
+            for url in engine.urls:
+                if not re.fullmatch(r"https?://[^/\s]+/?", url):
+                    yield f"{key}.urls: {url!r} is no address of a server. Write it as http://10.0.0.2:8000"
             if len(set(engine.urls)) < len(engine.urls):
                 yield f"{key}.urls names the same server twice. Name each once"
         case _:

@@ -16,7 +16,7 @@ class VllmEngine(Section):
     where: Literal["colocated", "worker", "server"] = "colocated"
     """colocated: inside each learner process, on its device. worker: a vLLM server beside each learner process, on other cores
     or cards of the same node, started and ended by the run. server: the servers at `urls`, started by `rlpost serve RECIPE`."""
-    urls: tuple[Annotated[str, Field(pattern=r"^https?://[^/]+/?$")], ...] = ()
+    urls: tuple[str, ...] = ()
     """Where the servers are, such as http://10.0.0.2:8000; with `where: server` only. A dead one's requests go to others."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """The precision of the sampler. auto: bfloat16 where the device has instructions for it, else float32."""
