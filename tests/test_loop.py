@@ -171,7 +171,13 @@ def test_lora_trains_saves_and_resumes(write_recipe, tmp_path):
     train(load_recipe(half, ["resume=auto"]))
     again = weights(tmp_path / "half" / "run" / "checkpoints" / "step_000003")
     assert all(torch.equal(again[name], value) for name, value in final.items())
-    assert rows(tmp_path / "half" / "run") == rows(tmp_path / "whole" / "run")
+    # The engine's copy is in bfloat16: it is compared after the last sync only, which the half run took for its own second.
+    assert without_sync(rows(tmp_path / "half" / "run")) == without_sync(rows(tmp_path / "whole" / "run"))
+
+
+def without_sync(found: list[dict]) -> list[dict]:
+    """The rows without the probe's figures."""
+    return [{key: value for key, value in row.items() if not key.startswith("sync/")} for row in found]
 
 
 def test_one_evaluation_gives_greedy_accuracy_and_pass_at_k_and_replaces_no_other(finished, tmp_path):
