@@ -55,6 +55,8 @@ CASES = [
     (["learner.stop_after=101"], ["learner.stop_after=101", "learner.rollouts=100"]),
     (["rollout.engine.tensor_parallel=2"], ["rollout.engine.tensor_parallel=2", "rollout.engine.where=colocated"]),
     (["rollout.engine.replicas=2"], ["replicas=2", "where=worker"]),
+    (["rollout.staleness=1"], ["rollout.staleness=1", "where=worker"]),
+    (["rollout.staleness=2", "rollout.engine.type=transformers"], ["rollout.staleness=2", "rollout.engine.type=vllm"]),
     (["rollout.engine.where=server"], ["where=server", "rollout.engine.urls", "rlpost serve"]),
     (["rollout.engine.urls=[http://a:1]"], ["rollout.engine.urls", "where=server"]),
     (["rollout.engine={where: server, urls: [http://a:1, http://a:1]}"], ["same server twice"]),

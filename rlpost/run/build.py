@@ -190,9 +190,9 @@ def build_curvature(recipe: Recipe, policy: Policy, processes: Processes) -> Cur
 
 
 def decided_probe(recipe: Recipe) -> ProbeSection | None:
-    """`rollout.probe` with its limit in nats."""
+    """What looks at a rollout's own log-probs, with its limit in nats; None also where other weights have sampled it."""
     section = recipe.rollout.probe
-    if section is None:
+    if section is None or recipe.rollout.staleness:
         return None
     return section.model_copy(update={"max_mean_gap": level(section.max_mean_gap, precision(recipe))})
 

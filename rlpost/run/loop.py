@@ -10,7 +10,7 @@ from rlpost.run.assemble import assemble
 from rlpost.run.emptiness import watch_rows
 from rlpost.run.result import RunResult, end_run, finished_before
 from rlpost.run.saving import Saver
-from rlpost.run.state import RunState, load_checkpoint
+from rlpost.run.state import RunState, bookmark, load_checkpoint
 from rlpost.run.sync_probe import SyncProbe
 from rlpost.source.factory import make_source
 
@@ -84,16 +84,14 @@ class Loop:
 
     def draw(self) -> bool:
         """The next rollout. Where a stop was asked meanwhile it is forgotten, to be drawn again on resume: returns False."""
-        actor_critic = self.parts.updater.actor_critic  # its whitening and controller see the rewards of every rollout
-        before = self.source.state_dict(), None if actor_critic is None else actor_critic.state_dict()
+        go_back = bookmark(self.source, self.parts.updater.actor_critic)
         buffer = self.source.next(self.state.rollout)
         if self.stop_asked():
-            self.source.load_state_dict(before[0])
-            if actor_critic is not None and before[1] is not None:
-                actor_critic.load_state_dict(before[1])
+            go_back()
             return False
         watch_rows(self.parts, self.state, buffer)
         self.state.watched = self.parts.phase("probe", lambda: self.probe.before(buffer))
+        self.source.ahead(self.state.rollout)
         self.state.buffer = buffer
         return True
 
@@ -104,6 +102,7 @@ class Loop:
         metrics |= self.state.count_step(skipped=bool(metrics["optimizer/skipped"]))
         parts.optimizer_step = self.state.optimizer_step
         if buffer.updates_done == parts.recipe.learner.steps_per_rollout:
+            self.source.settle()
             parts.phase("sync", self.sync)
             metrics |= parts.phase("probe", lambda: self.probe.after(self.state))
         seconds = parts.phases.take()

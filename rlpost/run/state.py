@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from rlpost.learner.checkpoint import file_writer
 from rlpost.learner.rng import rng_state, set_rng_state
 
 if TYPE_CHECKING:
+    from rlpost.learner.actor_critic import ActorCritic
     from rlpost.rollout.verify import Watched
     from rlpost.run.parts import Parts
     from rlpost.source.source import Source
@@ -64,7 +66,7 @@ def save_checkpoint(parts: Parts, state: RunState, source: Source) -> Path:
     learner, processes, later = parts.learner, parts.processes, parts.store.asynchronous
     weights = learner.full_state_dict(copy=later)
     own: dict[str, Any] = {"rng": rng_state(), "buffer": state.buffer, "watched": state.watched}
-    own["method"] = parts.updater.state_dict()
+    own |= {"method": parts.updater.state_dict(), "ahead": source.own_state()}
     write_own = file_writer({f"rank_{processes.rank}.pt": own, **learner.own_state()}, snapshot=later)
     write_trainer = file_writer(learner.shared_state() if processes.is_main else {}, snapshot=later)
     counters = {name: getattr(state, name) for name in COUNTERS} | source.state_dict()
@@ -101,12 +103,29 @@ def load_checkpoint(path: Path, parts: Parts, source: Source) -> RunState:
     set_rng_state(own["rng"])
     parts.updater.load_state_dict(own["method"])
     state.buffer, state.watched = own["buffer"], own.get("watched")
+    if world == parts.processes.world:
+        source.load_own_state(own.get("ahead"))
     if state.buffer is not None and not all(hasattr(state.buffer, name) for name in state.buffer.__dataclass_fields__):
         raise CheckpointError(
             f"{path} holds a rollout in progress that another version of rlpost saved. Resume with that version up to a "
             f"rollout's end, or begin a new run from its weights with model.path={path}."
         )
     return state
+
+
+def bookmark(source: Source, actor_critic: ActorCritic | None) -> Callable[[], None]:
+    """What goes back to where the run stands now, before a rollout is drawn. A critic's whitening and a controller see the
+    rewards of every rollout, so they go back, too."""
+    shared, own = source.state_dict(), source.own_state()
+    critic = None if actor_critic is None else actor_critic.state_dict()
+
+    def go_back() -> None:
+        source.load_state_dict(shared)
+        source.load_own_state(own)
+        if actor_critic is not None and critic is not None:
+            actor_critic.load_state_dict(critic)
+
+    return go_back
 
 
 def check_world(path: Path, world: int, now: int, *, in_rollout: bool) -> None:

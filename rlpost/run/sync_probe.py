@@ -51,8 +51,9 @@ class SyncProbe:
     def after(self, state: RunState) -> dict[str, float]:
         """Called after the sync; metrics. Raises RolloutError when it did not bring the learner's weights. Collective."""
         watched, state.watched = state.watched, None
-        # In 16 bits the level alone speaks, and the next rollout's samples speak of it better: only the last has no next.
-        last = state.rollout + 1 >= self.parts.recipe.learner.planned_rollouts
+        # In 16 bits the level alone speaks, and the next rollout's samples speak of it better, if these weights sample it.
+        recipe = self.parts.recipe
+        last = state.rollout + 1 >= recipe.learner.planned_rollouts or recipe.rollout.staleness > 0
         if watched is None or self.section is None or not (self._exact or last):
             return {}
         everyone = self.parts.processes.gather((watched.said, self._look(watched.sequences)))

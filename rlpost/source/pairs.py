@@ -65,6 +65,18 @@ class PairSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.parts.sampler.load_state_dict(state["sampler"])
 
+    def ahead(self, rollout: int) -> None:
+        return  # nothing is sampled
+
+    def settle(self) -> None:
+        return
+
+    def own_state(self) -> None:
+        return
+
+    def load_own_state(self, state: Any) -> None:
+        return
+
     def reference_logprobs(self, buffer: RolloutBuffer) -> Tensor:
         """Log-probs [N] under the policy before any training, which a policy that never took a step still is."""
         if not self.parts.policy_changed and not self.parts.learner.policy.has_adapter:

@@ -1,25 +1,20 @@
-"""Learning from rewarded completions: draw -> sample -> score -> guide -> refill -> gate -> weigh."""
+"""Learning from rewarded completions: collect -> gate -> weigh."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlpost.evaluation.judge import judge
-from rlpost.experience import Group, Prompt
 from rlpost.learner.actor_critic import old_values, weigh_tokens
-from rlpost.learner.optimizer import total_optimizer_steps
 from rlpost.methods.estimator import needs_reference
 from rlpost.methods.safe import CrashState
-from rlpost.rollout.sampler import sample_groups
-from rlpost.source.shares import own_places
-from rlpost.source.weigh import logged_metrics, open_buffer, weigh, zero_variance_groups
+from rlpost.rollout.verify import precision
+from rlpost.source.ahead import Ahead, Collects, InTurn
+from rlpost.source.weigh import open_buffer, weigh
 from rlpost.teaching.guide import remember
-from rlpost.teaching.teacher import Teacher, Teaching
+from rlpost.teaching.teacher import Teacher
 from rlpost.tracking.completions import ScoredRollout
 
 if TYPE_CHECKING:
@@ -32,23 +27,40 @@ class SampledSource:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
+        lag = parts.recipe.rollout.staleness
+        self.rollouts: Collects = Ahead(parts, lag) if lag else InTurn(parts)
         self.teacher = Teacher(parts.recipe, parts.tokenizer, parts.learner.policy.context_window, parts.processes)
-        self.rollout = 0  # the one being made
         self.hint_levels: dict[str, int] = {}  # by prompt id: GHPO's memory of hard prompts
         self.crashes: dict[str, Any] = {}  # of the reward: a `CrashState` as plain numbers
 
     def next(self, rollout: int) -> RolloutBuffer:
         """The rollout with its advantages, and the log-probs that later updates compare with."""
-        self.rollout = rollout
-        teaching = self._scored_groups()
+        collected = self.rollouts.collect(rollout, self.hint_levels)
+        teaching = collected.teaching
+        self.hint_levels = remember(self.hint_levels, teaching.hint_levels)
+        if not self.probes_first:
+            self.ahead(rollout)
         gated, gating = self.teacher.gate(teaching.groups, rollout)
         minibatches = self.parts.recipe.learner.minibatches
         buffer = open_buffer(teaching.groups, step=rollout, minibatches=minibatches, gated=gated)
-        buffer.hint_levels = teaching.hint_levels
         self._weigh_with_log_probs(buffer, teaching.metrics | gating)
         self._count_crashes(buffer)
-        self.hint_levels = remember(self.hint_levels, buffer.hint_levels)
+        if self.parts.recipe.rollout.staleness:
+            age = self.parts.optimizer_step - collected.optimizer_step
+            buffer.metrics |= {"staleness/optimizer_steps": float(age), **collected.metrics}
         return buffer
+
+    @property
+    def probes_first(self) -> bool:
+        """Whether the probe asks the engine about a rollout before others are sampled beside its learning."""
+        recipe = self.parts.recipe
+        return recipe.rollout.probe is not None and precision(recipe) == "float32"
+
+    def ahead(self, rollout: int) -> None:
+        self.rollouts.ahead(rollout, self.hint_levels)
+
+    def settle(self) -> None:
+        self.rollouts.settle()
 
     def record(self, buffer: RolloutBuffer) -> ScoredRollout:
         """The rollout of all processes."""
@@ -76,90 +88,17 @@ class SampledSource:
         return result.accuracy, result.metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "sampler": self.parts.sampler.state_dict(),
-            "hint_levels": self.hint_levels,
-            "crashes": self.crashes,
-        }
+        return {"sampler": self.rollouts.position(), "hint_levels": self.hint_levels, "crashes": self.crashes}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.parts.sampler.load_state_dict(state["sampler"])
+        self.rollouts.load(state["sampler"])
         self.hint_levels, self.crashes = dict(state["hint_levels"]), dict(state["crashes"])
 
-    def _scored_groups(self) -> Teaching:
-        """This process's groups: sampled, scored, guided where they are hard, replaced where all earned alike."""
-        parts, prompts = self.parts, self._own_prompts()
-        if not self.teacher.samples_in(self.rollout):
-            return Teaching([Group(prompt, ()) for prompt in prompts])
-        groups = parts.phase("rollout", lambda: self._sample_together(prompts))
-        groups = parts.phase("score", lambda: self._score_together(groups))
-        logged = logged_metrics(parts.scorer.logged, parts.processes)  # before more is scored
-        teaching = parts.phase("guide", lambda: self._guide(groups)) if self.teacher.hinter else Teaching(groups)
-        groups, refill = self._refill(teaching.groups)
-        teaching = self.teacher.refilled(teaching, groups) if refill else teaching
-        return replace(teaching, metrics=teaching.metrics | refill | logged)
+    def own_state(self) -> Any:
+        return self.rollouts.kept()
 
-    def _own_prompts(self) -> list[Prompt]:
-        indices = self.parts.sampler.next(self.parts.recipe.rollout.prompts_per_step)
-        return [self.parts.prompts[indices[place]] for place in own_places(self.parts.recipe, self.parts.processes)]
-
-    def _sample_together(self, prompts: Sequence[Prompt], level: int = 0) -> list[Group]:
-        """G completions of each prompt, not scored yet; on all processes at once."""
-        return self.parts.processes.together(lambda: self._sample(prompts, level))
-
-    def _sample(self, prompts: Sequence[Prompt], level: int = 0) -> list[Group]:
-        """The same on this process alone."""
-        parts, recipe = self.parts, self.parts.recipe
-        return sample_groups(
-            parts.engine,
-            prompts,
-            recipe.rollout.completions_per_prompt,
-            parts.sampling,
-            run_seed=recipe.seed,
-            step=self.rollout,
-            level=level,
-        )
-
-    def _score_together(self, groups: Sequence[Group], *, more: bool = False) -> list[Group]:
-        """The groups with their scores; on all processes at once. `more`: after others of the same rollout."""
-        return self.parts.processes.together(lambda: self._score(groups, more=more))
-
-    def _score(self, groups: Sequence[Group], *, more: bool = False) -> list[Group]:
-        """The same on this process alone."""
-        last = total_optimizer_steps(self.parts.recipe.learner)
-        return self.parts.scorer.score(groups, self.parts.optimizer_step, last, more=more)
-
-    def _guide(self, groups: list[Group]) -> Teaching:
-        """GHPO: hard groups sampled again with hints."""
-        return self.teacher.guide(
-            groups,
-            sample=self._sample,
-            score=lambda sampled: self._score(sampled, more=True),
-            rollout=self.rollout,
-            memory=self.hint_levels,
-        )
-
-    def _refill(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
-        """DAPO's dynamic sampling: prompts whose completions all earned the same are replaced by the next ones."""
-        parts, section = self.parts, self.parts.recipe.method.dynamic_sampling
-        if not section.enabled:
-            return groups, {}
-        weights = tuple(r.weight for r in parts.recipe.rewards)
-        places, rounds, replaced = own_places(parts.recipe, parts.processes), 0, 0
-        while rounds < section.max_rounds:
-            own = list(compress(places, zero_variance_groups(groups, weights, parts.recipe.method)))
-            equal = sorted(place for part in parts.processes.gather(own) for place in part)
-            if not equal:
-                break
-            rounds, replaced = rounds + 1, replaced + len(equal)
-            fresh = dict(zip(equal, parts.sampler.next(len(equal)), strict=True))
-            prompts = [parts.prompts[fresh[place]] for place in own]
-            with parts.phases("rollout"):
-                sampled = self._sample_together(prompts, rounds)
-            with parts.phases("score"):
-                scored = dict(zip(own, self._score_together(sampled, more=True), strict=True))
-            groups = [scored.get(place, group) for place, group in zip(places, groups, strict=True)]
-        return groups, {"dynamic_sampling/rounds": float(rounds), "dynamic_sampling/replaced": float(replaced)}
+    def load_own_state(self, state: Any) -> None:
+        self.rollouts.keep(state)
 
     def _weigh_with_log_probs(self, buffer: RolloutBuffer, metrics: dict[str, float]) -> None:
         """Advantages, and log-probs of the reference and of the policy before its first update, where the method asks.

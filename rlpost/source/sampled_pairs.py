@@ -55,6 +55,18 @@ class SampledPairSource:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sampled.load_state_dict(state)
 
+    def ahead(self, rollout: int) -> None:
+        self.sampled.ahead(rollout)
+
+    def settle(self) -> None:
+        self.sampled.settle()
+
+    def own_state(self) -> Any:
+        return self.sampled.own_state()
+
+    def load_own_state(self, state: Any) -> None:
+        self.sampled.load_own_state(state)
+
     def _pair(self, group: Group) -> Group | None:
         """(chosen, rejected) of a group; None where no completion earned enough more than another."""
         section = self.parts.recipe.method.pairs

@@ -16,6 +16,14 @@ class Source(Protocol):
         """Rollout number `rollout` (from 0) on this process, ready for optimizer steps: rows, advantages, denominators."""
         ...
 
+    def ahead(self, rollout: int) -> None:
+        """Begins what may be sampled while `rollout` is learned from (`rollout.staleness`), with the weights of now."""
+        ...
+
+    def settle(self) -> None:
+        """Waits until nothing is sampled any more, so that the engine can be given new weights."""
+        ...
+
     def record(self, buffer: RolloutBuffer) -> ScoredRollout | None:
         """What goes into `completions/` of a rollout that was just learned from for the first time; None: nothing."""
         ...
@@ -30,4 +38,13 @@ class Source(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes back to where `state_dict` was called: the same calls of `next` then give the same rollouts."""
+        ...
+
+    def own_state(self) -> Any:
+        """What this process has sampled ahead, to be pickled; None: nothing. `state_dict` is the place before it."""
+        ...
+
+    def load_own_state(self, state: Any) -> None:
+        """Takes back what `own_state` gave, after `load_state_dict`. Left out where the number of processes has changed: what
+        was sampled ahead is then sampled again."""
         ...

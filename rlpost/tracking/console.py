@@ -19,7 +19,7 @@ from rlpost.tracking.advice import Advice
 from rlpost.tracking.completions import CompletionRecord
 from rlpost.tracking.metrics import MetricRow, number
 
-PHASES = ("rollout", "score", "guide", "update", "sync")
+PHASES = ("rollout", "score", "guide", "update", "sync", "wait")
 SAMPLE_CHARACTERS = 1200
 _FIELDS = (
     ("reward", "reward/mean", ".3f"),

@@ -15,7 +15,7 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, GREY = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#777777",
 )  # fmt: skip
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
-PHASES = ("rollout", "score", "guide", "update", "sync", "probe", "checkpoint", "eval")
+PHASES = ("rollout", "score", "guide", "update", "sync", "probe", "checkpoint", "eval", "wait")
 PANELS_PER_ROW = 3
 _OWN_FIGURE = (
     *("time/", "eval/", "reward/mean", "completions/length_mean", "policy/entropy", "policy/kl_reference"),
@@ -326,7 +326,7 @@ def _draw_time(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
 
     def draw(axes: Any) -> None:
         base = [0.0] * len(rows)
-        colors = dict(zip(PHASES, (BLUE, ORANGE, YELLOW, GREEN, PURPLE, GREY, SKY, RED), strict=True)) | {
+        colors = dict(zip(PHASES, (BLUE, ORANGE, YELLOW, GREEN, PURPLE, GREY, SKY, RED, "#DDCC99"), strict=True)) | {
             "other": "#BBBBBB"
         }
         total = (math.fsum(known) + math.fsum(other)) or 1.0

@@ -15,6 +15,14 @@ from rlpost.recipe.sections.root import Recipe
 def engine_problems(r: Recipe, _: Setting) -> Iterator[str]:
     """What is wrong with where the rollout engine runs."""
     engine = r.rollout.engine
+    beside = isinstance(engine, VllmEngine) and engine.where != "colocated"
+    if (lag := r.rollout.staleness) and (r.data.has_pairs or not r.method.samples):
+        yield f"rollout.staleness={lag}: this recipe samples nothing that could lag behind. Leave the key out"
+    elif lag and not beside:
+        yield (
+            f"rollout.staleness={lag}: an engine inside the learner's process cannot sample while that learns. Set "
+            "rollout.engine.type=vllm with rollout.engine.where=worker or server, or rollout.staleness=0"
+        )
     if isinstance(engine, VllmEngine):
         yield from placement_problems(engine)
 

@@ -78,6 +78,9 @@ class RolloutSection(Section):
 
     engine: Engine = Field(default_factory=VllmEngine)
     """Who samples."""
+    staleness: int = Field(0, ge=0)
+    """How many rollouts the samples lag behind the policy. 0: sampling and learning take turns. k: while rollout n is learned
+    from, rollout n + k is sampled by the weights of that moment. 1 overlaps all there is to overlap; more is for studies."""
     prompts_per_step: PositiveInt = 8
     """Prompts per rollout, over all processes."""
     completions_per_prompt: PositiveInt = 8

@@ -78,6 +78,7 @@ class RemoteEngine:
         self._vocabulary, self._max_model_len, self._ends = vocabulary, max_model_len, tuple(ends)
         self.version = "default"  # vLLM's word for the weights that it started with
         self.restarts = 0
+        self._closed = False
         self._calls = itertools.count()
         self._first = True  # sync
 
@@ -131,6 +132,7 @@ class RemoteEngine:
 
     def close(self) -> None:
         """Ends the worker; servers that the run did not start go on. Closing twice does nothing."""
+        self._closed = True  # for a thread that still samples: what it loses now is not replaced
         for server in self.servers:
             if server.process is not None:
                 server.process.end()
@@ -234,7 +236,7 @@ class RemoteEngine:
 
     def _replace(self) -> None:
         """Starts the worker again, as often as may be, with the weights that it had. Raises EngineLost when none lives."""
-        while not self._living() and self.restarts < self._section.restarts:
+        while not self._closed and not self._living() and self.restarts < self._section.restarts:
             worker = next((s for s in self.servers if s.process is not None and s.refused is None), None)
             if worker is None:
                 break

@@ -1,0 +1,211 @@
+"""Rollouts sampled ahead of the policy (`rollout.staleness`): by which weights, in which order, and after a kill."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import rows, weights
+from test_rollout_remote import free_port
+
+import rlpost.source.ahead as ahead_module
+from rlpost.data.sampler import PromptSampler
+from rlpost.errors import RolloutError
+from rlpost.learner.watch import Phases
+from rlpost.source.ahead import Ahead
+from rlpost.teaching.teacher import Teaching
+
+engine_test = pytest.mark.engine
+
+
+class FakeCollector:
+    """Draws two prompts a rollout, and says what it was told."""
+
+    fails_at: int | None = None
+
+    def __init__(self, parts) -> None:
+        self.parts = parts
+
+    def collect(self, rollout, memory) -> Teaching:
+        drawn = self.parts.sampler.next(2)
+        with self.parts.phases("rollout"):
+            time.sleep(0.01)
+        if rollout == self.fails_at:
+            raise RolloutError(f"rollout {rollout} cannot be made")
+        told = {"rollout": rollout, "step": self.parts.optimizer_step, "memory": len(memory)}
+        return Teaching([], {name: float(value) for name, value in told.items()} | {f"p{i}": 1.0 for i in drawn})
+
+
+@pytest.fixture
+def make(monkeypatch):
+    """An `Ahead` without model and engine, of six rollouts, with its parts."""
+    monkeypatch.setattr(ahead_module, "Collector", FakeCollector)
+    monkeypatch.setattr(ahead_module, "replace", lambda parts, **changes: SimpleNamespace(**vars(parts) | changes))
+
+    def make(lag: int):
+        parts = SimpleNamespace(
+            recipe=SimpleNamespace(learner=SimpleNamespace(planned_rollouts=6, watchdog_s=60.0)),
+            processes=SimpleNamespace(apart=lambda: None),
+            phases=Phases(60.0),
+            tokenizer=None,
+            sampler=PromptSampler(50, seed=1),
+            optimizer_step=0,
+        )
+        return Ahead(parts, lag), parts
+
+    return make
+
+
+def learn(rollouts, parts, first: int, last: int) -> list[dict[str, float]]:
+    """What rollouts first to last - 1 were made of, with one optimizer step each."""
+    found = []
+    for n in range(first, last):
+        collected = rollouts.collect(n, {"a": 2} if n else {})
+        rollouts.ahead(n, {"a": 2})
+        found.append(collected.teaching.metrics)
+        rollouts.settle()  # before the sync
+        parts.optimizer_step += 1
+    return found
+
+
+@pytest.mark.parametrize("lag", [1, 2, 4])
+def test_a_rollout_is_made_by_the_weights_of_lag_rollouts_before(make, lag):
+    rollouts, parts = make(lag)
+    found = learn(rollouts, parts, 0, 6)
+    assert [m["rollout"] for m in found] == list(range(6))
+    assert [m["step"] for m in found] == [max(0, n - lag) for n in range(6)]
+    assert [m["memory"] for m in found] == [0] + [1] * 5
+    order = PromptSampler(50, seed=1)
+    assert [{k for k in m if k.startswith("p")} for m in found] == [{f"p{i}" for i in order.next(2)} for _ in range(6)]
+    assert rollouts.kept() == []  # nothing beyond the planned rollouts
+
+
+@pytest.mark.parametrize("lag", [1, 3])
+def test_what_is_kept_goes_on_as_if_it_had_never_stopped(make, lag):
+    whole = learn(*make(lag), 0, 6)
+    rollouts, parts = make(lag)
+    half = learn(rollouts, parts, 0, 3)
+    position, kept = json.loads(json.dumps(rollouts.position())), rollouts.kept()
+    assert [n for n, _ in kept] == list(range(3, min(3 + lag, 6)))
+    again, parts = make(lag)
+    parts.optimizer_step = 3
+    again.load(position)
+    again.keep(kept)
+    assert half + learn(again, parts, 3, 6) == whole
+
+
+def test_without_what_was_kept_the_same_prompts_are_drawn_again(make):
+    """As when a run is taken up by another number of processes: newer weights, the same prompts."""
+    whole = learn(*make(2), 0, 6)
+    rollouts, parts = make(2)
+    learn(rollouts, parts, 0, 3)
+    again, parts = make(2)
+    parts.optimizer_step = 3
+    again.load(rollouts.position())
+    found = learn(again, parts, 3, 6)
+    prompts = [[{k for k in m if k.startswith("p")} for m in made] for made in (whole[3:], found)]
+    assert prompts[0] == prompts[1]
+    assert [m["step"] for m in found] == [3, 3, 3]
+
+
+def test_an_error_ahead_is_raised_where_its_rollout_is_wanted_and_its_prompts_are_drawn_again(make, monkeypatch):
+    monkeypatch.setattr(FakeCollector, "fails_at", 2)
+    rollouts, parts = make(2)
+    found = learn(rollouts, parts, 0, 2)  # 2 has failed meanwhile, 3 is made
+    assert len(found) == 2
+    assert rollouts.kept() == []
+    order = PromptSampler(50, seed=1)
+    order.next(4)
+    assert rollouts.position() == order.state_dict()
+    with pytest.raises(RolloutError, match="rollout 2 cannot be made"):
+        rollouts.collect(2, {})
+
+
+def served(folder, write_recipe, port: int, **changes) -> Path:
+    engine = {"type": "vllm", "dtype": "float32", "kv_cache_gib": 0.25, "max_sequences": 16, "where": "server"}
+    return write_recipe(
+        folder,
+        {
+            "rollout.engine": engine | {"urls": [f"http://127.0.0.1:{port}"]},
+            "rollout.staleness": 2,
+            "learner.rollouts": 5,
+            "learner.minibatches": 2,
+            "learner.learning_rate": 1e-3,
+            "checkpoint.every": 1,
+            **changes,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    return free_port()
+
+
+@engine_test
+def test_a_run_ahead_says_how_old_its_samples_are_and_stops_and_resumes_exactly(write_recipe, children, tmp_path, port):
+    """Stopped at rollout 2 by its recipe, taken up by another process: rows and weights equal those of a run in one piece."""
+    pytest.importorskip("vllm")
+    recipe = served(tmp_path / "whole", write_recipe, port)
+    children.start(Path("serve"), str(recipe), "--port", str(port))
+    code, printed = children.run(recipe, timeout=600)
+    assert code == 0, printed
+    whole = rows(tmp_path / "whole" / "run", "train")
+    # Two optimizer steps a rollout: rollouts 0 to 2 are sampled by the first weights, then always four steps behind.
+    assert [row["staleness/optimizer_steps"] for row in whole] == [0, 0, 2, 2, 4, 4, 4, 4, 4, 4]
+    assert all(row["sync/mean_abs_gap"] < 1e-4 for row in whole if "sync/mean_abs_gap" in row)
+    assert sum("sync/mean_abs_gap" in row for row in whole) == 5
+    killed = served(tmp_path / "killed", write_recipe, port)
+    times = kill_at_random(children, killed, tmp_path / "killed" / "run", kills=1, seed=1)
+    assert times == 1
+    same(tmp_path / "whole" / "run", tmp_path / "killed" / "run")
+
+
+@engine_test
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(write_recipe, children, tmp_path):
+    pytest.importorskip("vllm")
+    port = free_port()
+    changes = {"learner.rollouts": 24}
+    recipe = served(tmp_path / "whole", write_recipe, port, **changes)
+    children.start(Path("serve"), str(recipe), "--port", str(port))
+    code, printed = children.run(recipe, timeout=900)
+    assert code == 0, printed
+    killed = served(tmp_path / "killed", write_recipe, port, **changes)
+    assert kill_at_random(children, killed, tmp_path / "killed" / "run", kills=20, seed=2) == 20
+    same(tmp_path / "whole" / "run", tmp_path / "killed" / "run")
+
+
+def kill_at_random(children, recipe: Path, run: Path, *, kills: int, seed: int) -> int:
+    """Starts the run, ends it by SIGKILL a random time after its first new row, and again; then lets it finish."""
+    drawn, done = random.Random(seed), 0
+    while done < kills:
+        metrics = run / "metrics.jsonl"
+        had = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+        learner = children.start(recipe, "resume=auto")
+        until = time.monotonic() + 600
+        while not metrics.is_file() or len(metrics.read_text().splitlines()) <= had:
+            assert learner.poll() is None and time.monotonic() < until, learner.communicate()[0]
+            time.sleep(0.01)
+        time.sleep(drawn.uniform(0, 0.5))
+        if learner.poll() is not None:
+            break
+        learner.send_signal(signal.SIGKILL)
+        learner.wait()
+        done += 1
+    code, printed = children.run(recipe, "resume=auto", timeout=900)
+    assert code == 0, printed
+    return done
+
+
+def same(whole: Path, killed: Path) -> None:
+    assert rows(killed, "train") == rows(whole, "train")
+    last = max(p.name for p in (whole / "checkpoints").iterdir() if p.is_dir())
+    first, second = weights(whole / "checkpoints" / last), weights(killed / "checkpoints" / last)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
