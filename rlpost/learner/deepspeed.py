@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,13 @@ class DeepSpeedLearner:
                 # Tensor by tensor, from where the model was loaded: the accelerator never holds the whole of it.
                 self._deepspeed.zero.Init(module=policy, config_dict_or_path=config)
                 _move_buffers(policy, processes.device)
-            self._engine, *_ = self._deepspeed.initialize(
-                model=policy,
-                optimizer=optimizer,
-                config=config,
-                dist_init_required=False,
-            )
+            with _state_on_host(section):
+                self._engine, *_ = self._deepspeed.initialize(
+                    model=policy,
+                    optimizer=optimizer,
+                    config=config,
+                    dist_init_required=False,
+                )
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         # The engine's forward would do this, but the loop calls the policy itself. Without it ZeRO-3 takes every micro-batch
@@ -124,6 +125,15 @@ class DeepSpeedLearner:
 
     def _gather(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[object]:
         return self._deepspeed.zero.GatheredParameters(list(parameters), enabled=self.stage == 3)
+
+
+def _state_on_host(section: LearnerSection) -> AbstractContextManager[None]:
+    """Around `deepspeed.initialize`: puts `learner.offload` into effect."""
+    if section.offload is None:
+        return nullcontext()
+    from rlpost.offload.zero3 import host_state  # imports DeepSpeed
+
+    return host_state(section.offload)
 
 
 def check_shards(folder: Path, world: int, now: int, stage: int) -> None:

@@ -115,10 +115,12 @@ DECISIONS: dict[str, dict[Effect, str]] = {
     },
     "method.pairs.sft": {LATER: "type eta weight"},
     "learner": {
-        NONE: "stop_after layout micro_batch_tokens sequence_parallel head_chunk_tokens skip_nonfinite watchdog_s",
+        NONE: "stop_after layout micro_batch_tokens sequence_parallel head_chunk_tokens skip_nonfinite watchdog_s "
+        "offload",
         LATER: "rollouts learning_rate schedule warmup_steps betas eps weight_decay max_grad_norm",
         ROLLOUT: "minibatches epochs",
     },
+    "learner.offload": {NONE: "type piece_size gpu_of every"},
     "checkpoint": {NONE: "every keep asynchronous"},
     "evaluation": {NONE: "every at_start at_end", LATER: "prompts samples k temperature threshold"},
     "tracking": {NONE: "console show_completion_every report"},

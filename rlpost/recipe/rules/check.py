@@ -20,6 +20,7 @@ from rlpost.recipe.rules.model import (
     quantization_problems,
     rotary_advice,
 )
+from rlpost.recipe.rules.offload import offload_problems
 from rlpost.recipe.rules.pairs import pair_problems
 from rlpost.recipe.rules.paths import model_problems
 from rlpost.recipe.rules.rollout import engine_problems
@@ -356,6 +357,7 @@ RULES: tuple[Rule, ...] = (
     _evaluation,
     _data_size,
     engine_problems,
+    offload_problems,
     _flash_attention,
     flex_problems,
     family_problems,

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from rlpost.recipe.sections.base import Section
+from rlpost.recipe.sections.offload import Offload
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -47,6 +48,9 @@ class LearnerSection(Section):
     """Completion tokens whose vocabulary-sized scores are held at once."""
     skip_nonfinite: PositiveInt = 5
     """Stop after so many optimizer steps in a row with a non-finite loss or gradient; each such step is skipped."""
+    offload: Offload | None = None
+    """Master weights and moments on the host, gradients on the accelerator; with DeepSpeed ZeRO-3. null: all where DeepSpeed's
+    configuration says."""
     watchdog_s: PositiveFloat = 1800.0
     """A phase that takes longer than this dumps all stacks and ends the run."""
 

@@ -1,0 +1,141 @@
+"""The tensors of an update: flat host state, staging, rings, and AdamW on a piece of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from rlpost.offload.backends import CudaDevice, run_in_order, run_on_lanes
+from rlpost.offload.layout import Piece
+from rlpost.offload.program import Parts, Program, build_update
+from rlpost.offload.races import races
+
+
+@dataclass(slots=True)
+class FlatState:
+    """What a process holds, each a vector of its N elements in one order."""
+
+    p: Tensor  # float32 master weights, on the host
+    m: Tensor  # float32 first moments, on the host
+    v: Tensor  # float32 second moments, on the host
+    weights: Tensor  # on the accelerator, in the model's precision
+    gradients: Tensor  # on the accelerator, in the precision in which micro-batches are added up
+
+
+@dataclass(slots=True)
+class StepSetting:
+    """What is another in every step."""
+
+    number: int = 1  # of the step, from 1
+    factor: float = 1.0  # for gradients: of the loss scale and of clipping together
+    groups: Sequence[dict[str, Any]] = field(default_factory=list)  # torch's parameter groups
+
+
+class Update:
+    """The program of an update with its buffers; built once, run at every step.
+
+    The arithmetic is torch's fused AdamW on both sides. On a CPU the bits are those of one call on the whole vector, whatever
+    the pieces, where they are updated, and the order. CUDA's kernel may round otherwise than the CPU's, so there the bits
+    depend on which pieces are updated where.
+    """
+
+    def __init__(self, state: FlatState, pieces: Sequence[Piece], *, sets: int = 2, ring: int = 2) -> None:
+        """Raises RuntimeError if the program's result would depend on timing, which is a defect."""
+        self.state, self.pieces, self.step = state, pieces, StepSetting()
+        self._cuda = state.weights.is_cuda
+        on_gpu = max((piece.size for piece in pieces if piece.on_gpu), default=0)
+        on_cpu = max((piece.size for piece in pieces if not piece.on_gpu), default=0)
+        device = state.weights.device
+        self._staging = [[torch.empty(on_gpu, device=device) for _ in range(3)] for _ in range(sets)]
+        self._gradients = [host_vector(on_cpu, state.gradients.dtype, pinned=self._cuda) for _ in range(ring)]
+        self._weights = [host_vector(on_cpu, state.weights.dtype, pinned=self._cuda) for _ in range(ring)]
+        self.program: Program = build_update(pieces, self, sets=sets, ring=ring)
+        if found := races(self.program):
+            raise RuntimeError(f"the update's program has {len(found)} races, the first is {found[0]}: report this")
+
+    def run(self, step: StepSetting) -> None:
+        """One optimizer step; done when it returns."""
+        self.step = step
+        if self._cuda:
+            run_on_lanes(self.program, CudaDevice())
+        else:
+            run_in_order(self.program)  # all lanes are the same cores
+
+    def fetch(self, piece: Piece, slot: int) -> Parts:
+        return _copies(zip(self._staged(piece, slot), self._home(piece), strict=True))
+
+    def step_on_gpu(self, piece: Piece, slot: int) -> Parts:
+        p, m, v = self._staged(piece, slot)
+        gradients, weights = (x[piece.start : piece.stop] for x in (self.state.gradients, self.state.weights))
+        return [lambda: self._adamw(piece, p, m, v, gradients), lambda: _copy(weights, p)]
+
+    def flush(self, piece: Piece, slot: int) -> Parts:
+        return _copies(zip(self._home(piece), self._staged(piece, slot), strict=True))
+
+    def gradients_down(self, piece: Piece, slot: int) -> Parts:
+        return _copies([(self._gradients[slot][: piece.size], self.state.gradients[piece.start : piece.stop])])
+
+    def step_on_cpu(self, piece: Piece, slot: int) -> Parts:
+        p, m, v = self._home(piece)
+        gradients = self._gradients[slot][: piece.size]
+        return [lambda: self._adamw(piece, p, m, v, gradients)]
+
+    def cast(self, piece: Piece, slot: int) -> Parts:
+        return _copies([(self._weights[slot][: piece.size], self.state.p[piece.start : piece.stop])])
+
+    def weights_up(self, piece: Piece, slot: int) -> Parts:
+        return _copies([(self.state.weights[piece.start : piece.stop], self._weights[slot][: piece.size])])
+
+    def _home(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+        part, state = slice(piece.start, piece.stop), self.state
+        return state.p[part], state.m[part], state.v[part]
+
+    def _staged(self, piece: Piece, slot: int) -> tuple[Tensor, Tensor, Tensor]:
+        p, m, v = (x[: piece.size] for x in self._staging[slot])
+        return p, m, v
+
+    def _adamw(self, piece: Piece, p: Tensor, m: Tensor, v: Tensor, gradients: Tensor) -> None:
+        """One step in place. The gradients are left as they are: they are scaled in a copy, in float32."""
+        group = self.step.groups[piece.group]
+        scaled = gradients.float().mul(self.step.factor)
+        before = torch.full((), float(self.step.number - 1), device=p.device)
+        adamw(
+            [p],
+            [scaled],
+            [m],
+            [v],
+            [],
+            [before],
+            fused=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def host_vector(n: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:
+    """Host memory of n elements; pinned, so that copies run beside the rest (torch rounds such blocks up to powers of two)."""
+    return torch.empty(n, dtype=dtype, pin_memory=pinned)
+
+
+def _copies(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Callable[[], None]]:
+    """Copies (to, from), each in two halves: what runs beside one is seen between them."""
+    parts: list[Callable[[], None]] = []
+    for to, source in pairs:
+        half = to.numel() // 2
+        for part in (slice(0, half), slice(half, None)):
+            parts.append(lambda to=to[part], source=source[part]: _copy(to, source))  # type: ignore[misc]
+    return parts
+
+
+def _copy(to: Tensor, source: Tensor) -> None:
+    to.copy_(source, non_blocking=True)

@@ -1,0 +1,37 @@
+"""Rules about where the optimizer's state lies (`learner.offload`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlpost.recipe.rules.setting import Setting
+from rlpost.recipe.sections.root import Recipe
+
+
+def offload_problems(r: Recipe, setting: Setting) -> Iterator[str]:
+    """What stands against `learner.offload` in this launch."""
+    offload = r.learner.offload
+    if offload is None:
+        return
+    asked = f"learner.offload.type={offload.type}"
+    if setting.zero_stage != 3:
+        here = f"is ZeRO-{setting.zero_stage}" if setting.zero_stage else "does not use DeepSpeed"
+        yield (
+            f"{asked} works with DeepSpeed ZeRO-3, and this launch {here}. Start with launch/zero3.yaml (on CPU "
+            "launch/cpu-zero3.yaml; `rlpost plan --zero 3`), or leave learner.offload out"
+        )
+        return
+    if r.model.lora is not None:
+        yield (
+            f"{asked} with model.lora: adapters have so little optimizer state that moving it costs more than it frees. "
+            "Leave learner.offload out"
+        )
+    from rlpost.learner.deepspeed import launcher_settings, zero_section  # imports torch
+
+    zero = zero_section(launcher_settings())
+    for part in ("offload_optimizer", "offload_param"):
+        if zero.get(part, {}).get("device", "none") != "none":
+            yield (
+                f"{asked} beside DeepSpeed's own {part}, which the launch configuration switches on: only one of them can "
+                f"hold the state. Set {part}_device to none there (launch/zero3.yaml), or leave learner.offload out"
+            )

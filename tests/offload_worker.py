@@ -1,0 +1,172 @@
+"""Started by test_offload_zero3.py in two processes: the learner with its state on the host against plain ZeRO-3.
+
+Not a test by itself: starting processes takes longer than all the comparisons, so they share one start.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import zero_worker as worker
+
+from rlpost.learner.deepspeed import DeepSpeedLearner
+from rlpost.learner.process import Processes
+from rlpost.offload.backends import LateDevice, run_adversary, run_in_order, run_on_lanes
+from rlpost.offload.update import Update
+from rlpost.policy.critic import make_critic
+from rlpost.recipe.sections.learner import LearnerSection
+from rlpost.recipe.sections.model import ModelSection
+from rlpost.run.ending import ends_at_once
+
+MIDDLE = 5  # the step before which a run is saved and taken up
+
+OFFLOADS = {
+    "streamed": {"type": "streamed", "piece_size": 1000},
+    "streamed, one piece": {"type": "streamed", "piece_size": 10**9},
+    "interleaved": {"type": "interleaved", "piece_size": 1000},
+    "interleaved, small": {"type": "interleaved", "piece_size": 64, "gpu_of": 2, "every": 3},
+    "all on the CPU": {"type": "interleaved", "piece_size": 5000, "gpu_of": 0},
+}
+FEW = ("streamed", "interleaved")  # in bfloat16 and with a critic
+BACKENDS = {
+    "in order": lambda program, number: run_in_order(program),
+    "adversary": run_adversary,
+    "lanes": lambda program, number: run_on_lanes(program, LateDevice(number)),
+}
+
+
+def section(offload: dict | None, dtype: str, steps: int) -> LearnerSection:
+    tokens = 16 if dtype == "float32" else 48
+    changes = {"offload": offload, "rollouts": steps // 2, "micro_batch_tokens": tokens}
+    return LearnerSection.model_validate(worker.SECTION.model_dump() | changes)
+
+
+def make(path: str, processes: Processes, dtype: str, offload: dict | None, steps: int, critic: bool = False):
+    policy = worker.policy(path, dtype)
+    if critic:
+        made = make_critic(
+            worker.ACTOR_CRITIC.critic, ModelSection(path=path, dtype=dtype), path, policy.config.hidden_size, seed=1
+        )
+        policy.critic = made
+    return DeepSpeedLearner(policy, section(offload, dtype, steps), processes)
+
+
+def backend(name: str) -> None:
+    """What runs the programs from now on."""
+    number = iter(range(10**9))
+
+    def run(update: Update, step) -> None:
+        update.step = step
+        BACKENDS[name](update.program, next(number))
+
+    Update.run = run
+
+
+def flat_state(learner) -> dict[str, torch.Tensor]:
+    """This process's shard: master weights, moments, weights, and the number of steps."""
+    optimizer = learner._engine.optimizer
+    flats = optimizer.fp32_partitioned_groups_flat
+    names = ("exp_avg", "exp_avg_sq")
+    found = {n: torch.cat([optimizer.optimizer.state[f][n].reshape(-1).float() for f in flats]) for n in names}
+    found |= {"p": torch.cat([f.data for f in flats]), "weights": optimizer.lp_param_buffer.clone()}
+    found = {name: value[real(optimizer)] for name, value in found.items()}
+    return found | {"steps": torch.stack([optimizer.optimizer.state[f]["step"].reshape(()).float() for f in flats])}
+
+
+def real(optimizer) -> torch.Tensor:
+    """[n] bool: no padding. DeepSpeed cuts every weight into equal shares and leaves the rest of the last as it is."""
+    found = []
+    for parameter in (parameter for group in optimizer.fp16_groups for parameter in group):
+        share = parameter.ds_tensor.ds_numel
+        left = parameter.ds_numel - torch.distributed.get_rank() * share
+        found.append(torch.arange(share) < left)
+    return torch.cat(found)
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> list[str]:
+    """The names of what is not equal to the bit."""
+    assert first.keys() == second.keys()
+    return [n for n in first if not torch.equal(first[n].view(torch.uint8), second[n].view(torch.uint8))]
+
+
+def compare(path: str, folder: Path, processes: Processes, name: str, dtype: str, steps: int, critic: bool) -> dict:
+    """Plain ZeRO-3 and every offload; a run saved in the middle by either is taken up by the other."""
+    method = worker.ACTOR_CRITIC if critic else worker.METHOD
+    plain = make(path, processes, dtype, None, steps, critic)
+    plain_section = section(None, dtype, steps)
+    expected = worker.run(plain, last=MIDDLE, method=method, section=plain_section)
+    checkpoint = folder / f"{name}-plain"
+    save(plain, checkpoint, processes)
+    expected += worker.run(plain, first=MIDDLE, last=steps, method=method, section=plain_section)
+    wanted = flat_state(plain)
+    found = {}
+    for offload_name, offload in OFFLOADS.items():
+        if name != "float32" and offload_name not in FEW:
+            continue
+        for backend_name in BACKENDS if offload_name.startswith("interleaved") else ("in order",):
+            backend(backend_name)
+            ours = make(path, processes, dtype, offload, steps, critic)
+            own = section(offload, dtype, steps)
+            metrics = worker.run(ours, last=MIDDLE, method=method, section=own)
+            saved = folder / f"{name}-{offload_name}-{backend_name}"
+            save(ours, saved, processes)
+            metrics += worker.run(ours, first=MIDDLE, last=steps, method=method, section=own)
+            result = {"metrics": repr(metrics) == repr(expected), "state": equal(flat_state(ours), wanted)}
+            if backend_name == "in order" and not critic:
+                result |= taken_up(
+                    path, processes, dtype, steps, offload, saved, checkpoint, repr(expected[MIDDLE:]), wanted
+                )
+            result["pieces"] = len(ours._engine.optimizer.update.pieces)
+            found[f"{offload_name}, {backend_name}"] = processes.gather(result)
+    return {"skipped": [step["skipped"] for step in expected], "found": found}
+
+
+def save(learner, checkpoint: Path, processes: Processes) -> None:
+    if processes.is_main:
+        (checkpoint / "trainer").mkdir(parents=True)
+    processes.barrier()
+    worker.save(learner, checkpoint)
+    processes.barrier()
+
+
+def taken_up(path, processes, dtype, steps, offload, ours: Path, plain: Path, expected: str, wanted) -> dict:
+    """Plain ZeRO-3 goes on from our checkpoint, and other pieces than were saved, too; ours goes on from plain ZeRO-3's."""
+    found = {}
+    other = {"type": "interleaved", "piece_size": 192, "gpu_of": 1, "every": 3}
+    for name, changed, checkpoint in (
+        ("ours -> plain", None, ours),
+        ("plain -> ours", offload, plain),
+        ("ours -> other pieces", other, ours),
+    ):
+        learner = DeepSpeedLearner(worker.policy(str(checkpoint), dtype), section(changed, dtype, steps), processes)
+        learner.load(checkpoint, world=processes.world)
+        metrics = worker.run(learner, first=MIDDLE, last=steps, section=section(changed, dtype, steps))
+        found[name] = repr(metrics) == expected and not equal(flat_state(learner), wanted)
+    return found
+
+
+def main(path: str, folder: Path, steps: int) -> None:
+    faulthandler.dump_traceback_later(float(os.environ.get("DEADLINE", "540")), exit=True)
+    torch.set_num_threads(1)
+    processes = Processes()
+    worker.launch_settings(3, False, folder)
+    results = {}
+    for name, dtype, critic in (
+        ("float32", "float32", False),
+        ("bfloat16", "bfloat16", False),
+        ("critic", "float32", True),
+    ):
+        results[name] = compare(path, folder, processes, name, dtype, steps, critic)
+    if processes.is_main:
+        (folder / "results.json").write_text(json.dumps(results))
+    processes.close()
+
+
+if __name__ == "__main__":
+    with ends_at_once():
+        main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
