@@ -30,6 +30,7 @@ OFFLOADS = {
     "streamed, one piece": {"type": "streamed", "piece_size": 10**9},
     "interleaved": {"type": "interleaved", "piece_size": 1000},
     "interleaved, small": {"type": "interleaved", "piece_size": 64, "gpu_of": 2, "every": 3},
+    "parked": {"type": "streamed", "piece_size": 3000, "park": True},
     "all on the CPU": {"type": "interleaved", "piece_size": 5000, "gpu_of": 0},
 }
 FEW = ("streamed", "interleaved")  # in bfloat16 and with a critic
@@ -112,7 +113,11 @@ def compare(path: str, folder: Path, processes: Processes, name: str, dtype: str
             backend(backend_name)
             ours = make(path, processes, dtype, offload, steps, critic)
             own = section(offload, dtype, steps)
-            metrics = worker.run(ours, last=MIDDLE, method=method, section=own)
+            metrics = []
+            for step in range(MIDDLE):
+                with ours.parked():  # sampling
+                    assert ours._engine.optimizer.flat.weights.untyped_storage().size() == 0 or not offload.get("park")
+                metrics += worker.run(ours, first=step, last=step + 1, method=method, section=own)
             saved = folder / f"{name}-{offload_name}-{backend_name}"
             save(ours, saved, processes)
             metrics += worker.run(ours, first=MIDDLE, last=steps, method=method, section=own)

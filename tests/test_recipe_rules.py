@@ -9,6 +9,7 @@ import pytest
 from rlpost.errors import RecipeError
 from rlpost.recipe.load import load_recipe
 from rlpost.recipe.rules.check import Setting, advise, check, known_size, refuse_unsound, training_prompts
+from rlpost.recipe.rules.offload import offload_problems
 from rlpost.recipe.rules.paths import looks_local
 
 REWARD = "def reward(completions, **columns):\n    return [0.0 for _ in completions]\n"
@@ -225,3 +226,37 @@ def test_what_no_engine_samples_as_it_is_told_is_refused(base):
 def test_a_temperature_that_is_not_used_is_said(base):
     loaded = load_recipe(base / "r.yaml", ["evaluation.temperature=0.7"])
     assert any("evaluation.samples=1" in note for note in advise(loaded.recipe, Setting(1, base)))
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "says"),
+    [
+        (0, {}, ["learner.offload.type=streamed", "does not use DeepSpeed", "launch/zero3.yaml"]),
+        (2, {}, ["is ZeRO-2", "launch/zero3.yaml"]),
+        (3, {"model.lora": {"rank": 4}}, ["model.lora", "Leave learner.offload out"]),
+        (
+            3,
+            {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
+            ["offload_optimizer", "offload_optimizer_device"],
+        ),
+    ],
+)
+def test_what_offload_cannot_work_with_is_refused(stage, changes, says, base, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    overrides = ["learner.offload.type=streamed"]
+    for key, value in changes.items():
+        if key.isupper():
+            monkeypatch.setenv(key, value)
+        else:
+            overrides.append(f"{key}={json.dumps(value)}")
+    recipe = load_recipe(base / "r.yaml", overrides).recipe
+    found = " ".join(offload_problems(recipe, Setting(zero_stage=stage)))
+    assert all(word in found for word in says), found
+
+
+def test_offload_that_fits_is_accepted_and_more_than_all_pieces_are_not(base, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    fits = load_recipe(base / "r.yaml", ["learner.offload={type: interleaved, gpu_of: 2, every: 3, park: true}"]).recipe
+    assert list(offload_problems(fits, Setting(zero_stage=3))) == []
+    with pytest.raises(RecipeError, match="gpu_of=4 of every=3"):
+        load_recipe(base / "r.yaml", ["learner.offload={type: interleaved, gpu_of: 4, every: 3}"])

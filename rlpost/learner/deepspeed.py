@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,18 @@ class DeepSpeedLearner:
 
     def discard(self) -> None:
         self._engine.zero_grad()
+
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        offload = self._section.offload
+        if offload is None or not offload.park:
+            yield
+            return
+        self._engine.optimizer.park()
+        try:
+            yield
+        finally:
+            self._engine.optimizer.unpark()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """One layer's weights gathered at a time: no process ever holds the whole model."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,9 +21,12 @@ import torch
 from deepspeed.runtime.zero import stage3
 
 from rlpost.errors import RecipeError
+from rlpost.offload.arithmetic import Hyper, Step, make_arithmetic
 from rlpost.offload.layout import cut
-from rlpost.offload.update import FlatState, StepSetting, Update, host_vector
+from rlpost.offload.update import FlatState, Update, host_vector
 from rlpost.recipe.sections.offload import Offload
+
+_log = logging.getLogger(__name__)
 
 FINGERPRINTS = {
     "__init__": "2ebc271180aa345f7a06274a0774e94811d03f5c480e825858c60c74aa6cf705",
@@ -76,7 +80,10 @@ class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
             gpu_of=self.offload.gpu_of,
             every=self.offload.every,
         )
-        self.update = Update(self.flat, pieces)
+        arithmetic, said = make_arithmetic(self.offload.arithmetic)
+        if said is not None:
+            _log.warning("rlpost: %s", said)
+        self.update = Update(self.flat, pieces, arithmetic)
 
     def _sub_groups(self) -> Iterator[tuple[torch.Tensor, slice]]:
         """DeepSpeed's float32 tensor of each sub-group, and its elements in the flat vectors."""
@@ -125,10 +132,28 @@ class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
         self._recorded = []
         states = [self.optimizer.state[flat] for flat, _ in self._sub_groups()]
         number = int(states[0]["step"]) + 1
-        self.update.run(StepSetting(number, float(self._factor), self.optimizer.param_groups))
+        groups = tuple(
+            Hyper(g["lr"], tuple(g["betas"]), g["eps"], g["weight_decay"]) for g in self.optimizer.param_groups
+        )
+        self.update.run(Step(number, float(self._factor), groups))
         for state in states:
             state["step"].fill_(float(number))
         super()._post_step(timer_names)
+
+    def park(self) -> None:
+        """Gives the accelerator's memory of weights and gradients back, between steps: weights are the master weights' cast,
+        and gradients are spent. Views of either stay valid, and may not be read until `unpark`."""
+        for buffer in (self.flat.weights, self.flat.gradients):
+            buffer.untyped_storage().resize_(0)
+        if self.flat.weights.is_cuda:
+            torch.cuda.empty_cache()  # so that others on the card can have it
+
+    def unpark(self) -> None:
+        """Makes weights and gradients again; the latter as zeros, since a step counts what nothing was added to."""
+        for buffer in (self.flat.weights, self.flat.gradients):
+            buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
+        self.flat.weights.copy_(self.flat.p)
+        self.flat.gradients.zero_()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Loading gives torch's optimizer tensors of its own: their values are taken, and it is given the views again."""

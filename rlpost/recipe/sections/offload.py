@@ -12,6 +12,12 @@ from rlpost.recipe.sections.base import Section
 class OffloadSection(Section):
     """What both ways share."""
 
+    park: bool = False
+    """While completions are sampled, weights and gradients are not on the accelerator either: room for the rollout engine's
+    cache. They come back in one copy before the update."""
+    arithmetic: Literal["torch", "own"] = "torch"
+    """Of the pieces that the CPU updates. torch: its fused AdamW. own: a C kernel in a fixed order of operations, which reads
+    gradients in 16 or 32 bits and clips in one pass; needs a C compiler, else torch's is used and said."""
     piece_size: PositiveInt = 2**25
     """Parameters per piece, at the most. Two pieces of 12 bytes a parameter are staged on the accelerator at once."""
 
