@@ -225,3 +225,45 @@ def test_what_no_engine_samples_as_it_is_told_is_refused(base):
 def test_a_temperature_that_is_not_used_is_said(base):
     loaded = load_recipe(base / "r.yaml", ["evaluation.temperature=0.7"])
     assert any("evaluation.samples=1" in note for note in advise(loaded.recipe, Setting(1, base)))
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "said"),
+    [
+        (0, [], ["learner.offload.type=streamed", "does not use DeepSpeed", "launch/zero3.yaml"]),
+        (2, [], ["learner.offload.type=streamed", "ZeRO-2", "launch/cpu-zero3.yaml"]),
+        (3, ["model.lora={rank: 4}"], ["learner.offload.type=streamed", "model.lora"]),
+    ],
+)
+def test_an_offload_with_nothing_to_take_over_is_refused(stage, overrides, said, base):
+    recipe = load_recipe(base / "r.yaml", ["learner.offload={type: streamed}", *overrides]).recipe
+    [problem] = [found for found in check(recipe, Setting(1, base, stage)) if "learner.offload" in found]
+    assert all(part in problem for part in said), problem
+    assert not any(
+        "offload" in found for found in check(recipe, Setting(1, base, stage, learns=False))
+    )  # eval and serve
+
+
+def test_an_offload_beside_deepspeeds_own_is_refused(base, monkeypatch):
+    recipe = load_recipe(base / "r.yaml", ["learner.offload={type: interleaved}"]).recipe
+    assert check(recipe, Setting(1, base, 3)) == []
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    [problem] = check(recipe, Setting(1, base, 3))
+    assert "offload_optimizer_device to none" in problem
+
+
+def test_an_offload_without_a_gpu_is_said_to_gain_nothing(base, monkeypatch):
+    import torch
+
+    recipe = load_recipe(base / "r.yaml", ["learner.offload={type: streamed, arithmetic: own}"]).recipe
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert any("nothing is gained" in note for note in advise(recipe, Setting(1, base, 3)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not any("nothing is gained" in note for note in advise(recipe, Setting(1, base, 3)))
+    assert any("learner.offload.arithmetic=own" in found for found in check(recipe, Setting(1, base, 3)))
+
+
+def test_more_pieces_for_the_gpu_than_there_are_are_refused(base):
+    with pytest.raises(RecipeError, match="gpu_of=3 of every=2"):
+        load_recipe(base / "r.yaml", ["learner.offload={type: interleaved, gpu_of: 3}"])

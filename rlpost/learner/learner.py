@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +49,10 @@ class Learner(Protocol):
 
     def discard(self) -> None:
         """Forgets the gradients accumulated so far."""
+        ...
+
+    def parked(self) -> AbstractContextManager[None]:
+        """Within it the policy's weights need not be there, and nothing may ask for them; between optimizer steps only."""
         ...
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -113,6 +118,9 @@ class DataParallelLearner:
 
     def discard(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+
+    def parked(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         return self.policy.named_weights()

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
+from rlpost.errors import RecipeError
+from rlpost.offload.arithmetic import Arithmetic, Hyper, OwnArithmetic, Step, TorchArithmetic
 from rlpost.offload.backends import CudaDevice, run_in_order, run_on_lanes
 from rlpost.offload.layout import Piece
 from rlpost.offload.program import Parts, Program, build_update
@@ -39,13 +40,24 @@ class StepSetting:
 class Update:
     """The program of an update with its buffers; built once, run at every step.
 
-    The arithmetic is torch's fused AdamW on both sides. On a CPU the bits are those of one call on the whole vector, whatever
-    the pieces, where they are updated, and the order. CUDA's kernel may round otherwise than the CPU's, so there the bits
-    depend on which pieces are updated where.
+    The arithmetic is torch's fused AdamW on both sides, or another one that is given. On a CPU the bits are those of one call
+    on the whole vector, whatever the pieces, where they are updated, and the order. torch's kernel for CUDA may round otherwise
+    than the CPU's, so there the bits depend on which pieces are updated where.
     """
 
-    def __init__(self, state: FlatState, pieces: Sequence[Piece], *, sets: int = 2, ring: int = 2) -> None:
+    def __init__(
+        self,
+        state: FlatState,
+        pieces: Sequence[Piece],
+        *,
+        sets: int = 2,
+        ring: int = 2,
+        arithmetic: Arithmetic | None = None,
+    ) -> None:
         """Raises RuntimeError if the program's result would depend on timing, which is a defect."""
+        self._arithmetic = arithmetic or TorchArithmetic()
+        if isinstance(self._arithmetic, OwnArithmetic) and state.weights.is_cuda:
+            raise RecipeError("learner.offload.arithmetic=own has no kernel for a GPU yet. Set it to torch")
         self.state, self.pieces, self.step = state, pieces, StepSetting()
         self._cuda = state.weights.is_cuda
         on_gpu = max((piece.size for piece in pieces if piece.on_gpu), default=0)
@@ -72,6 +84,8 @@ class Update:
     def step_on_gpu(self, piece: Piece, slot: int) -> Parts:
         p, m, v = self._staged(piece, slot)
         gradients, weights = (x[piece.start : piece.stop] for x in (self.state.gradients, self.state.weights))
+        if isinstance(self._arithmetic, OwnArithmetic):  # which writes them in the same pass
+            return [lambda: self._adamw(piece, p, m, v, gradients, weights)]
         return [lambda: self._adamw(piece, p, m, v, gradients), lambda: _copy(weights, p)]
 
     def flush(self, piece: Piece, slot: int) -> Parts:
@@ -99,27 +113,14 @@ class Update:
         p, m, v = (x[: piece.size] for x in self._staging[slot])
         return p, m, v
 
-    def _adamw(self, piece: Piece, p: Tensor, m: Tensor, v: Tensor, gradients: Tensor) -> None:
-        """One step in place. The gradients are left as they are: they are scaled in a copy, in float32."""
+    def _adamw(
+        self, piece: Piece, p: Tensor, m: Tensor, v: Tensor, gradients: Tensor, weights: Tensor | None = None
+    ) -> None:
+        """One step in place. The gradients are left as they are; `weights`, if given, become p in their own precision."""
         group = self.step.groups[piece.group]
-        scaled = gradients.float().mul(self.step.factor)
-        before = torch.full((), float(self.step.number - 1), device=p.device)
-        adamw(
-            [p],
-            [scaled],
-            [m],
-            [v],
-            [],
-            [before],
-            fused=True,
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+        hyper = Hyper(float(group["lr"]), tuple(group["betas"]), group["eps"], group["weight_decay"])
+        step = Step(self.step.number, self.step.factor, (hyper,))
+        self._arithmetic.update(p, m, v, gradients, weights, step, 0)
 
 
 def host_vector(n: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:
