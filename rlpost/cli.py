@@ -90,7 +90,7 @@ def evaluate(
     from rlpost.recipe.rules.check import refuse_unsound
 
     loaded = recipe_for(load_recipe(recipe, overrides or ()), checkpoint.expanduser())
-    refuse_unsound(loaded)
+    refuse_unsound(loaded, learns=False)
     if loaded.recipe.data.has_pairs:
         from rlpost.evaluation.pairs import evaluate_pairs
 
@@ -116,7 +116,7 @@ def serve(
     from rlpost.run.serve import serve as run
 
     loaded = load_recipe(recipe, overrides or ())
-    refuse_unsound(loaded, processes=1)
+    refuse_unsound(loaded, processes=1, learns=False)
     run(loaded, host=host, port=port, say=typer.echo)
 
 

@@ -43,6 +43,7 @@ from rlpost.methods.imitation import demonstration_coefficient, demonstration_we
 from rlpost.methods.masking import accepted_tokens
 from rlpost.methods.ppo import RewardWhitening
 from rlpost.methods.signal import group_is_baseline
+from rlpost.offload.arithmetic import make_arithmetic
 from rlpost.policy.critic import make_critic, read_places
 from rlpost.policy.precision import autocast_of, sampler_dtype
 from rlpost.policy.rows import build_rows
@@ -145,6 +146,7 @@ DISPATCHERS: dict[str, Callable[[], Any]] = {
     "pairs.sft": lambda: _sft_pull(planted(PAIRS, "sft", New()), ONE, COUNTS),
     "pairs.sft (plan)": lambda: describe_order(planted(method(preset="dpo"), "pairs", planted(PAIRS, "sft", New()))),
     "learner.schedule": lambda: learning_rate(planted(LearnerSection(rollouts=3), "schedule"), 1),
+    "learner.offload.arithmetic": lambda: make_arithmetic(NEW),
     "learner.layout": lambda: build_rows([], layout=NEW, micro_batch_tokens=8, pad_id=0) or _rows(NEW),
     "rollout.engine": lambda: make_engine(
         New(), ModelSection(path="x"), "x", None, max_model_len=8, seed=0, device="cpu"

@@ -20,6 +20,9 @@ from rlpost.offload.arithmetic import (
     constants,
     make_arithmetic,
 )
+from rlpost.offload.backends import run_adversary
+from rlpost.offload.layout import cut
+from rlpost.offload.update import FlatState, StepSetting, Update
 
 N, STEPS = 20_011, 6
 HYPER = Hyper(1e-3, (0.9, 0.95), 1e-8, 0.1)
@@ -94,6 +97,25 @@ def test_the_c_kernel_is_numpys_float32_in_the_same_order(own):
 def test_the_c_kernel_is_close_to_torch(own):
     for mine, theirs in zip(trained(own)[:3], trained(TorchArithmetic())[:3], strict=True):
         assert float((mine - theirs).abs().max()) <= 3e-7 * float(theirs.abs().max())
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_with_the_c_kernel_the_bits_do_not_depend_on_the_plan(kind, own):
+    """Pieces, the share of either side, and the order."""
+    group = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    found = []
+    for number, (largest, gpu_of, every) in enumerate([(10**6, 1, 1), (64, 0, 1), (640, 1, 2), (200, 2, 3)]):
+        p = torch.randn(N, generator=torch.Generator().manual_seed(1))
+        state = FlatState(p, torch.zeros(N), torch.zeros(N), p.bfloat16(), torch.zeros(N, dtype=kind))
+        pieces = cut([N - 777, 777], [0, 0], largest, gpu_of=gpu_of, every=every)
+        update = Update(state, pieces, arithmetic=own)
+        for step, gradient in enumerate(gradients(), start=1):
+            state.gradients.copy_(gradient)
+            update.step = StepSetting(step, 0.3333, [group])
+            run_adversary(update.program, 10 * number + step)
+        found.append((state.p, state.m, state.v, state.weights))
+    assert all(same_bits(other, found[0]) for other in found)
 
 
 @needs_compiler

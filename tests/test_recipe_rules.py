@@ -9,7 +9,6 @@ import pytest
 from rlpost.errors import RecipeError
 from rlpost.recipe.load import load_recipe
 from rlpost.recipe.rules.check import Setting, advise, check, known_size, refuse_unsound, training_prompts
-from rlpost.recipe.rules.offload import offload_problems
 from rlpost.recipe.rules.paths import looks_local
 
 REWARD = "def reward(completions, **columns):\n    return [0.0 for _ in completions]\n"
@@ -229,34 +228,42 @@ def test_a_temperature_that_is_not_used_is_said(base):
 
 
 @pytest.mark.parametrize(
-    ("stage", "changes", "says"),
+    ("stage", "overrides", "said"),
     [
-        (0, {}, ["learner.offload.type=streamed", "does not use DeepSpeed", "launch/zero3.yaml"]),
-        (2, {}, ["is ZeRO-2", "launch/zero3.yaml"]),
-        (3, {"model.lora": {"rank": 4}}, ["model.lora", "Leave learner.offload out"]),
-        (
-            3,
-            {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"},
-            ["offload_optimizer", "offload_optimizer_device"],
-        ),
+        (0, [], ["learner.offload.type=streamed", "does not use DeepSpeed", "launch/zero3.yaml"]),
+        (2, [], ["learner.offload.type=streamed", "ZeRO-2", "launch/cpu-zero3.yaml"]),
+        (3, ["model.lora={rank: 4}"], ["learner.offload.type=streamed", "model.lora"]),
     ],
 )
-def test_what_offload_cannot_work_with_is_refused(stage, changes, says, base, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    overrides = ["learner.offload.type=streamed"]
-    for key, value in changes.items():
-        if key.isupper():
-            monkeypatch.setenv(key, value)
-        else:
-            overrides.append(f"{key}={json.dumps(value)}")
-    recipe = load_recipe(base / "r.yaml", overrides).recipe
-    found = " ".join(offload_problems(recipe, Setting(zero_stage=stage)))
-    assert all(word in found for word in says), found
+def test_an_offload_with_nothing_to_take_over_is_refused(stage, overrides, said, base):
+    recipe = load_recipe(base / "r.yaml", ["learner.offload={type: streamed}", *overrides]).recipe
+    [problem] = [found for found in check(recipe, Setting(1, base, stage)) if "learner.offload" in found]
+    assert all(part in problem for part in said), problem
+    assert not any(
+        "offload" in found for found in check(recipe, Setting(1, base, stage, learns=False))
+    )  # eval and serve
 
 
-def test_offload_that_fits_is_accepted_and_more_than_all_pieces_are_not(base, monkeypatch):
+def test_an_offload_beside_deepspeeds_own_is_refused(base, monkeypatch):
+    recipe = load_recipe(base / "r.yaml", ["learner.offload={type: interleaved}"]).recipe
+    assert check(recipe, Setting(1, base, 3)) == []
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    fits = load_recipe(base / "r.yaml", ["learner.offload={type: interleaved, gpu_of: 2, every: 3, park: true}"]).recipe
-    assert list(offload_problems(fits, Setting(zero_stage=3))) == []
-    with pytest.raises(RecipeError, match="gpu_of=4 of every=3"):
-        load_recipe(base / "r.yaml", ["learner.offload={type: interleaved, gpu_of: 4, every: 3}"])
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    [problem] = check(recipe, Setting(1, base, 3))
+    assert "offload_optimizer_device to none" in problem
+
+
+def test_an_offload_without_a_gpu_is_said_to_gain_nothing(base, monkeypatch):
+    import torch
+
+    recipe = load_recipe(base / "r.yaml", ["learner.offload={type: streamed, arithmetic: own}"]).recipe
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert any("nothing is gained" in note for note in advise(recipe, Setting(1, base, 3)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert not any("nothing is gained" in note for note in advise(recipe, Setting(1, base, 3)))
+    assert any("learner.offload.arithmetic=own" in found for found in check(recipe, Setting(1, base, 3)))
+
+
+def test_more_pieces_for_the_gpu_than_there_are_are_refused(base):
+    with pytest.raises(RecipeError, match="gpu_of=3 of every=2"):
+        load_recipe(base / "r.yaml", ["learner.offload={type: interleaved, gpu_of: 3}"])

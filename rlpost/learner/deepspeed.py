@@ -47,13 +47,15 @@ class DeepSpeedLearner:
                 # Tensor by tensor, from where the model was loaded: the accelerator never holds the whole of it.
                 self._deepspeed.zero.Init(module=policy, config_dict_or_path=config)
                 _move_buffers(policy, processes.device)
-            with _state_on_host(section):
+            with _state_on_host(section, optimizer):
                 self._engine, *_ = self._deepspeed.initialize(
                     model=policy,
                     optimizer=optimizer,
                     config=config,
                     dist_init_required=False,
                 )
+        if section.offload is not None:
+            policy.notes += self._engine.optimizer.notes
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         # The engine's forward would do this, but the loop calls the policy itself. Without it ZeRO-3 takes every micro-batch
@@ -78,8 +80,7 @@ class DeepSpeedLearner:
 
     @contextmanager
     def parked(self) -> Iterator[None]:
-        offload = self._section.offload
-        if offload is None or not offload.park:
+        if self._section.offload is None or not self._section.offload.park:
             yield
             return
         self._engine.optimizer.park()
@@ -139,13 +140,13 @@ class DeepSpeedLearner:
         return self._deepspeed.zero.GatheredParameters(list(parameters), enabled=self.stage == 3)
 
 
-def _state_on_host(section: LearnerSection) -> AbstractContextManager[None]:
+def _state_on_host(section: LearnerSection, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
     """Around `deepspeed.initialize`: puts `learner.offload` into effect."""
     if section.offload is None:
         return nullcontext()
     from rlpost.offload.zero3 import host_state  # imports DeepSpeed
 
-    return host_state(section.offload)
+    return host_state(section.offload, optimizer)
 
 
 def check_shards(folder: Path, world: int, now: int, stage: int) -> None:

@@ -52,7 +52,7 @@ class Learner(Protocol):
         ...
 
     def parked(self) -> AbstractContextManager[None]:
-        """While completions are sampled: the policy's weights may be elsewhere, and nothing may ask for them."""
+        """Within it the policy's weights need not be there, and nothing may ask for them; between optimizer steps only."""
         ...
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

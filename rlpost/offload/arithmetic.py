@@ -119,9 +119,9 @@ def constants(step: Step, group: int) -> Sequence[float]:
     return [float(np.float32(x)) for x in exact]
 
 
-def make_arithmetic(choice: Literal["torch", "own"]) -> tuple[Arithmetic, str | None]:
+def make_arithmetic(arithmetic: Literal["torch", "own"]) -> tuple[Arithmetic, str | None]:
     """The arithmetic of `learner.offload.arithmetic`, and a line to be logged where it is another than was asked for."""
-    match choice:
+    match arithmetic:
         case "torch":
             return TorchArithmetic(), None
         case "own":
@@ -133,7 +133,7 @@ def make_arithmetic(choice: Literal["torch", "own"]) -> tuple[Arithmetic, str | 
                 "is cut and on which side computes"
             )
         case _:
-            raise unknown_choice("learner.offload.arithmetic", choice)
+            raise unknown_choice("learner.offload.arithmetic", arithmetic)
 
 
 def build_kernel(folder: Path | None = None, compiler: str | None = None) -> tuple[ctypes.CDLL | None, str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlpost.offload.arithmetic import Arithmetic, Step, TorchArithmetic
+from rlpost.errors import RecipeError
+from rlpost.offload.arithmetic import Arithmetic, Hyper, OwnArithmetic, Step, TorchArithmetic
 from rlpost.offload.backends import CudaDevice, run_in_order, run_on_lanes
 from rlpost.offload.layout import Piece
 from rlpost.offload.program import Parts, Program, build_update
@@ -26,28 +28,37 @@ class FlatState:
     gradients: Tensor  # on the accelerator, in the precision in which micro-batches are added up
 
 
+@dataclass(slots=True)
+class StepSetting:
+    """What is another in every step."""
+
+    number: int = 1  # of the step, from 1
+    factor: float = 1.0  # for gradients: of the loss scale and of clipping together
+    groups: Sequence[dict[str, Any]] = field(default_factory=list)  # torch's parameter groups
+
+
 class Update:
     """The program of an update with its buffers; built once, run at every step.
 
-    Pieces on the accelerator are updated by torch's fused AdamW, those on the CPU by `arithmetic`. On a CPU the bits are those
-    of one call on the whole vector, whatever the pieces, where they are updated, and the order. CUDA's kernel may round
-    otherwise than the CPU's, so there the bits depend on which pieces are updated where.
+    The arithmetic is torch's fused AdamW on both sides, or another one that is given. On a CPU the bits are those of one call
+    on the whole vector, whatever the pieces, where they are updated, and the order. torch's kernel for CUDA may round otherwise
+    than the CPU's, so there the bits depend on which pieces are updated where.
     """
 
     def __init__(
         self,
         state: FlatState,
         pieces: Sequence[Piece],
-        arithmetic: Arithmetic | None = None,
         *,
         sets: int = 2,
         ring: int = 2,
+        arithmetic: Arithmetic | None = None,
     ) -> None:
         """Raises RuntimeError if the program's result would depend on timing, which is a defect."""
-        self.state, self.pieces, self.step = state, pieces, Step(1, 1.0, ())
-        self._on_cpu: Arithmetic = arithmetic or TorchArithmetic()
-        # On a machine without an accelerator both sides are the CPU, and have the bits of one arithmetic.
-        self._on_gpu: Arithmetic = TorchArithmetic() if state.weights.is_cuda else self._on_cpu
+        self._arithmetic = arithmetic or TorchArithmetic()
+        if isinstance(self._arithmetic, OwnArithmetic) and state.weights.is_cuda:
+            raise RecipeError("learner.offload.arithmetic=own has no kernel for a GPU yet. Set it to torch")
+        self.state, self.pieces, self.step = state, pieces, StepSetting()
         self._cuda = state.weights.is_cuda
         on_gpu = max((piece.size for piece in pieces if piece.on_gpu), default=0)
         on_cpu = max((piece.size for piece in pieces if not piece.on_gpu), default=0)
@@ -59,7 +70,7 @@ class Update:
         if found := races(self.program):
             raise RuntimeError(f"the update's program has {len(found)} races, the first is {found[0]}: report this")
 
-    def run(self, step: Step) -> None:
+    def run(self, step: StepSetting) -> None:
         """One optimizer step; done when it returns."""
         self.step = step
         if self._cuda:
@@ -73,7 +84,9 @@ class Update:
     def step_on_gpu(self, piece: Piece, slot: int) -> Parts:
         p, m, v = self._staged(piece, slot)
         gradients, weights = (x[piece.start : piece.stop] for x in (self.state.gradients, self.state.weights))
-        return [lambda: self._on_gpu.update(p, m, v, gradients, weights, self.step, piece.group)]
+        if isinstance(self._arithmetic, OwnArithmetic):  # which writes them in the same pass
+            return [lambda: self._adamw(piece, p, m, v, gradients, weights)]
+        return [lambda: self._adamw(piece, p, m, v, gradients), lambda: _copy(weights, p)]
 
     def flush(self, piece: Piece, slot: int) -> Parts:
         return _copies(zip(self._home(piece), self._staged(piece, slot), strict=True))
@@ -84,7 +97,7 @@ class Update:
     def step_on_cpu(self, piece: Piece, slot: int) -> Parts:
         p, m, v = self._home(piece)
         gradients = self._gradients[slot][: piece.size]
-        return [lambda: self._on_cpu.update(p, m, v, gradients, None, self.step, piece.group)]
+        return [lambda: self._adamw(piece, p, m, v, gradients)]
 
     def cast(self, piece: Piece, slot: int) -> Parts:
         return _copies([(self._weights[slot][: piece.size], self.state.p[piece.start : piece.stop])])
@@ -99,6 +112,15 @@ class Update:
     def _staged(self, piece: Piece, slot: int) -> tuple[Tensor, Tensor, Tensor]:
         p, m, v = (x[: piece.size] for x in self._staging[slot])
         return p, m, v
+
+    def _adamw(
+        self, piece: Piece, p: Tensor, m: Tensor, v: Tensor, gradients: Tensor, weights: Tensor | None = None
+    ) -> None:
+        """One step in place. The gradients are left as they are; `weights`, if given, become p in their own precision."""
+        group = self.step.groups[piece.group]
+        hyper = Hyper(float(group["lr"]), tuple(group["betas"]), group["eps"], group["weight_decay"])
+        step = Step(self.step.number, self.step.factor, (hyper,))
+        self._arithmetic.update(p, m, v, gradients, weights, step, 0)
 
 
 def host_vector(n: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:

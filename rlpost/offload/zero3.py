@@ -8,11 +8,9 @@ checkpoints and `deepspeed.utils.safe_get_*` read and write the state itself.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -20,32 +18,12 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero import stage3
 
-from rlpost.errors import RecipeError
-from rlpost.offload.arithmetic import Hyper, Step, make_arithmetic
+from rlpost.errors import CheckpointError, RecipeError, RlpostError
+from rlpost.offload.arithmetic import make_arithmetic
+from rlpost.offload.known import refuse_unknown
 from rlpost.offload.layout import cut
-from rlpost.offload.update import FlatState, Update, host_vector
-from rlpost.recipe.sections.offload import Offload
-
-_log = logging.getLogger(__name__)
-
-FINGERPRINTS = {
-    "__init__": "2ebc271180aa345f7a06274a0774e94811d03f5c480e825858c60c74aa6cf705",
-    "_create_fp32_partitions": "2d22754c23f57f2968c8abdaa5aa3eaeb7b9e46c954fb4aa7684ac4cc4fc40ba",
-    "initialize_optimizer_states": "e7929e87483515f88cbf98551c0d6928a309efea7802e545f22752763912abf0",
-    "step": "89aab0f80f1a80b328a6b87b3cec95352b8973c4a69e3c805ac162950ff9f7fc",
-    "_prepare_sub_group": "89aab0f80f1a80b328a6b87b3cec95352b8973c4a69e3c805ac162950ff9f7fc",
-    "unscale_and_clip_grads": "89aab0f80f1a80b328a6b87b3cec95352b8973c4a69e3c805ac162950ff9f7fc",
-    "_optimizer_step": "35f8511bba5ff760b250d0b0a7d062d28dda6adb699913a298de4b44dba17951",
-    "_reassign_or_swap_out_partitioned_parameters": "89aab0f80f1a80b328a6b87b3cec95352b8973c4a69e3c805ac162950ff9f7fc",
-    "_release_sub_group": "89aab0f80f1a80b328a6b87b3cec95352b8973c4a69e3c805ac162950ff9f7fc",
-    "_post_step": "89aab0f80f1a80b328a6b87b3cec95352b8973c4a69e3c805ac162950ff9f7fc",
-    "partition_grads": "89aab0f80f1a80b328a6b87b3cec95352b8973c4a69e3c805ac162950ff9f7fc",
-    "_rigid_state_dict": "9a67500b2f2c4a7a30cfb97ba0045ff6390179b238c7bd967bce96717baa96d5",
-    "_rigid_load_state_dict": "4e33833d717fd28b6ca98b8947dffed0b1d57f3df0640ea4f40813cba8ffb603",
-    "state_dict": "3807080dd2927deb304782b579ce84ad7b36c201ee6db46fb981b49816529dd7",
-    "load_state_dict": "092c666951ab079617a9fcea190299a4d11144876cd897d0a29ea260e8e4ca58",
-}
-"""By method of DeepSpeed's that is replaced or relied on: the SHA-256 of its source, of DeepSpeed 0.19.8."""
+from rlpost.offload.update import FlatState, StepSetting, Update, host_vector
+from rlpost.recipe.sections.offload import NOTHING_GAINED, Offload
 
 
 class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
@@ -80,10 +58,11 @@ class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
             gpu_of=self.offload.gpu_of,
             every=self.offload.every,
         )
-        arithmetic, said = make_arithmetic(self.offload.arithmetic)
-        if said is not None:
-            _log.warning("rlpost: %s", said)
-        self.update = Update(self.flat, pieces, arithmetic)
+        arithmetic, trouble = make_arithmetic(self.offload.arithmetic)
+        nothing = None if weights.is_cuda else NOTHING_GAINED
+        self.notes = tuple(filter(None, (trouble, nothing)))  # for the user
+        self.update = Update(self.flat, pieces, arithmetic=arithmetic)
+        self.parked = False
 
     def _sub_groups(self) -> Iterator[tuple[torch.Tensor, slice]]:
         """DeepSpeed's float32 tensor of each sub-group, and its elements in the flat vectors."""
@@ -132,69 +111,78 @@ class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
         self._recorded = []
         states = [self.optimizer.state[flat] for flat, _ in self._sub_groups()]
         number = int(states[0]["step"]) + 1
-        groups = tuple(
-            Hyper(g["lr"], tuple(g["betas"]), g["eps"], g["weight_decay"]) for g in self.optimizer.param_groups
-        )
-        self.update.run(Step(number, float(self._factor), groups))
+        self.update.run(StepSetting(number, float(self._factor), self.optimizer.param_groups))
         for state in states:
             state["step"].fill_(float(number))
         super()._post_step(timer_names)
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Loading gives torch's optimizer tensors of its own: their values are taken, and it is given the views again.
+
+        Raises CheckpointError where the sub-groups have made different numbers of steps.
+        """
+        if self.parked:
+            raise RlpostError("nothing can be loaded into a learner that is parked: its weights are not there")
+        super().load_state_dict(*args, **kwargs)
+        numbers = {float(self.optimizer.state[flat].get("step", 0.0)) for flat, _ in self._sub_groups()}
+        if len(numbers) > 1:
+            raise CheckpointError(
+                f"the checkpoint's sub-groups have made {sorted(numbers)} steps, which learner.offload makes together. "
+                "Leave it out to go on from there"
+            )
+        [number] = numbers
+        for flat, part in self._sub_groups():
+            loaded = self.optimizer.state[flat]  # empty if it was saved before the first step
+            for name, home in (("exp_avg", self.flat.m), ("exp_avg_sq", self.flat.v)):
+                home[part] = loaded.get(name, 0.0)
+            self.flat.p[part].copy_(flat.data)
+            flat.data = self.flat.p[part]
+            moments = {"exp_avg": self.flat.m[part], "exp_avg_sq": self.flat.v[part]}
+            self.optimizer.state[flat] = {"step": torch.tensor(number), **moments}
+
     def park(self) -> None:
-        """Gives the accelerator's memory of weights and gradients back, between steps: weights are the master weights' cast,
-        and gradients are spent. Views of either stay valid, and may not be read until `unpark`."""
+        """Gives the memory of weights and gradients back: weights are a cast of the host's, gradients are spent. All views of
+        both stay valid, and must not be touched before `unpark`. Raises RlpostError while gradients wait for their step."""
+        if self.parked or self.micro_step_id or self._epilogue_ran_this_backward:
+            raise RlpostError("a learner can be parked once, and not between a backward pass and the step that uses it")
+        self.parked = True
         for buffer in (self.flat.weights, self.flat.gradients):
             buffer.untyped_storage().resize_(0)
-        if self.flat.weights.is_cuda:
-            torch.cuda.empty_cache()  # so that others on the card can have it
 
     def unpark(self) -> None:
-        """Makes weights and gradients again; the latter as zeros, since a step counts what nothing was added to."""
+        """Brings both back. Gradients are zeros: what no process writes (a shard's padding, a parameter that took no part in
+        the pass) would count in the norm as it is found."""
         for buffer in (self.flat.weights, self.flat.gradients):
             buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
         self.flat.weights.copy_(self.flat.p)
         self.flat.gradients.zero_()
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Loading gives torch's optimizer tensors of its own: their values are taken, and it is given the views again."""
-        super().load_state_dict(*args, **kwargs)
-        for flat, part in self._sub_groups():
-            state = self.optimizer.state[flat]
-            state["step"] = state["step"].detach().clone().cpu()
-            for name, home in (("exp_avg", self.flat.m), ("exp_avg_sq", self.flat.v)):
-                home[part].copy_(state[name])
-                state[name] = home[part]
-            self.flat.p[part].copy_(flat.data)
-            flat.data = self.flat.p[part]
+        self.parked = False
 
 
 @contextmanager
-def host_state(offload: Offload | None) -> Iterator[None]:
+def host_state(offload: Offload | None, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
     """Around `deepspeed.initialize`: what it takes for ZeRO-3 is then `HostStateZero3`. None: nothing is changed.
 
-    Raises RecipeError where this DeepSpeed works otherwise than the one that this was written for.
+    Raises RecipeError where this DeepSpeed works otherwise than the one that this was written for, and where `optimizer`, which
+    it is going to be given, is not AdamW.
     """
     if offload is None:
         yield
         return
-    check_fingerprints()
+    refuse_unknown(Path(stage3.__file__).read_text(), deepspeed.__version__)
+    if optimizer is not None:
+        refuse_other_optimizers(optimizer)
     ours = type("HostStateZero3", (HostStateZero3,), {"offload": offload})
     with patch.object(stage3, "DeepSpeedZeroOptimizer_Stage3", ours):
         yield
 
 
-def check_fingerprints() -> None:
-    """Raises RecipeError, naming what differs, where the installed DeepSpeed's methods are not those that were tested."""
-    changed = [name for name, wanted in FINGERPRINTS.items() if fingerprint(name) != wanted]
-    if changed:
+def refuse_other_optimizers(optimizer: torch.optim.Optimizer) -> None:
+    """Raises RecipeError for what an update by AdamW would not be the update of."""
+    variants = {"amsgrad", "maximize"}
+    wrong = sorted(name for name in variants if any(group.get(name) for group in optimizer.param_groups))
+    if type(optimizer) is not torch.optim.AdamW or wrong:
+        which = " ".join([type(optimizer).__name__, *(f"with {name}" for name in wrong)])
         raise RecipeError(
-            f"learner.offload replaces parts of DeepSpeed's ZeRO-3 optimizer, and {', '.join(changed)} of DeepSpeed "
-            f"{deepspeed.__version__} differ from those of 0.19.8, with which it was tested. Install deepspeed==0.19.8, or "
-            "leave learner.offload out and start with launch/zero3-offload.yaml, DeepSpeed's own offload."
+            f"learner.offload makes the steps of AdamW, and the optimizer is {which}. Leave learner.offload out."
         )
-
-
-def fingerprint(name: str) -> str:
-    """SHA-256 of a method's source; empty where there is none of that name."""
-    method = getattr(stage3.DeepSpeedZeroOptimizer_Stage3, name, None)
-    return "" if method is None else hashlib.sha256(inspect.getsource(method).encode()).hexdigest()

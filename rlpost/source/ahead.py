@@ -68,7 +68,8 @@ class InTurn:
         self.parts, self.collector = parts, Collector(parts)
 
     def collect(self, rollout: int, memory: Mapping[str, int]) -> Collected:
-        return Collected(self.collector.collect(rollout, memory), self.parts.optimizer_step)
+        with self.parts.learner.parked():
+            return Collected(self.collector.collect(rollout, memory), self.parts.optimizer_step)
 
     def ahead(self, rollout: int, memory: Mapping[str, int]) -> None:
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import compress
 from typing import TYPE_CHECKING
@@ -51,12 +50,7 @@ class Collector:
 
     def _sample_together(self, prompts: Sequence[Prompt], level: int = 0) -> list[Group]:
         """G completions of each prompt, not scored yet; on all processes at once."""
-        with self._parked():
-            return self.parts.processes.together(lambda: self._sample(prompts, level))
-
-    def _parked(self) -> AbstractContextManager[None]:
-        """The learner's weights are not needed, unless it learns beside this."""
-        return nullcontext() if self.parts.recipe.rollout.staleness else self.parts.learner.parked()
+        return self.parts.processes.together(lambda: self._sample(prompts, level))
 
     def _sample(self, prompts: Sequence[Prompt], level: int = 0) -> list[Group]:
         """The same on this process alone."""
@@ -82,14 +76,13 @@ class Collector:
 
     def _guide(self, groups: list[Group]) -> Teaching:
         """GHPO: hard groups sampled again with hints."""
-        with self._parked():
-            return self.teacher.guide(
-                groups,
-                sample=self._sample,
-                score=lambda sampled: self._score(sampled, more=True),
-                rollout=self.rollout,
-                memory=self.memory,
-            )
+        return self.teacher.guide(
+            groups,
+            sample=self._sample,
+            score=lambda sampled: self._score(sampled, more=True),
+            rollout=self.rollout,
+            memory=self.memory,
+        )
 
     def _refill(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
         """DAPO's dynamic sampling: prompts whose completions all earned the same are replaced by the next ones."""

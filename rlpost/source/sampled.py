@@ -84,7 +84,10 @@ class SampledSource:
     def evaluate(self) -> tuple[float, dict[str, float]]:
         """Held-out accuracy of the policy as it stands in the engine; each process takes its share of the prompts."""
         parts = self.parts
-        result = judge(parts.recipe, parts.engine, parts.scorer, parts.held_out, parts.processes, parts.optimizer_step)
+        with parts.learner.parked():
+            result = judge(
+                parts.recipe, parts.engine, parts.scorer, parts.held_out, parts.processes, parts.optimizer_step
+            )
         return result.accuracy, result.metrics()
 
     def state_dict(self) -> dict[str, Any]:

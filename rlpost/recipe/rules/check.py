@@ -20,7 +20,7 @@ from rlpost.recipe.rules.model import (
     quantization_problems,
     rotary_advice,
 )
-from rlpost.recipe.rules.offload import offload_problems
+from rlpost.recipe.rules.offload import offload_advice, offload_problems
 from rlpost.recipe.rules.pairs import pair_problems
 from rlpost.recipe.rules.paths import model_problems
 from rlpost.recipe.rules.rollout import engine_problems
@@ -44,12 +44,13 @@ def advise(recipe: Recipe, setting: Setting) -> list[str]:
     return [note for rule in ADVICE for note in rule(recipe, setting)]
 
 
-def refuse_unsound(loaded: LoadedRecipe, processes: int | None = None) -> None:
+def refuse_unsound(loaded: LoadedRecipe, processes: int | None = None, *, learns: bool = True) -> None:
     """Raises RecipeError listing every problem of the recipe, if there is any."""
     setting = Setting(
         processes or processes_from_environment(),
         loaded.path.resolve().parent,
         zero_stage_from_environment(),
+        learns,
     )
     problems = check(loaded.recipe, setting)
     if problems:
@@ -371,6 +372,7 @@ ADVICE: tuple[Rule, ...] = (
     _low_precision,
     quantization_advice,
     rotary_advice,
+    offload_advice,
     _tree_attention,
     kl_advice,
     critic_advice,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlpost.recipe.rules.setting import Setting
+from rlpost.recipe.sections.offload import NOTHING_GAINED
 from rlpost.recipe.sections.root import Recipe
 
 
 def offload_problems(r: Recipe, setting: Setting) -> Iterator[str]:
     """What stands against `learner.offload` in this launch."""
     offload = r.learner.offload
-    if offload is None:
+    if offload is None or not setting.learns:
         return
     asked = f"learner.offload.type={offload.type}"
     if setting.zero_stage != 3:
@@ -35,3 +36,17 @@ def offload_problems(r: Recipe, setting: Setting) -> Iterator[str]:
                 f"{asked} beside DeepSpeed's own {part}, which the launch configuration switches on: only one of them can "
                 f"hold the state. Set {part}_device to none there (launch/zero3.yaml), or leave learner.offload out"
             )
+    import torch
+
+    if offload.arithmetic == "own" and torch.cuda.is_available():
+        yield "learner.offload.arithmetic=own has a kernel for the CPU only, and there is a GPU here. Set it to torch"
+
+
+def offload_advice(r: Recipe, setting: Setting) -> Iterator[str]:
+    """What an offload without a GPU is worth: `rlpost plan` says it, and a run at its start."""
+    if r.learner.offload is None or setting.zero_stage != 3:
+        return
+    import torch  # a second or two, and only for recipes that need the answer
+
+    if not torch.cuda.is_available():
+        yield NOTHING_GAINED

@@ -17,6 +17,7 @@ class Setting:
     processes: int = 1
     base: Path = Path()
     zero_stage: int = 0  # DeepSpeed's, which keeps a float32 copy of bfloat16 weights; 0: without DeepSpeed
+    learns: bool = True  # False for `rlpost eval` and `rlpost serve`, which make no learner
 
 
 Rule = Callable[[Recipe, Setting], Iterable[str]]

@@ -12,14 +12,14 @@ from rlpost.recipe.sections.base import Section
 class OffloadSection(Section):
     """What both ways share."""
 
-    park: bool = False
-    """While completions are sampled, weights and gradients are not on the accelerator either: room for the rollout engine's
-    cache. They come back in one copy before the update."""
-    arithmetic: Literal["torch", "own"] = "torch"
-    """Of the pieces that the CPU updates. torch: its fused AdamW. own: a C kernel in a fixed order of operations, which reads
-    gradients in 16 or 32 bits and clips in one pass; needs a C compiler, else torch's is used and said."""
     piece_size: PositiveInt = 2**25
     """Parameters per piece, at the most. Two pieces of 12 bytes a parameter are staged on the accelerator at once."""
+    park: bool = True
+    """Give the learner's weights and gradients back while completions are sampled in turn with learning (6 bytes a parameter of
+    the process in bfloat16); weights come back from their float32 copy. Of use beside a colocated engine that sleeps."""
+    arithmetic: Literal["torch", "own"] = "torch"
+    """torch: its fused AdamW. own: a kernel with a fixed order of operations, whose bits depend neither on pieces nor on their
+    alignment, built with the machine's C compiler (without one torch's is used, and the run says so). Without a GPU only."""
 
 
 class StreamedOffload(OffloadSection):
@@ -53,3 +53,8 @@ class InterleavedOffload(OffloadSection):
 
 
 Offload = Annotated[StreamedOffload | InterleavedOffload, Field(discriminator="type")]
+
+NOTHING_GAINED = (
+    "learner.offload without a GPU: the state is in host memory anyway, and pieces meant for the GPU are updated by the CPU, "
+    "one after the other. The results are the same and nothing is gained; it is there to try a recipe"
+)
