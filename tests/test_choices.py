@@ -56,9 +56,11 @@ from rlpost.recipe.sections.masks import CurvatureMask
 from rlpost.recipe.sections.method import AdvantageSection, MethodSection, describe_order
 from rlpost.recipe.sections.model import ModelSection
 from rlpost.recipe.sections.preference import PairsSection, SumSft
-from rlpost.recipe.sections.rollout import VllmEngine
+from rlpost.recipe.sections.rollout import SyncSection, VllmEngine
 from rlpost.recipe.sections.root import Recipe
 from rlpost.rollout.factory import make_engine
+from rlpost.rollout.none import NoEngine
+from rlpost.rollout.rounding import with_rounding
 from rlpost.scoring.scorer import _split
 
 NEW = "a_new_choice"
@@ -155,6 +157,7 @@ DISPATCHERS: dict[str, Callable[[], Any]] = {
         planted(VllmEngine(), "where"), ModelSection(path="x"), "x", None, max_model_len=8, seed=0, device="cpu"
     ),
     "rollout.engine.where (rules)": lambda: list(placement_problems(planted(VllmEngine(), "where"))),
+    "rollout.sync.rounding": lambda: with_rounding(NoEngine(), planted(SyncSection(), "rounding"), 0),
     "rollout.engine.dtype": lambda: sampler_dtype(planted(VllmEngine(), "dtype")),
     "model.autocast": lambda: autocast_of(planted(ModelSection(path="x"), "autocast")),
     "rewards.call": lambda: list(_split([], NEW)),

@@ -65,6 +65,24 @@ CASES = [
     (["rollout.engine={where: worker, devices: [1, 2, 3], tensor_parallel: 2}"], ["3 GPUs", "= 2"]),
     (["rollout.engine={where: worker, cores: [4096]}"], ["core 4096"]),
     (["rollout.engine.cores=[0]"], ["rollout.engine.cores", "where=worker"]),
+    (
+        ["rollout.sync.rounding=stochastic", "rollout.engine.dtype=float32"],
+        ["rollout.sync.rounding=stochastic", "rollout.engine.dtype=float32", "weights whole"],
+    ),
+    (["rollout.sync.rounding=stochastic", "rollout.engine={type: transformers}"], ["rollout.engine.dtype=float32"]),
+    (["rollout.sync.rounding=stochastic", "rollout.engine.dtype=float16"], ["rollout.engine.dtype=float16"]),
+    (
+        ["rollout.sync.rounding=stochastic", "rollout.engine={where: server, urls: [http://a:1]}"],
+        ["rollout.engine.dtype=auto", "servers' machine"],
+    ),
+    (
+        ["rollout.sync.rounding=stochastic", "rollout.engine.dtype=bfloat16", "model.dtype=bfloat16"],
+        ["rollout.sync.rounding=stochastic", "model.dtype=bfloat16", "bfloat16 already"],
+    ),
+    (
+        ["rollout.sync.rounding=stochastic", "rollout.engine.dtype=bfloat16", "model.dtype=bfloat16", "model.lora={}"],
+        ["model.dtype=bfloat16", "merged with the adapters"],
+    ),
     (["rewards=[{function: ./mine.py},{function: ./mine.py}]"], ["2 of them are named mine", "rewards.N.name"]),
     (["rewards=[]", "evaluation.prompts=0"], ["rewards is empty", "method.preset=grpo"]),
     (["rewards.0.function=./no.py"], ["rewards.0.function", "no.py"]),

@@ -66,6 +66,7 @@ DECISIONS: dict[str, dict[Effect, str]] = {
         "cores deadline_s start_s restarts weights_folder",
         LATER: "type dtype",
     },
+    "rollout.sync": {LATER: "rounding"},
     "rollout.probe": {NONE: "every max_mean_gap"},
     "rewards.*": {
         NONE: "name deadline_s device batch_tokens trust_remote_code",

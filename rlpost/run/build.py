@@ -157,8 +157,9 @@ def start_engine(
     """The rollout engine; several CPU processes take turns with their threads by having one each."""
     from rlpost.rollout.factory import make_engine
     from rlpost.rollout.place import Place
+    from rlpost.rollout.rounding import with_rounding
 
-    return make_engine(
+    engine = make_engine(
         recipe.rollout.engine,
         recipe.model,
         model_path,
@@ -168,6 +169,7 @@ def start_engine(
         device=str(processes.device),
         place=Place(processes.rank, processes.local_rank, processes.gather, recipe.run_dir / "rollout"),
     )
+    return with_rounding(engine, recipe.rollout.sync, recipe.seed)
 
 
 def sampling_settings(recipe: Recipe) -> SamplingSettings:

@@ -23,7 +23,7 @@ from rlpost.recipe.rules.model import (
 from rlpost.recipe.rules.offload import offload_advice, offload_problems
 from rlpost.recipe.rules.pairs import pair_problems
 from rlpost.recipe.rules.paths import model_problems
-from rlpost.recipe.rules.rollout import engine_problems
+from rlpost.recipe.rules.rollout import engine_problems, sync_problems
 from rlpost.recipe.rules.setting import Rule, Setting, processes_from_environment, zero_stage_from_environment
 from rlpost.recipe.sections.data import ArithmeticSource, DatasetSource, ReasoningGymSource, Source
 from rlpost.recipe.sections.preference import PreferenceSource
@@ -358,6 +358,7 @@ RULES: tuple[Rule, ...] = (
     _evaluation,
     _data_size,
     engine_problems,
+    sync_problems,
     offload_problems,
     _flash_attention,
     flex_problems,

@@ -27,6 +27,37 @@ def engine_problems(r: Recipe, _: Setting) -> Iterator[str]:
         yield from placement_problems(engine)
 
 
+def sync_problems(r: Recipe, _: Setting) -> Iterator[str]:
+    """Where stochastic rounding at the sync would do nothing, or nothing that is known."""
+    engine, model = r.rollout.engine, r.model
+    if r.rollout.sync.rounding == "nearest":
+        return
+    asked = f"rollout.sync.rounding={r.rollout.sync.rounding}"
+    if not r.samples:
+        yield f"{asked}: this recipe samples nothing, so no weights are sent. Leave the key out"
+        return
+    dtype = engine.dtype
+    if isinstance(engine, VllmEngine) and dtype == "auto" and engine.where != "server":
+        from rlpost.policy.precision import sampler_dtype  # imports torch
+
+        dtype = sampler_dtype(engine)
+    if dtype != "bfloat16":
+        why = {
+            "float32": "gets float32 weights whole",
+            "float16": "rounds more finely than a step and is not supported",
+            "auto": "has the precision of the servers' machine, which the learner does not know",
+        }[dtype]
+        yield f"{asked} is for engines in bfloat16, and one with rollout.engine.dtype={dtype} {why}. " + (
+            "Set rollout.engine.dtype=bfloat16, or rollout.sync.rounding=nearest"
+        )
+    if model.dtype == "bfloat16":
+        what = "are bfloat16 already" if model.lora is None else "are merged with the adapters in bfloat16 already"
+        yield (
+            f"{asked} with model.dtype=bfloat16: the learner's weights {what}, so there is nothing left to round. "
+            "Set model.dtype=float32, or rollout.sync.rounding=nearest"
+        )
+
+
 def placement_problems(engine: VllmEngine) -> Iterator[str]:
     """The same of vLLM alone."""
     key, where = "rollout.engine", f"rollout.engine.where={engine.where}"

@@ -73,6 +73,14 @@ class ProbeSection(Section):
     coarsest precision of the two, 0.001 in float32, 0.05 in float16, 0.1 in bfloat16, 0.5 with weights in 4 bits."""
 
 
+class SyncSection(Section):
+    """How new weights go to the engine."""
+
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How float32 weights become those of a bfloat16 engine. nearest: a step below half of a weight's last digit does not
+    arrive. stochastic: up or down by chance (the same on every process), so that the mean arrives whole."""
+
+
 class RolloutSection(Section):
     """Sampling: P prompts a step, G completions a prompt."""
 
@@ -99,3 +107,5 @@ class RolloutSection(Section):
     """Strings that end a completion."""
     probe: ProbeSection | None = Field(default_factory=ProbeSection)
     """Verification of the engine's weights; null switches it off."""
+    sync: SyncSection = Field(default_factory=SyncSection)
+    """How weights are sent."""
