@@ -27,25 +27,28 @@ def run_in_order(program: Program) -> None:
 
 
 def run_adversary(program: Program, seed: int) -> None:
-    """Any order that lanes and waits allow, drawn from `seed`, part by part.
+    """Any order that lanes and waits allow, drawn from `seed`, part by part: copies are torn.
 
-    Copies are torn, and one lane may be always first, so that what nothing orders comes as late or as early as it can. Raises
-    RuntimeError for a program that waits in a circle.
+    Lanes have priorities in a random order, which is drawn anew about twice in a run: of what nothing orders, one comes as
+    early and the other as late as it can (Burckhardt et al., A Randomized Scheduler with Probabilistic Guarantees of Finding
+    Bugs, ASPLOS 2010). Raises RuntimeError for a program that waits in a circle.
     """
     drawn = random.Random(seed)
     waiting = {lane: [i for i, op in enumerate(program.ops) if op.lane == lane][::-1] for lane in LANES}
-    part, done = dict.fromkeys(LANES, 0), set[int]()
-    favourite = drawn.choice([None, *LANES])
+    part, done, parts = dict.fromkeys(LANES, 0), set[int](), sum(len(op.parts) for op in program.ops)
+    favoured = drawn.sample(LANES, len(LANES))
     while len(done) < len(program.ops):
-        ready = [lane for lane in LANES if waiting[lane] and done.issuperset(program.ops[waiting[lane][-1]].after)]
+        ready = [lane for lane in favoured if waiting[lane] and done.issuperset(program.ops[waiting[lane][-1]].after)]
         if not ready:
             raise RuntimeError("no operation of the program can go on: it waits for itself")
-        lane = favourite if favourite in ready and drawn.random() < 0.9 else drawn.choice(ready)
-        assert lane is not None
+        lane = ready[0] if drawn.random() < 0.9 else drawn.choice(ready)
+        if drawn.random() * parts < 2.0:
+            favoured = drawn.sample(LANES, len(LANES))
         number = waiting[lane][-1]
         op = program.ops[number]
-        op.parts[part[lane]]()
-        part[lane] += 1
+        if op.parts:
+            op.parts[part[lane]]()
+            part[lane] += 1
         if part[lane] == len(op.parts):
             done.add(number)
             waiting[lane].pop()
@@ -95,9 +98,11 @@ class CudaDevice:
         self._before = torch.cuda.current_stream().record_event()  # gradients and the clip factor are computed there
 
     def stream(self, lane: Lane) -> torch.cuda.Stream:
-        stream = self._streams.setdefault((torch.cuda.current_device(), lane), torch.cuda.Stream())
-        stream.wait_event(self._before)
-        return stream
+        place = torch.cuda.current_device(), lane
+        if place not in self._streams:
+            self._streams[place] = torch.cuda.Stream()
+        self._streams[place].wait_event(self._before)
+        return self._streams[place]
 
     def event(self) -> torch.cuda.Event:
         return torch.cuda.Event()
