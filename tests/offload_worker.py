@@ -166,6 +166,20 @@ def taken_up(path, processes, dtype, steps, offload, ours: Path, plain: Path, ex
     return found
 
 
+def from_the_start(path: str, folder: Path, processes: Processes) -> list[bool]:
+    """A checkpoint of plain ZeRO-3 from before its first step, when torch's optimizer has no moments yet."""
+    plain = make(path, processes, "float32", None, 8)
+    checkpoint = folder / "start"
+    save(plain, checkpoint, processes)
+    expected = worker.run(plain, last=2, section=section(None, "float32", 8))
+    own = section(OFFLOADS["interleaved"], "float32", 8)
+    ours = DeepSpeedLearner(worker.policy(str(checkpoint), "float32"), own, processes)
+    worker.run(ours, last=1, section=own)  # so that there is something to forget
+    ours.load(checkpoint, world=processes.world)
+    same = repr(worker.run(ours, last=2, section=own)) == repr(expected)
+    return processes.gather(same and not equal(flat_state(ours), flat_state(plain)))
+
+
 def main(path: str, folder: Path, steps: int) -> None:
     faulthandler.dump_traceback_later(float(os.environ.get("DEADLINE", "540")), exit=True)
     torch.set_num_threads(1)
@@ -178,6 +192,7 @@ def main(path: str, folder: Path, steps: int) -> None:
         ("critic", "float32", True),
     ):
         results[name] = compare(path, folder, processes, name, dtype, steps, critic)
+    results["from the start"] = from_the_start(path, folder, processes)
     if processes.is_main:
         (folder / "results.json").write_text(json.dumps(results))
     processes.close()

@@ -195,6 +195,10 @@ def test_a_program_that_waits_for_itself_is_said_to():
 @pytest.mark.parametrize("largest", [1, 64, 100, 10**6])
 def test_pieces_cover_everything_once_within_sub_groups_at_multiples(sizes, largest):
     pieces = cut(sizes, range(len(sizes)), largest, gpu_of=1, every=2)
+    assert [sizes[piece.group] for piece in pieces] == sorted(
+        sizes[piece.group] for piece in pieces
+    )  # small ones first
+    pieces.sort(key=lambda piece: piece.start)
     assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
     assert pieces[-1].stop == sum(sizes)
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]

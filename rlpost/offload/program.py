@@ -1,7 +1,8 @@
 """An update as a program: operations on lanes, what each reads and writes, and what each waits for.
 
-The same program is run (`rlpost.offload.backends`), checked for races (`rlpost.offload.races`) and mutated by tests. It knows
-no tensor: what an operation does it is given as `parts`, calls that something else may run between.
+The same program is run (`rlpost.offload.backends`), checked for races and gaps (`rlpost.offload.races`), simulated
+(`rlpost.offload.simulate`) and mutated by tests. It knows no tensor: what an operation does it is given as `parts`, calls that
+something else may run between.
 
 The method is that of Deep Optimizer States (Maurya et al., Middleware 2024): pieces of the state that lies on the host are
 fetched, updated on the accelerator and flushed, while the CPU updates others. Gradients stay on the accelerator, unlike there.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 from rlpost.offload.layout import Piece
 
@@ -20,6 +21,10 @@ LANES: tuple[Lane, ...] = get_args(Lane)
 HOST: frozenset[Lane] = frozenset({"cpu", "cast"})
 """Lanes of host threads; the others are streams of the accelerator. Copies have four: on one stream a direction a small copy
 that waits for the CPU would hold up the large ones behind it."""
+
+STATE = ("p", "m", "v", "weights")
+"""Buffers that an update must have written once, from end to end: float32 master weights and moments, and the model's weights.
+All have one index space, that of the flat vectors, and so has `gradients`."""
 
 Parts = Sequence[Callable[[], None]]
 
@@ -38,11 +43,12 @@ class Op:
 
     lane: Lane
     name: str
-    piece: int
+    piece: int  # its number; -1: of no piece
     reads: tuple[Use, ...]
     writes: tuple[Use, ...]
     after: tuple[int, ...]
     parts: Parts
+    size: int = 0  # elements
 
 
 @dataclass(slots=True)
@@ -61,16 +67,25 @@ class Program:
         writes: Iterable[Use],
         after: Iterable[int | None],
         parts: Parts,
+        size: int = 0,
     ) -> int:
         """The operation's number. None among `after`: nothing to wait for."""
         waits = tuple(sorted({number for number in after if number is not None}))
-        self.ops.append(Op(lane, name, piece, tuple(reads), tuple(writes), waits, parts))
+        self.ops.append(Op(lane, name, piece, tuple(reads), tuple(writes), waits, parts, size))
         return len(self.ops) - 1
 
     def without(self, op: int, event: int) -> Program:
         """The program in which operation `op` does not wait for operation `event`; for tests."""
         after = tuple(number for number in self.ops[op].after if number != event)
         return Program([replace(o, after=after) if i == op else o for i, o in enumerate(self.ops)])
+
+    def writers(self, buffer: str, start: int, stop: int) -> list[int]:
+        """The operations that write any of the elements; who waits for all of them reads what the update made of these."""
+        return [
+            number
+            for number, op in enumerate(self.ops)
+            if any(use.buffer == buffer and use.start < stop and start < use.stop for use in op.writes)
+        ]
 
 
 class Actions(Protocol):
@@ -105,33 +120,93 @@ class Actions(Protocol):
         ...
 
 
-class Order:
-    """Builds the program of an update; keeps which operation freed each slot last."""
+@runtime_checkable
+class ResidentActions(Actions, Protocol):
+    """Actions that can also update pieces whose state stays on the accelerator."""
 
-    def __init__(self, pieces: Sequence[Piece], actions: Actions, *, sets: int, ring: int) -> None:
+    def step_resident(self, piece: Piece) -> Parts:
+        """AdamW on the piece where it lies on the accelerator, and its weights from that."""
+        ...
+
+
+class Order:
+    """Builds the program of one update or of several in a row: keeps what freed each slot last, and what made each piece's
+    state and all weights what they are."""
+
+    def __init__(self, pieces: Sequence[Piece], *, sets: int, ring: int) -> None:
+        if sets < 1 or ring < 1:
+            raise ValueError(f"{sets} staging sets and rings of {ring}: each needs one at least")
         self.program = Program()
-        self._pieces, self._actions = pieces, actions
+        self._pieces = pieces
         self._staging: list[int | None] = [None] * sets
         self._gradients: list[int | None] = [None] * ring
         self._weights: list[int | None] = [None] * ring
         self._on_gpu = self._on_cpu = 0
+        self._home: dict[int, int] = {}  # piece -> the operation after which its state on the host may be used again
+        self._backward: int | None = None
+        self._last_up: int | None = None
 
-    def add(self, number: int) -> None:
-        piece = self._pieces[number]
-        if piece.on_gpu:
-            self._through_the_gpu(number, piece)
-        else:
-            self._on_the_cpu(number, piece)
+    def backward(self, parts: Parts) -> int:
+        """Whatever reads all weights and leaves new gradients, on the lane of the accelerator's computations."""
+        n = max(piece.stop for piece in self._pieces)
+        # Weights that the accelerator writes itself are written on this lane; of the others the last comes up last.
+        self._backward = self.program.add(
+            "gpu",
+            "backward",
+            -1,
+            reads=[Use("weights", 0, n)],
+            writes=[Use("gradients", 0, n)],
+            after=(self._last_up,),
+            parts=parts,
+            size=n,
+        )
+        return self._backward
 
-    def _through_the_gpu(self, number: int, piece: Piece) -> None:
+    def update(self, actions: Actions) -> None:
+        """Adds one update of all pieces. Raises TypeError where a piece is resident and the actions have no step for it."""
+        numbered = list(enumerate(self._pieces))
+        for number, piece in numbered:  # first: they wait for nothing, and run while the first fetch is under way
+            if piece.where == "resident":
+                self._resident(number, piece, actions)
+        for number, piece in numbered:
+            if piece.where == "gpu":
+                self._through_the_gpu(number, piece, actions)
+            elif piece.where == "cpu":
+                self._on_the_cpu(number, piece, actions)
+
+    def _resident(self, number: int, piece: Piece, actions: Actions) -> None:
+        if not isinstance(actions, ResidentActions):
+            raise TypeError(f"piece {number} is resident, and {type(actions).__name__} has no step for such pieces")
+        state, gradients, weights = _uses(piece)
+        self.program.add(
+            "gpu",
+            "step",
+            number,
+            reads=(*state, gradients),
+            writes=(*state, weights),
+            after=(),
+            parts=actions.step_resident(piece),
+            size=piece.size,
+        )
+
+    def _through_the_gpu(self, number: int, piece: Piece, actions: Actions) -> None:
         slot = self._on_gpu % len(self._staging)
         self._on_gpu += 1
-        a, b, actions, add = piece.start, piece.stop, self._actions, self.program.add
-        home, staged = [Use(name, a, b) for name in ("p", "m", "v")], [Use(f"staging {slot}", 0, piece.size)]
-        gradients, weights = Use("gradients", a, b), Use("weights", a, b)
-        free = (self._staging[slot],)  # the flush of the piece that was staged there before
-        fetch = add("fetch", "fetch", number, reads=home, writes=staged, after=free, parts=actions.fetch(piece, slot))
-        step = add(
+        (state, gradients, weights), staged = _uses(piece), [Use(f"staging {slot}", 0, piece.size)]
+        fetch = self.program.add(
+            "fetch",
+            "fetch",
+            number,
+            reads=state,
+            writes=staged,
+            after=(
+                self._staging[slot],
+                self._home.get(number),
+            ),  # flushes: of who was staged there, and of the step before
+            parts=actions.fetch(piece, slot),
+            size=piece.size,
+        )
+        step = self.program.add(
             "gpu",
             "step",
             number,
@@ -139,63 +214,95 @@ class Order:
             writes=(*staged, weights),
             after=(fetch,),
             parts=actions.step_on_gpu(piece, slot),
+            size=piece.size,
         )
-        flush = add(
-            "flush", "flush", number, reads=staged, writes=home, after=(step,), parts=actions.flush(piece, slot)
+        self._staging[slot] = self._home[number] = self.program.add(
+            "flush",
+            "flush",
+            number,
+            reads=staged,
+            writes=state,
+            after=(step,),
+            parts=actions.flush(piece, slot),
+            size=piece.size,
         )
-        self._staging[slot] = flush
 
-    def _on_the_cpu(self, number: int, piece: Piece) -> None:
+    def _on_the_cpu(self, number: int, piece: Piece, actions: Actions) -> None:
         slot = self._on_cpu % len(self._gradients)
         self._on_cpu += 1
-        a, b, actions, add = piece.start, piece.stop, self._actions, self.program.add
-        home = [Use(name, a, b) for name in ("p", "m", "v")]
-        received, narrow = [Use(f"host gradients {slot}", 0, piece.size)], [Use(f"host weights {slot}", 0, piece.size)]
+        size, add = piece.size, self.program.add
+        state, gradients, weights = _uses(piece)
+        received, narrow = [Use(f"host gradients {slot}", 0, size)], [Use(f"host weights {slot}", 0, size)]
         down = add(
             "down",
             "gradients",
             number,
-            reads=[Use("gradients", a, b)],
+            reads=[gradients],
             writes=received,
-            after=(self._gradients[slot],),
+            after=(self._gradients[slot], self._backward),
             parts=actions.gradients_down(piece, slot),
+            size=size,
         )
         step = add(
             "cpu",
             "step",
             number,
-            reads=(*home, *received),
-            writes=home,
-            after=(down,),
+            reads=(*state, *received),
+            writes=state,
+            after=(down, self._home.get(number)),
             parts=actions.step_on_cpu(piece, slot),
+            size=size,
         )
         cast = add(
             "cast",
             "cast",
             number,
-            reads=home[:1],
+            reads=state[:1],
             writes=narrow,
             after=(step, self._weights[slot]),
             parts=actions.cast(piece, slot),
+            size=size,
         )
         up = add(
             "up",
             "weights",
             number,
             reads=narrow,
-            writes=[Use("weights", a, b)],
+            writes=[weights],
             after=(cast,),
             parts=actions.weights_up(piece, slot),
+            size=size,
         )
-        self._gradients[slot], self._weights[slot] = step, up
+        self._gradients[slot], self._weights[slot], self._last_up = step, up, up
+        self._home[number] = cast  # it reads p: the next update's step must not be before it
+
+
+def _uses(piece: Piece) -> tuple[list[Use], Use, Use]:
+    """The piece's p, m and v; its gradients; its weights."""
+    a, b = piece.start, piece.stop
+    return [Use(name, a, b) for name in ("p", "m", "v")], Use("gradients", a, b), Use("weights", a, b)
 
 
 def build_update(pieces: Sequence[Piece], actions: Actions, *, sets: int = 2, ring: int = 2) -> Program:
     """The program of one update. It begins and ends with nothing under way: backends wait for every lane.
 
-    `sets`: pieces that may be staged on the accelerator at once; `ring`: pieces of gradients and of weights on the host.
+    `sets`: pieces that may be staged on the accelerator at once, so `sets` - 1 are fetched ahead of the one that is updated;
+    `ring`: pieces of gradients and of weights on the host. Raises ValueError for less than one of either, and TypeError for
+    resident pieces with actions that have no step for them.
     """
-    order = Order(pieces, actions, sets=sets, ring=ring)
-    for number in range(len(pieces)):
-        order.add(number)
+    order = Order(pieces, sets=sets, ring=ring)
+    order.update(actions)
+    return order.program
+
+
+def build_updates(
+    pieces: Sequence[Piece], steps: Sequence[tuple[Actions, Parts]], *, sets: int = 2, ring: int = 2
+) -> Program:
+    """The program of several steps in a row, each a backward pass (the parts) and then an update (by its actions), in which
+    nothing waits for the end of an update but what needs its results: flushes go on under the next backward pass, and fetches
+    for the next update may come before it. Raises as `build_update` does."""
+    order = Order(pieces, sets=sets, ring=ring)
+    for actions, backward in steps:
+        order.backward(backward)
+        order.update(actions)
     return order.program

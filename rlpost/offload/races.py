@@ -1,10 +1,14 @@
-"""Whether a program's result depends on timing: vector clocks over its lanes (Fidge 1988, Mattern 1989)."""
+"""Whether a program's result depends on timing: vector clocks over its lanes (Fidge 1988, Mattern 1989); and whether it does
+all of an update."""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
-from rlpost.offload.program import LANES, Op, Program
+from rlpost.offload.program import LANES, STATE, Op, Program, Use
 
 
 class Race(NamedTuple):
@@ -16,20 +20,60 @@ class Race(NamedTuple):
 
 
 def races(program: Program) -> list[Race]:
-    """All races, for every timing that lanes and waits allow. A program of a thousand operations takes milliseconds."""
+    """Races for every timing that lanes and waits allow, each pair once; no pair: there is none.
+
+    Of several operations of one lane that race with the same other one over the same elements, the latest is named. Takes time
+    in proportion to the operations, unless pieces overlap: some milliseconds for a thousand.
+    """
     clocks, places = _clocks(program)
     lane = {name: i for i, name in enumerate(LANES)}
-    touched: dict[str, list[tuple[int, int, int, bool]]] = {}
-    found: list[Race] = []
+    bounds = _bounds(program)
+    last: dict[tuple[str, int, bool], dict[int, int]] = {}  # buffer, part, wrote -> lane -> its last operation there
+    found: dict[Race, None] = {}
     for i, op in enumerate(program.ops):
-        uses = [(use, False) for use in op.reads] + [(use, True) for use in op.writes]
-        for (buffer, start, stop), writing in uses:
-            for j, begin, end, wrote in touched.get(buffer, ()):
-                ordered = clocks[i][lane[program.ops[j].lane]] >= places[j]
-                if j != i and (writing or wrote) and begin < stop and start < end and not ordered:
-                    found.append(Race(j, i, buffer))
-            touched.setdefault(buffer, []).append((i, start, stop, writing))
-    return list(dict.fromkeys(found))
+        touched = [(key, writes) for use, writes in _of(op) for key in _parts(use, bounds[use.buffer])]
+        for (buffer, part), writing in touched:
+            for wrote in (True, False) if writing else (True,):
+                for at, j in last.get((buffer, part, wrote), {}).items():
+                    if clocks[i][at] < places[j]:
+                        found[Race(j, i, buffer)] = None
+        for (buffer, part), writing in touched:
+            last.setdefault((buffer, part, writing), {})[lane[op.lane]] = i
+    return list(found)
+
+
+def gaps(program: Program, elements: int) -> list[str]:
+    """What a program of ONE update of `elements` elements leaves out, in words; nothing: it does all.
+
+    Every element of weights, master weights and moments is written once. And what lies in a staging set or a ring belongs to
+    one piece: an operation reads there only what an operation of its own piece has written, and all that is written is read.
+    """
+    found = [gap for buffer in STATE for gap in _not_once(program, buffer, elements)]
+    holder: dict[
+        str, tuple[int, bool]
+    ] = {}  # scratch buffer -> piece that was written there last, and whether it was read
+    for i, op in enumerate(program.ops):
+        for buffer in (use.buffer for use in op.reads if _is_scratch(use)):
+            if holder.get(buffer, (None, False))[0] != op.piece:
+                found.append(f"{describe(program, i)} reads {buffer}, where no operation of that piece has written")
+            holder[buffer] = (op.piece, True)
+        for buffer in (use.buffer for use in op.writes if _is_scratch(use)):
+            if buffer in holder and not holder[buffer][1]:
+                found.append(f"{describe(program, i)} overwrites {buffer}, which nothing has read")
+            holder[buffer] = (op.piece, False)
+    return found + [f"nothing reads {buffer} at last" for buffer, (_, read) in holder.items() if not read]
+
+
+def describe(program: Program, number: int) -> str:
+    """An operation in words."""
+    op = program.ops[number]
+    return f"{op.name} on lane {op.lane}" + (f" of piece {op.piece}" if op.piece >= 0 else "")
+
+
+def describe_race(program: Program, race: Race) -> str:
+    """A race in words, for the error that it is."""
+    first, second = (describe(program, number) for number in (race.first, race.second))
+    return f"nothing orders {first} and {second}, which both use {race.buffer}"
 
 
 def implied(program: Program, op: int, event: int) -> bool:
@@ -59,3 +103,42 @@ def _clocks(program: Program) -> tuple[list[list[int]], list[int]]:
 
 def _before(op: Op, last: dict[str, int]) -> tuple[int, ...]:
     return (*op.after, last[op.lane]) if op.lane in last else op.after
+
+
+def _of(op: Op) -> Iterator[tuple[Use, bool]]:
+    """What an operation uses, and whether it writes it."""
+    yield from ((use, False) for use in op.reads)
+    yield from ((use, True) for use in op.writes)
+
+
+def _bounds(program: Program) -> dict[str, list[int]]:
+    """Where uses of each buffer begin and end, in order: between two of them all elements have one history."""
+    bounds: dict[str, set[int]] = {}
+    for op in program.ops:
+        for use, _ in _of(op):
+            bounds.setdefault(use.buffer, set()).update((use.start, use.stop))
+    return {buffer: sorted(at) for buffer, at in bounds.items()}
+
+
+def _parts(use: Use, bounds: list[int]) -> Iterator[tuple[str, int]]:
+    """The parts of its buffer, between two bounds each, that a use is made of."""
+    for part in range(bisect_left(bounds, use.start), bisect_left(bounds, use.stop)):
+        yield use.buffer, part
+
+
+def _is_scratch(use: Use) -> bool:
+    """Whether pieces take turns in the buffer."""
+    return use.buffer not in (*STATE, "gradients")
+
+
+def _not_once(program: Program, buffer: str, elements: int) -> Iterator[str]:
+    """Runs of a buffer's elements that are not written exactly once."""
+    writes = [(use, i) for i, op in enumerate(program.ops) for use in op.writes if use.buffer == buffer]
+    bounds = sorted({0, elements, *(at for use, _ in writes for at in (use.start, use.stop))})
+    times = dict.fromkeys(bounds, 0)
+    for use, _ in writes:
+        for at in bounds[bisect_left(bounds, use.start) : bisect_left(bounds, use.stop)]:
+            times[at] += 1
+    for start, stop in pairwise(bounds):
+        if times[start] != 1:
+            yield f"elements {start} to {stop} of {buffer} are written {times[start]} times, not once"
