@@ -106,6 +106,10 @@ class Actions:
         received = self.machine.host_gradients[slot][: piece.size]
         return [lambda: self.adamw(piece, self.machine.home(piece), received)]
 
+    def step_and_cast_on_cpu(self, piece: Piece, slot: int) -> Parts:
+        received, narrow = (x[slot][: piece.size] for x in (self.machine.host_gradients, self.machine.host_weights))
+        return [lambda: self.adamw(piece, self.machine.home(piece), received, narrow)]
+
     def cast(self, piece: Piece, slot: int) -> Parts:
         return copies([(self.machine.host_weights[slot][: piece.size], self.machine.home(piece)[0])])
 
@@ -144,6 +148,7 @@ class Case:
         self.sets, self.ring = drawn.randint(1, 3), drawn.randint(1, 3)
         self.dtype: torch.dtype = drawn.choice([torch.float32, torch.bfloat16])
         self.micro_batches = drawn.randint(1, 3)
+        self.fused = drawn.random() < 0.3
         self.device = "cpu"
         for name, value in given.items():
             setattr(self, name, value)
@@ -161,7 +166,7 @@ class Case:
         machine = Machine(self)
         steps = [actions(machine, number) for number in range(1, self.steps + 1)]
         each = [(step, step.backward()) for step in steps]
-        return machine, build_updates(self.pieces(), each, sets=self.sets, ring=self.ring)
+        return machine, build_updates(self.pieces(), each, sets=self.sets, ring=self.ring, fused=self.fused)
 
     def on_the_host(self) -> Case:
         """The same case with nothing resident, on a CPU."""
@@ -171,7 +176,7 @@ class Case:
 
     def update(self) -> Program:
         """The program of one update alone."""
-        return build_update(self.pieces(), Actions(Machine(self), 1), sets=self.sets, ring=self.ring)
+        return build_update(self.pieces(), Actions(Machine(self), 1), sets=self.sets, ring=self.ring, fused=self.fused)
 
     def run(self, backend: Callable[[Program], None], change: Callable[[Program], Program] = lambda p: p) -> Machine:
         machine, program = self.make()
@@ -210,7 +215,7 @@ class Case:
             if number in skipped:
                 continue
             taken += 1
-            backend(build_update(pieces, step, sets=self.sets, ring=self.ring), number)
+            backend(build_update(pieces, step, sets=self.sets, ring=self.ring, fused=self.fused), number)
         return machine.values()
 
 
