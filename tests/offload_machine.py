@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Container, Iterable
 from dataclasses import replace
@@ -20,23 +21,41 @@ CLIP = 5.0
 
 
 class Machine:
-    """State, staging and rings. All scratch memory begins as NaN, so that what is used before it is written shows."""
+    """State, staging and rings. What is to be written before it is read begins as NaN."""
 
     def __init__(self, case: Case) -> None:
         n, largest = sum(case.sizes), max(case.sizes)
-        self.case = case
+        self.case, device = case, case.device
         self.p = torch.randn(n, generator=torch.Generator().manual_seed(case.seed))
         self.m, self.v = torch.zeros(n), torch.zeros(n)
-        self.weights, self.gradients = self.p.bfloat16(), torch.full((n,), torch.nan, dtype=case.dtype)
-        self.staging = [[torch.full((largest,), torch.nan) for _ in range(3)] for _ in range(case.sets)]
+        self.resident = [torch.full((n,), torch.nan, device=device) for _ in range(3)]
+        self.weights = self.p.bfloat16().to(device)
+        self.gradients = torch.full((n,), torch.nan, dtype=case.dtype, device=device)
+        self.staging = [[torch.full((largest,), torch.nan, device=device) for _ in range(3)] for _ in range(case.sets)]
         self.host_gradients = [torch.full((largest,), torch.nan, dtype=case.dtype) for _ in range(case.ring)]
         self.host_weights = [torch.full((largest,), torch.nan, dtype=torch.bfloat16) for _ in range(case.ring)]
+        if device != "cpu":
+            self.p, self.m, self.v = (x.pin_memory() for x in (self.p, self.m, self.v))
+            self.host_gradients = [x.pin_memory() for x in self.host_gradients]
+            self.host_weights = [x.pin_memory() for x in self.host_weights]
+        self._residents = [piece for piece in case.pieces() if piece.where == "resident"]
+        for piece in self._residents:  # their state moves to the accelerator
+            for there, here in zip(self.resident, (self.p, self.m, self.v), strict=True):
+                there[piece.start : piece.stop] = here[piece.start : piece.stop]
+                here[piece.start : piece.stop] = torch.nan
 
     def values(self) -> tuple[Tensor, ...]:
-        return self.p, self.m, self.v, self.weights
+        """p, m, v and weights, wherever they lie."""
+        state = [x.clone() for x in (self.p, self.m, self.v)]
+        for piece in self._residents:
+            for x, there in zip(state, self.resident, strict=True):
+                x[piece.start : piece.stop] = there[piece.start : piece.stop].cpu()
+        return *state, self.weights.cpu()
 
     def home(self, piece: Piece) -> list[Tensor]:
-        return [x[piece.start : piece.stop] for x in (self.p, self.m, self.v)]
+        """p, m and v of a piece where they stay."""
+        state = self.resident if piece.where == "resident" else (self.p, self.m, self.v)
+        return [x[piece.start : piece.stop] for x in state]
 
 
 class Actions:
@@ -51,7 +70,8 @@ class Actions:
         """Gradients that depend on the weights, of some micro-batches, and what they are clipped by."""
         machine, case = self.machine, self.machine.case
         drawn = torch.Generator().manual_seed(1000 * case.seed + self.number)
-        parts = [torch.randn(machine.p.numel(), generator=drawn) for _ in range(case.micro_batches)]
+        n, device = machine.p.numel(), case.device
+        parts = [torch.randn(n, generator=drawn).to(device) for _ in range(case.micro_batches)]
 
         def clip() -> None:
             self.factor = 1.0 / max(1.0, float(machine.gradients.float().norm()) / CLIP)
@@ -86,6 +106,10 @@ class Actions:
         received = self.machine.host_gradients[slot][: piece.size]
         return [lambda: self.adamw(piece, self.machine.home(piece), received)]
 
+    def step_and_cast_on_cpu(self, piece: Piece, slot: int) -> Parts:
+        received, narrow = (x[slot][: piece.size] for x in (self.machine.host_gradients, self.machine.host_weights))
+        return [lambda: self.adamw(piece, self.machine.home(piece), received, narrow)]
+
     def cast(self, piece: Piece, slot: int) -> Parts:
         return copies([(self.machine.host_weights[slot][: piece.size], self.machine.home(piece)[0])])
 
@@ -102,7 +126,9 @@ def copies(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Callable[[], None]]:
     parts: list[Callable[[], None]] = []
     for to, source in pairs:
         half = to.numel() // 2
-        parts += [lambda a=to[x], b=source[x]: a.copy_(b) for x in (slice(0, half), slice(half, None))]
+        parts += [
+            lambda a=to[x], b=source[x]: a.copy_(b, non_blocking=True) for x in (slice(0, half), slice(half, None))
+        ]
     return parts
 
 
@@ -122,6 +148,8 @@ class Case:
         self.sets, self.ring = drawn.randint(1, 3), drawn.randint(1, 3)
         self.dtype: torch.dtype = drawn.choice([torch.float32, torch.bfloat16])
         self.micro_batches = drawn.randint(1, 3)
+        self.fused = drawn.random() < 0.3
+        self.device = "cpu"
         for name, value in given.items():
             setattr(self, name, value)
         self.steps_skipped = {number for number in range(2, steps) if drawn.random() < 0.1}
@@ -138,11 +166,17 @@ class Case:
         machine = Machine(self)
         steps = [actions(machine, number) for number in range(1, self.steps + 1)]
         each = [(step, step.backward()) for step in steps]
-        return machine, build_updates(self.pieces(), each, sets=self.sets, ring=self.ring)
+        return machine, build_updates(self.pieces(), each, sets=self.sets, ring=self.ring, fused=self.fused)
+
+    def on_the_host(self) -> Case:
+        """The same case with nothing resident, on a CPU."""
+        other = copy.copy(self)
+        other.resident, other.device = 0.0, "cpu"
+        return other
 
     def update(self) -> Program:
         """The program of one update alone."""
-        return build_update(self.pieces(), Actions(Machine(self), 1), sets=self.sets, ring=self.ring)
+        return build_update(self.pieces(), Actions(Machine(self), 1), sets=self.sets, ring=self.ring, fused=self.fused)
 
     def run(self, backend: Callable[[Program], None], change: Callable[[Program], Program] = lambda p: p) -> Machine:
         machine, program = self.make()
@@ -153,8 +187,8 @@ class Case:
         return self.run(run_in_order).values()
 
     def serial(self, skipped: Container[int] = ()) -> tuple[Tensor, ...]:
-        """The same steps without a program: a backward pass, AdamW on each sub-group as a whole, the cast."""
-        machine, start, taken = Machine(self), 0, 0
+        """The same steps on a CPU without a program: a backward pass, AdamW on each sub-group as a whole, the cast."""
+        machine, start, taken = Machine(self.on_the_host()), 0, 0
         wholes = []
         for size, group in zip(self.sizes, self.groups, strict=True):
             wholes.append(Piece(start, start + size, group, "cpu"))
@@ -181,7 +215,7 @@ class Case:
             if number in skipped:
                 continue
             taken += 1
-            backend(build_update(pieces, step, sets=self.sets, ring=self.ring), number)
+            backend(build_update(pieces, step, sets=self.sets, ring=self.ring, fused=self.fused), number)
         return machine.values()
 
 

@@ -74,6 +74,22 @@ def test_what_a_part_raises_is_raised_and_nothing_goes_on_behind_it(lane):
     assert threading.active_count() <= before
 
 
+def test_what_fails_on_a_stream_is_raised_when_the_other_streams_are_done():
+    seen = []
+
+    def fail() -> None:
+        raise ValueError("no room")
+
+    program = Program()
+    program.add("fetch", "a", -1, reads=[], writes=[], after=[], parts=[fail])
+    program.add(
+        "flush", "b", -1, reads=[], writes=[], after=[], parts=[lambda: time.sleep(0.2), lambda: seen.append(1)]
+    )
+    with pytest.raises(ValueError, match="no room"):
+        run_on_lanes(program, LateDevice(0))
+    assert seen == [1]
+
+
 def test_some_operations_can_be_waited_for_while_others_go_on():
     gate, seen = threading.Event(), []
     program = linked(

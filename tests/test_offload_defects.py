@@ -36,6 +36,7 @@ def shaped(**given) -> Case:
         "resident": 0.0,
         "sets": 1,
         "ring": 1,
+        "fused": False,
     }
     return Case(7, **every | {"dtype": torch.bfloat16} | given)
 

@@ -112,6 +112,16 @@ def test_bytes_follow_precision():
     assert (down.down, down.memory, step.memory, cast.memory, up.up) == (128.0, 128.0, 26 * 64, 8 * 64, 256.0)
 
 
+def test_a_fused_cast_takes_no_time_and_a_write_only():
+    class Fused(Nothing):
+        def step_and_cast_on_cpu(self, piece: Piece, slot: int) -> list:
+            return []
+
+    program = build_update([Piece(0, 64, 0, "cpu")], Fused(), fused=True)
+    assert [span.seconds for span in simulate(program, RATES).spans] == pytest.approx([64 * 4 / 12, 32.0, 64 * 2 / 12])
+    assert load_of(program.ops[1], RATES).memory == 30 * 64
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_no_operation_runs_before_what_it_waits_for(seed):
     program, drawn = Case(seed).update(), random.Random(seed)

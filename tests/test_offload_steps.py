@@ -10,7 +10,7 @@ from offload_machine import Case, drop, same
 
 from rlpost.offload.backends import run_adversary, run_in_order, run_threads
 from rlpost.offload.layout import Piece, pattern
-from rlpost.offload.program import Program, Use, build_update
+from rlpost.offload.program import LANES, Program, Use, build_update
 from rlpost.offload.races import Race, describe_race, gaps, implied, races
 
 
@@ -107,7 +107,9 @@ def test_every_operation_that_is_left_out_leaves_a_gap(seed):
 
 
 def test_gaps_are_said_in_words():
-    program = Case(0, sizes=[256], groups=[0], largest=64, gpu_of=1, every=2, resident=0.0, sets=1).update()
+    program = Case(
+        0, sizes=[256], groups=[0], largest=64, gpu_of=1, every=2, resident=0.0, sets=1, fused=False
+    ).update()
     flush = next(i for i, op in enumerate(program.ops) if op.lane == "flush")
     found = gaps(drop(program, flush), 256)
     assert "elements 64 to 128 of m are written 0 times, not once" in found
@@ -158,22 +160,65 @@ def test_shares_are_of_elements_where_pieces_are_of_unequal_size(gpu_of, every):
     assert abs(on_gpu - sum(sizes) * gpu_of / every) <= max(sizes)
 
 
-def test_residents_need_actions_that_can_step_them():
-    class NoResidents:
+def test_residents_and_fused_casts_need_actions_that_have_them():
+    class Least:
         fetch = step_on_gpu = flush = gradients_down = step_on_cpu = cast = weights_up = lambda self, *_: []
 
-    with pytest.raises(TypeError, match="piece 0 is resident, and NoResidents has no step"):
-        build_update([Piece(0, 64, 0, "resident")], NoResidents())
+    with pytest.raises(TypeError, match="piece 0 is resident, and Least has no step"):
+        build_update([Piece(0, 64, 0, "resident")], Least())
+    with pytest.raises(TypeError, match="Least has no step that writes weights"):
+        build_update([Piece(0, 64, 0, "cpu")], Least(), fused=True)
     with pytest.raises(ValueError, match="needs one at least"):
-        build_update([Piece(0, 64, 0, "gpu")], NoResidents(), sets=0)
+        build_update([Piece(0, 64, 0, "gpu")], Least(), sets=0)
 
 
 def test_who_writes_some_weights_is_known():
     """So that they can be sent to the engine before the rest is done."""
-    case = Case(0, sizes=[256], groups=[0], largest=64, gpu_of=1, every=2, resident=0.0)
+    case = Case(0, sizes=[256], groups=[0], largest=64, gpu_of=1, every=2, resident=0.0, fused=False)
     program = case.update()
     writers = [program.ops[number] for number in program.writers("weights", 60, 70)]
     assert [(op.lane, op.piece) for op in writers] == [("up", 0), ("gpu", 1)]
     machine, program = case.make()
     run_in_order(program)
     assert same(machine.values(), case.serial())
+
+
+def random_program(seed: int) -> Program:
+    """Operations on any lanes, with overlapping uses of two buffers and any waits."""
+    drawn, program = random.Random(seed), Program()
+
+    def uses() -> list[Use]:
+        starts = [drawn.randrange(12) for _ in range(drawn.randint(0, 2))]
+        return [Use(drawn.choice("ab"), start, start + drawn.randint(1, 4)) for start in starts]
+
+    for number in range(25):
+        after = [drawn.randrange(number) for _ in range(drawn.randint(0, 3))] if number else []
+        lane = drawn.choice(LANES[:4])
+        program.add(lane, "any", -1, reads=uses(), writes=uses(), after=after, parts=[])
+    return program
+
+
+def all_races(program: Program) -> set[Race]:
+    """Every pair that touches the same elements, one writing, where neither is reached from the other: by definition."""
+    before: list[set[int]] = []
+    for i, op in enumerate(program.ops):
+        direct = {*op.after, *(j for j in range(i) if program.ops[j].lane == op.lane)}
+        before.append(direct.union(*(before[j] for j in direct)))
+    found = set()
+    for i, second in enumerate(program.ops):
+        for j, first in enumerate(program.ops[:i]):
+            pairs = [(a, b) for a in first.writes for b in (*second.reads, *second.writes)]
+            pairs += [(a, b) for a in first.reads for b in second.writes]
+            clashes = {a.buffer for a, b in pairs if a.buffer == b.buffer and a.start < b.stop and b.start < a.stop}
+            found |= {Race(j, i, buffer) for buffer in clashes if j not in before[i]}
+    return found
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_race_check_finds_what_the_definition_does(seed):
+    program = random_program(seed)
+    found, every = set(races(program)), all_races(program)
+    assert found <= every and len(every) > 3
+    assert {(race.second, race.buffer, program.ops[race.first].lane) for race in found} == {
+        (race.second, race.buffer, program.ops[race.first].lane) for race in every
+    }

@@ -11,7 +11,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -227,11 +226,13 @@ class Running:
         does."""
         for thread in self._threads:
             thread.join()
+        for event in self._events:
+            try:
+                self._device.synchronize(event)
+            except Exception as error:
+                self._failures.append(error)
         if self._failures:
-            for event in self._events:
-                with suppress(Exception):  # the accelerator says it again; the first failure is the one to report
-                    self._device.synchronize(event)
-        self.wait(range(len(self._program.ops)))
+            raise self._failures[0]
 
     def _guarded(self, lane: Lane) -> None:
         try:

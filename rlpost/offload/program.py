@@ -129,15 +129,25 @@ class ResidentActions(Actions, Protocol):
         ...
 
 
+@runtime_checkable
+class FusedActions(Actions, Protocol):
+    """Actions whose AdamW on the CPU writes the weights in the same pass: p is not read from memory a second time, which is 4
+    bytes of 40 an element that such a piece moves through it (with 16-bit weights and 32-bit gradients)."""
+
+    def step_and_cast_on_cpu(self, piece: Piece, slot: int) -> Parts:
+        """AdamW on the piece where it lies, with the ring's gradients, and its weights into the host's other ring."""
+        ...
+
+
 class Order:
     """Builds the program of one update or of several in a row: keeps what freed each slot last, and what made each piece's
     state and all weights what they are."""
 
-    def __init__(self, pieces: Sequence[Piece], *, sets: int, ring: int) -> None:
+    def __init__(self, pieces: Sequence[Piece], *, sets: int, ring: int, fused: bool = False) -> None:
         if sets < 1 or ring < 1:
             raise ValueError(f"{sets} staging sets and rings of {ring}: each needs one at least")
         self.program = Program()
-        self._pieces = pieces
+        self._pieces, self._fused = pieces, fused
         self._staging: list[int | None] = [None] * sets
         self._gradients: list[int | None] = [None] * ring
         self._weights: list[int | None] = [None] * ring
@@ -163,7 +173,8 @@ class Order:
         return self._backward
 
     def update(self, actions: Actions) -> None:
-        """Adds one update of all pieces. Raises TypeError where a piece is resident and the actions have no step for it."""
+        """Adds one update of all pieces. Raises TypeError for actions that have no step for resident pieces, or no fused one,
+        where it is needed."""
         numbered = list(enumerate(self._pieces))
         for number, piece in numbered:  # first: they wait for nothing, and run while the first fetch is under way
             if piece.where == "resident":
@@ -230,51 +241,73 @@ class Order:
     def _on_the_cpu(self, number: int, piece: Piece, actions: Actions) -> None:
         slot = self._on_cpu % len(self._gradients)
         self._on_cpu += 1
-        size, add = piece.size, self.program.add
-        state, gradients, weights = _uses(piece)
-        received, narrow = [Use(f"host gradients {slot}", 0, size)], [Use(f"host weights {slot}", 0, size)]
-        down = add(
+        _, gradients, weights = _uses(piece)
+        down = self.program.add(
             "down",
             "gradients",
             number,
             reads=[gradients],
-            writes=received,
+            writes=[Use(f"host gradients {slot}", 0, piece.size)],
             after=(self._gradients[slot], self._backward),
             parts=actions.gradients_down(piece, slot),
-            size=size,
+            size=piece.size,
         )
-        step = add(
+        make = self._step_and_cast if self._fused else self._step_then_cast
+        step, cast = make(number, piece, actions, slot, down)
+        up = self.program.add(
+            "up",
+            "weights",
+            number,
+            reads=[Use(f"host weights {slot}", 0, piece.size)],
+            writes=[weights],
+            after=(cast,),
+            parts=actions.weights_up(piece, slot),
+            size=piece.size,
+        )
+        self._gradients[slot], self._weights[slot], self._last_up = step, up, up
+        self._home[number] = cast  # it reads p: the next update's step must not be before it
+
+    def _step_then_cast(self, number: int, piece: Piece, actions: Actions, slot: int, down: int) -> tuple[int, int]:
+        """The operation after which the ring's gradients are free, and the one after which its weights are there."""
+        state, _, _ = _uses(piece)
+        step = self.program.add(
             "cpu",
             "step",
             number,
-            reads=(*state, *received),
+            reads=(*state, Use(f"host gradients {slot}", 0, piece.size)),
             writes=state,
             after=(down, self._home.get(number)),
             parts=actions.step_on_cpu(piece, slot),
-            size=size,
+            size=piece.size,
         )
-        cast = add(
+        cast = self.program.add(
             "cast",
             "cast",
             number,
             reads=state[:1],
-            writes=narrow,
+            writes=[Use(f"host weights {slot}", 0, piece.size)],
             after=(step, self._weights[slot]),
             parts=actions.cast(piece, slot),
-            size=size,
+            size=piece.size,
         )
-        up = add(
-            "up",
-            "weights",
+        return step, cast
+
+    def _step_and_cast(self, number: int, piece: Piece, actions: Actions, slot: int, down: int) -> tuple[int, int]:
+        """As `_step_then_cast`, in one operation."""
+        if not isinstance(actions, FusedActions):
+            raise TypeError(f"{type(actions).__name__} has no step that writes weights in the same pass")
+        state, _, _ = _uses(piece)
+        both = self.program.add(
+            "cpu",
+            "step and cast",
             number,
-            reads=narrow,
-            writes=[weights],
-            after=(cast,),
-            parts=actions.weights_up(piece, slot),
-            size=size,
+            reads=(*state, Use(f"host gradients {slot}", 0, piece.size)),
+            writes=(*state, Use(f"host weights {slot}", 0, piece.size)),
+            after=(down, self._home.get(number), self._weights[slot]),
+            parts=actions.step_and_cast_on_cpu(piece, slot),
+            size=piece.size,
         )
-        self._gradients[slot], self._weights[slot], self._last_up = step, up, up
-        self._home[number] = cast  # it reads p: the next update's step must not be before it
+        return both, both
 
 
 def _uses(piece: Piece) -> tuple[list[Use], Use, Use]:
@@ -283,25 +316,33 @@ def _uses(piece: Piece) -> tuple[list[Use], Use, Use]:
     return [Use(name, a, b) for name in ("p", "m", "v")], Use("gradients", a, b), Use("weights", a, b)
 
 
-def build_update(pieces: Sequence[Piece], actions: Actions, *, sets: int = 2, ring: int = 2) -> Program:
+def build_update(
+    pieces: Sequence[Piece], actions: Actions, *, sets: int = 2, ring: int = 2, fused: bool = False
+) -> Program:
     """The program of one update. It begins and ends with nothing under way: backends wait for every lane.
 
     `sets`: pieces that may be staged on the accelerator at once, so `sets` - 1 are fetched ahead of the one that is updated;
-    `ring`: pieces of gradients and of weights on the host. Raises ValueError for less than one of either, and TypeError for
-    resident pieces with actions that have no step for them.
+    `ring`: pieces of gradients and of weights on the host; `fused`: AdamW on the CPU writes the weights itself, and there is no
+    cast. Raises ValueError for less than one set or ring buffer, and TypeError for actions that have no step for resident
+    pieces, or no fused one, where it is needed.
     """
-    order = Order(pieces, sets=sets, ring=ring)
+    order = Order(pieces, sets=sets, ring=ring, fused=fused)
     order.update(actions)
     return order.program
 
 
 def build_updates(
-    pieces: Sequence[Piece], steps: Sequence[tuple[Actions, Parts]], *, sets: int = 2, ring: int = 2
+    pieces: Sequence[Piece],
+    steps: Sequence[tuple[Actions, Parts]],
+    *,
+    sets: int = 2,
+    ring: int = 2,
+    fused: bool = False,
 ) -> Program:
     """The program of several steps in a row, each a backward pass (the parts) and then an update (by its actions), in which
     nothing waits for the end of an update but what needs its results: flushes go on under the next backward pass, and fetches
     for the next update may come before it. Raises as `build_update` does."""
-    order = Order(pieces, sets=sets, ring=ring)
+    order = Order(pieces, sets=sets, ring=ring, fused=fused)
     for actions, backward in steps:
         order.backward(backward)
         order.update(actions)

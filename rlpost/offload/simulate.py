@@ -52,8 +52,9 @@ SHARED = ("up", "down", "memory")
 def load_of(op: Op, rates: Rates, *, gradient_bytes: int = 4, weight_bytes: int = 2) -> Load:
     """What an operation of `build_update` needs. `gradient_bytes` and `weight_bytes`: of an element on the accelerator.
 
-    A copy moves its bytes over the link and through the host's memory once. AdamW on the CPU reads p, m, v and the gradient and
-    writes p, m, v; the cast reads four bytes an element and writes the weight. Raises ValueError for other operations.
+    A copy moves its bytes over the link and through the host's memory once. AdamW on the CPU reads p, m, v and the gradient
+    and writes p, m, v; the cast reads four bytes an element and writes the weight; in one operation p is not read again.
+    Raises ValueError for other operations.
     """
     n, state = op.size, 12 * op.size
     match op.lane, op.name:
@@ -68,6 +69,8 @@ def load_of(op: Op, rates: Rates, *, gradient_bytes: int = 4, weight_bytes: int 
             return Load(moved / rates.down, down=moved, memory=moved)
         case "cpu", "step":
             return Load(n / rates.cpu_adam, memory=(24 + gradient_bytes) * n)
+        case "cpu", "step and cast":
+            return Load(n / rates.cpu_adam, memory=(24 + gradient_bytes + weight_bytes) * n)
         case "cast", "cast":
             return Load(n / rates.cast, memory=(4 + weight_bytes) * n)
         case "up", "weights":
