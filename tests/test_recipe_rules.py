@@ -83,6 +83,19 @@ CASES = [
         ["rollout.sync.rounding=stochastic", "rollout.engine.dtype=bfloat16", "model.dtype=bfloat16", "model.lora={}"],
         ["model.dtype=bfloat16", "merged with the adapters"],
     ),
+    (["rollout.engine.speculative={}"], ["rollout.engine.speculative", "CUDA", "wrong by whole nats"]),
+    (["rollout.engine.quantization=fp8"], ["rollout.engine.quantization=fp8", "CUDA"]),
+    (
+        ["rollout.engine={where: server, urls: [http://a:1], speculative: {tokens: 3}}", "rollout.top_k=20"],
+        ["rollout.engine.speculative", "rollout.top_k=20", "tokens kept"],
+    ),
+    (
+        [
+            "rollout.engine={where: server, urls: [http://a:1], quantization: fp8, dtype: bfloat16}",
+            "rollout.sync.rounding=stochastic",
+        ],
+        ["rollout.sync.rounding=stochastic", "rollout.engine.quantization=fp8", "to the nearest"],
+    ),
     (["rewards=[{function: ./mine.py},{function: ./mine.py}]"], ["2 of them are named mine", "rewards.N.name"]),
     (["rewards=[]", "evaluation.prompts=0"], ["rewards is empty", "method.preset=grpo"]),
     (["rewards.0.function=./no.py"], ["rewards.0.function", "no.py"]),

@@ -14,6 +14,7 @@ from conftest import REPOSITORY, rows
 from rlpost.recipe.load import load_recipe
 from rlpost.recipe.sections.rollout import SyncSection
 from rlpost.rollout import rounding
+from rlpost.rollout.remote.weights import WeightFiles
 from rlpost.rollout.rounding import RoundedEngine, round_by_chance, rounded, with_rounding
 from rlpost.rollout.verify import LEVELS
 from rlpost.run.loop import train
@@ -170,6 +171,17 @@ def test_only_float32_weights_that_an_engine_holds_in_bfloat16_are_rounded():
     assert torch.equal(got["a.weight"], round_by_chance(given["a.weight"], "0|5|a.weight"))
     for name in ("mlp.gate.weight", "half.weight", "steps"):
         assert got[name] is given[name]
+
+
+def test_files_for_servers_hold_what_a_colocated_engine_is_given(tmp_path):
+    from safetensors.torch import load_file
+
+    given, files = {"a.weight": weights(64).view(8, 8), "b.weight": weights(9)}, WeightFiles(tmp_path)
+    files.write(rounded(given.items(), 3, 2))
+    read = {name: tensor for path, _ in files.files for name, tensor in load_file(path).items()}
+    colocated = dict(rounded(given.items(), 3, 2))
+    assert read.keys() == colocated.keys()
+    assert all(read[n].dtype == torch.bfloat16 and torch.equal(read[n], colocated[n]) for n in read)
 
 
 class Engine:

@@ -14,7 +14,7 @@ from rlpost.evaluation.checkpoint import evaluate_checkpoint
 from rlpost.recipe.load import load_recipe
 from rlpost.recipe.sections.rollout import ProbeSection
 from rlpost.rollout.transformers_engine import TransformersRolloutEngine
-from rlpost.rollout.verify import LEVELS, check_sync, level, slope
+from rlpost.rollout.verify import LEVELS, check_sync, level, precision, slope
 from rlpost.run.loop import train
 
 ORIGINAL = TransformersRolloutEngine.load_weights
@@ -76,6 +76,22 @@ def test_the_level_is_by_precision_unless_it_is_given():
     assert ProbeSection().max_mean_gap == "auto"
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ({}, "float32"),
+        ({"model.lora": {}}, "float32"),
+        ({"model.lora": {"quantize": "nf4"}}, "quantised"),
+        ({"rollout.engine": {"type": "transformers", "dtype": "bfloat16"}}, "bfloat16"),
+        ({"rollout.engine": {"dtype": "float32"}}, "float32"),
+        ({"rollout.engine": {"dtype": "bfloat16", "kv_cache_dtype": "fp8"}}, "quantised"),
+        ({"rollout.engine": {"dtype": "bfloat16", "quantization": "fp8"}}, "quantised"),
+    ],
+)
+def test_the_precision_is_the_coarsest_of_the_two(write_recipe, tmp_path, overrides, expected):
+    assert precision(load_recipe(write_recipe(tmp_path, overrides)).recipe) == expected
+
+
 def skipped(weights, old):
     return old.items()
 
@@ -115,6 +131,44 @@ def test_a_sync_with_a_fault_stops_the_run_at_once(write_recipe, tmp_path, monke
     with pytest.raises(RolloutError, match=r"Step 2: (the sync did not bring|after the sync)"):
         train(load_recipe(write_recipe(tmp_path, changes)))
     assert len(rows(tmp_path / "run", "train")) == 1
+
+
+@pytest.mark.thorough
+def test_a_lost_adapter_stops_the_run_at_once(write_recipe, tmp_path, monkeypatch, one_thread):
+    """LoRA: from the second step on the engine gets the model without what the adapter adds."""
+    plain: dict = {}
+
+    def load(self, weights, version=0):
+        now = {name: tensor.detach().clone() for name, tensor in weights}
+        plain.update(now if version == 0 else {})  # an adapter begins as nothing
+        ORIGINAL(self, (plain if version >= 2 else now).items(), version)
+
+    monkeypatch.setattr(TransformersRolloutEngine, "load_weights", load)
+    changes = {
+        "model.lora": {"rank": 4},
+        "learner.rollouts": 4,
+        "learner.learning_rate": 1e-6,
+        "evaluation.prompts": 0,
+    }
+    with pytest.raises(RolloutError, match="Step 2: the sync did not bring"):
+        train(load_recipe(write_recipe(tmp_path, changes)))
+    assert len(rows(tmp_path / "run", "train")) == 1
+
+
+@pytest.mark.thorough
+def test_stale_logprobs_stop_the_run_at_once(write_recipe, tmp_path, monkeypatch, one_thread):
+    """As a prefix cache that was not forgotten gives them: what was scored before is answered as it was then."""
+    asked, kept = TransformersRolloutEngine.logprobs, {}
+
+    def logprobs(self, sequences):
+        now = dict(zip(sequences, asked(self, sequences), strict=True))
+        kept.update({s: row for s, row in now.items() if s not in kept})
+        return [kept[s] for s in sequences]
+
+    monkeypatch.setattr(TransformersRolloutEngine, "logprobs", logprobs)
+    changes = {"learner.rollouts": 4, "learner.learning_rate": 1e-6, "evaluation.prompts": 0}
+    with pytest.raises(RolloutError, match="Step 1: the sync did not bring.*nothing of the learner's last change"):
+        train(load_recipe(write_recipe(tmp_path, changes)))
 
 
 @pytest.mark.thorough

@@ -64,8 +64,9 @@ DECISIONS: dict[str, dict[Effect, str]] = {
     "rollout.engine": {
         NONE: "memory_fraction kv_cache_gib max_sequences eager sleep tensor_parallel batch_size where urls replicas devices "
         "cores deadline_s start_s restarts weights_folder",
-        LATER: "type dtype",
+        LATER: "type dtype kv_cache_dtype quantization speculative",
     },
+    "rollout.engine.speculative": {LATER: "method tokens shortest_match longest_match"},
     "rollout.sync": {LATER: "rounding"},
     "rollout.probe": {NONE: "every max_mean_gap"},
     "rewards.*": {

@@ -14,6 +14,7 @@ from typing import Literal
 
 from rlpost.errors import RolloutError
 from rlpost.policy.precision import autocast_of
+from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.recipe.sections.root import Recipe
 from rlpost.rollout.probe import ProbeResult, compare
 
@@ -110,7 +111,9 @@ def check_sync(
 def precision(recipe: Recipe) -> Precision:
     """The coarsest of what learner and engine compute in. Decided already where the recipe says auto."""
     engine, model = recipe.rollout.engine, recipe.model
-    if model.lora is not None and model.lora.quantize is not None:
+    if model.quantized:
+        return "quantised"
+    if isinstance(engine, VllmEngine) and engine.in_eight_bits:
         return "quantised"
     dtypes = {engine.dtype, model.dtype}
     if "bfloat16" in dtypes or autocast_of(model) == "bfloat16":

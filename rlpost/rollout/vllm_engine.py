@@ -18,6 +18,7 @@ from rlpost.rollout.sync_errors import incomplete, not_replaced
 from rlpost.rollout.vllm_errors import explain_startup
 from rlpost.rollout.vllm_logprobs import report_whole_distribution
 from rlpost.rollout.vllm_names import checkpoint_names, load_config
+from rlpost.rollout.vllm_options import passed_on
 from rlpost.rollout.vllm_reload import is_borrowed, replace_weights, transformers_classes_kept
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class VllmRolloutEngine:
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
             **memory,
+            **passed_on(section),
         }
 
     @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rlpost.data.packaged import resolve_model_path
 from rlpost.errors import EngineLost, RecipeError, RolloutError
 from rlpost.policy.precision import decide_precision
+from rlpost.recipe.rules.rollout import no_cpu
 from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.rollout.remote.client import answers
 from rlpost.rollout.remote.make import Served, server_process, start
@@ -39,12 +40,15 @@ def serve(loaded: LoadedRecipe, *, host: str, port: int, say: Callable[[str], No
             f"`rlpost serve` needs rollout.engine.type=vllm; {loaded.path} has {section.type}, which samples inside the "
             "learner. Change it, or leave the server out."
         )
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu and (problems := list(no_cpu(section))):
+        raise RecipeError(f"{loaded.path}: {'; '.join(problems)}.")
     served = Served(
         resolve_model_path(recipe.model.path),
         max_model_len(recipe),
         recipe.seed,
         recipe.model.trust_remote_code,
-        on_cpu=not torch.cuda.is_available(),
+        on_cpu=on_cpu,
     )
     log = recipe.run_dir / "rollout" / f"serve_{port}.log"
     process = server_process(section, served, log=log, address=f"{host}:{port}")

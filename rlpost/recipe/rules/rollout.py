@@ -25,6 +25,42 @@ def engine_problems(r: Recipe, _: Setting) -> Iterator[str]:
         )
     if isinstance(engine, VllmEngine):
         yield from placement_problems(engine)
+        yield from passed_on_problems(r, engine)
+
+
+def passed_on_problems(r: Recipe, engine: VllmEngine) -> Iterator[str]:
+    """What of vLLM's own options cannot be had. Where servers are on other machines, those say so (`no_cpu`)."""
+    key, rollout = "rollout.engine", r.rollout
+    if engine.speculative is not None and (rollout.top_p < 1 or rollout.top_k > 0):
+        yield (
+            f"{key}.speculative with rollout.top_p={rollout.top_p:g} and rollout.top_k={rollout.top_k}: vLLM then reports "
+            "log-probs of the tokens kept only, which the learner cannot compare with its own. Set top_p to 1 and top_k to "
+            "-1, or leave speculative out"
+        )
+    if engine.quantization != "none" and engine.sleep:
+        yield (
+            f"{key}.quantization={engine.quantization} with {key}.sleep=true: new weights cannot be loaded over quantised ones "
+            "that were asleep; nobody has tried it. Leave one of them out"
+        )
+    if (engine.speculative is not None or engine.quantization != "none") and engine.where != "server":
+        import torch  # a second or two, and only for recipes that need the answer
+
+        if not torch.cuda.is_available():
+            yield from no_cpu(engine)
+
+
+def no_cpu(engine: VllmEngine) -> Iterator[str]:
+    """What vLLM 0.32 cannot do on a CPU."""
+    if engine.speculative is not None:
+        yield (
+            "rollout.engine.speculative needs a CUDA GPU: on a CPU vLLM 0.32 samples other tokens than it should and reports "
+            "log-probs that are wrong by whole nats, or not numbers, as soon as the temperature is not 0. Leave the key out"
+        )
+    if engine.quantization != "none":
+        yield (
+            f"rollout.engine.quantization={engine.quantization} needs a CUDA GPU: vLLM 0.32 has no such layers for a CPU. "
+            "Set it to none; rollout.engine.kv_cache_dtype=fp8 works"
+        )
 
 
 def sync_problems(r: Recipe, _: Setting) -> Iterator[str]:
@@ -49,6 +85,11 @@ def sync_problems(r: Recipe, _: Setting) -> Iterator[str]:
         }[dtype]
         yield f"{asked} is for engines in bfloat16, and one with rollout.engine.dtype={dtype} {why}. " + (
             "Set rollout.engine.dtype=bfloat16, or rollout.sync.rounding=nearest"
+        )
+    if isinstance(engine, VllmEngine) and engine.quantization != "none":
+        yield (
+            f"{asked} with rollout.engine.quantization={engine.quantization}: the engine rounds again, to the nearest, more "
+            "coarsely than bfloat16, and what chance has kept is lost. Set one of them to its default"
         )
     if model.dtype == "bfloat16":
         what = "are bfloat16 already" if model.lora is None else "are merged with the adapters in bfloat16 already"

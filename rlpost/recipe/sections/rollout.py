@@ -4,9 +4,30 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from rlpost.recipe.sections.base import Section
+
+
+class SpeculativeSection(Section):
+    """Tokens guessed from what stands before in prompt and completion, checked by the model all at once."""
+
+    method: Literal["ngram"] = "ngram"
+    """How they are guessed."""
+    tokens: PositiveInt = 4
+    """How many at a time."""
+    shortest_match: PositiveInt = 2
+    """How many of the last tokens must have stood before, at the least."""
+    longest_match: PositiveInt = 5
+    """And how many are looked for first."""
+
+    @model_validator(mode="after")
+    def _shortest_first(self) -> SpeculativeSection:
+        if self.shortest_match > self.longest_match:
+            raise ValueError(
+                f"shortest_match={self.shortest_match} is above longest_match={self.longest_match}. Lower it"
+            )
+        return self
 
 
 class VllmEngine(Section):
@@ -24,6 +45,13 @@ class VllmEngine(Section):
     """The share of GPU memory that vLLM may take (weights and KV cache)."""
     kv_cache_gib: float = Field(1.0, gt=0)
     """The KV cache's size on CPU, in GiB."""
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "auto"
+    """The precision of the KV cache; auto: the sampler's. fp8 holds twice as many tokens, and moves log-probs: see
+    docs/rollouts.md."""
+    quantization: Literal["none", "fp8"] = "none"
+    """fp8: vLLM rounds the weights of linear layers to 8 bits as they arrive. CUDA only, and not tested there yet."""
+    speculative: SpeculativeSection | None = None
+    """Speculative decoding. CUDA only, and not tested there yet: on CPU vLLM 0.32 gives wrong log-probs with it."""
     max_sequences: PositiveInt = 256
     """How many sequences are decoded at once at the most."""
     eager: bool | None = None
@@ -48,6 +76,11 @@ class VllmEngine(Section):
     """Where new weights are handed to the servers, as files. Default: shared memory. Servers on other nodes need a folder that
     every node sees under the same path."""
 
+    @property
+    def in_eight_bits(self) -> bool:
+        """Whether weights or the KV cache are held so coarsely."""
+        return self.quantization != "none" or self.kv_cache_dtype != "auto"
+
 
 class TransformersEngine(Section):
     """A sampling loop over transformers' forward: slow, works everywhere. The fallback where vLLM is not installed."""
@@ -70,7 +103,8 @@ class ProbeSection(Section):
     """Compare on every so many-th rollout."""
     max_mean_gap: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Mean |learner log-prob - engine log-prob| (nats) above which the engine is held to have wrong weights. auto: by the
-    coarsest precision of the two, 0.001 in float32, 0.05 in float16, 0.1 in bfloat16, 0.5 with weights in 4 bits."""
+    coarsest precision of the two, 0.001 in float32, 0.05 in float16, 0.1 in bfloat16, 0.5 with weights in 4 bits or an
+    engine in fp8."""
 
 
 class SyncSection(Section):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 
 from rlpost.recipe.sections.rollout import VllmEngine
+from rlpost.rollout.vllm_options import as_arguments, passed_on
 
 # What a launcher tells the learner's processes about each other: vLLM would take it for its own.
 _LAUNCHER = (
@@ -49,6 +50,7 @@ def server_arguments(
         *("--worker-extension-cls", "rlpost.rollout.remote.worker.Extension"),
         *("--enable-scale-out", "--disable-log-stats", "--disable-uvicorn-access-log"),
     ]
+    arguments += as_arguments(passed_on(section))
     arguments += ["--enforce-eager"] if eager else []
     arguments += ["--trust-remote-code"] if trust_remote_code else []
     arguments += ["--generation-config", generation_config] if generation_config else []

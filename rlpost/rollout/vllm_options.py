@@ -1,0 +1,33 @@
+"""What the recipe hands on to vLLM as it is, the same in process and to servers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rlpost.recipe.sections.rollout import VllmEngine
+
+
+def passed_on(section: VllmEngine) -> dict[str, Any]:
+    """vLLM's own options, by the names of its Python interface; without those that are as vLLM has them."""
+    options: dict[str, Any] = {}
+    if section.kv_cache_dtype != "auto":
+        options["kv_cache_dtype"] = section.kv_cache_dtype
+    if section.quantization != "none":
+        options["quantization"] = section.quantization
+    if (guess := section.speculative) is not None:
+        options["speculative_config"] = {
+            "method": guess.method,
+            "num_speculative_tokens": guess.tokens,
+            "prompt_lookup_min": guess.shortest_match,
+            "prompt_lookup_max": guess.longest_match,
+        }
+    return options
+
+
+def as_arguments(options: dict[str, Any]) -> list[str]:
+    """The same for the command line of a server."""
+    arguments = []
+    for name, value in options.items():
+        arguments += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
+    return arguments
