@@ -91,10 +91,10 @@ def test_resumed_equals_uninterrupted(finished, step) -> None:
 
 def test_evaluation_never_shows_a_hint(tmp_path, write_recipe, monkeypatch) -> None:
     import rlpost.evaluation.accuracy
-    import rlpost.source.sampled
+    import rlpost.source.collect
 
     seen: dict[str, list] = {"train": [], "eval": []}
-    for place, name in ((rlpost.source.sampled, "train"), (rlpost.evaluation.accuracy, "eval")):
+    for place, name in ((rlpost.source.collect, "train"), (rlpost.evaluation.accuracy, "eval")):
         original = place.sample_groups
 
         def spy(engine, prompts, *rest, original=original, name=name, **keywords):
@@ -242,7 +242,7 @@ def reward(prompts, completions, **columns):
 
 def test_with_dynamic_sampling_the_figures_are_of_what_is_trained_on(tmp_path, write_recipe, monkeypatch) -> None:
     """Guidance acts first; groups that are still flat are then replaced by unhinted ones, and counted as such."""
-    import rlpost.source.sampled
+    import rlpost.source.collect
     from rlpost.teaching.verdict import accuracies
 
     trained = []
