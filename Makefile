@@ -7,6 +7,10 @@ RUN := $(VENV)/bin
 # other are many times slower than threads that take turns.
 PYTEST := OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Compiled modules are kept even where the environment says otherwise: the tests start hundreds of processes, and each
+# would compile torch, transformers and vLLM again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # One GPU where launch/install.sh sees one too, else the CPU.
 TOPOLOGY ?= $(if $(shell nvidia-smi -L 2>/dev/null),launch/gpu.yaml,launch/cpu.yaml)
 

@@ -138,6 +138,7 @@ def round_by_chance_piece(x: torch.Tensor, number: int) -> torch.Tensor:
     return rounding._rounded(piece[None], noise)[0].bfloat16()
 
 
+@pytest.mark.thorough
 def test_another_process_with_more_threads_rounds_the_same():
     code = (
         "import torch, hashlib; from rlpost.rollout.rounding import round_by_chance; torch.set_num_threads(2)\n"
