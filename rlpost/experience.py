@@ -62,13 +62,15 @@ class Completion:
     """One sampled answer. `token_ids` includes the end-of-sequence token when `finish` is "stop".
 
     `sampler_logprobs` are the rollout engine's own log-probs (nats) of the sampled tokens, one a token, under
-    softmax(logits / temperature) over the whole vocabulary, whatever top-k and top-p left out.
+    softmax(logits / temperature) over the whole vocabulary, whatever top-k and top-p left out. `versions` are the weights that
+    sampled it: stretches of (optimizer steps that had made the weights, number of tokens), in order, together all tokens.
     """
 
     token_ids: tuple[int, ...]
     sampler_logprobs: tuple[float, ...]
     text: str
     finish: Literal["stop", "length"]
+    versions: tuple[tuple[int, int], ...] = field(default=(), compare=False)  # (): not known
 
     @property
     def truncated(self) -> bool:

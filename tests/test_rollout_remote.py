@@ -26,7 +26,8 @@ from rlpost.rollout.place import Place
 from rlpost.rollout.remote.arguments import server_arguments, server_environment
 from rlpost.rollout.remote.child import shared_memory_of
 from rlpost.rollout.remote.client import ServerLost
-from rlpost.rollout.remote.engine import RemoteEngine, Server
+from rlpost.rollout.remote.engine import RemoteEngine
+from rlpost.rollout.remote.lanes import Server
 from rlpost.rollout.remote.replies import BadReply, read_sample, read_scores
 from rlpost.rollout.remote.weights import WeightFiles, weights_folder
 
@@ -59,7 +60,7 @@ def scored(*values) -> dict:
 
 
 def test_a_reply_as_it_should_be():
-    found = read_sample(reply(), vocabulary=10, longest=3, version="3")
+    found = read_sample(reply(), vocabulary=10, longest=3, versions=["3"])
     assert (found.token_ids, found.sampler_logprobs, found.text, found.finish) == (
         (5, 6, 1),
         (-0.5, -1.0, 0.0),
@@ -108,7 +109,7 @@ def test_a_reply_as_it_should_be():
 )
 def test_a_reply_that_cannot_be_is_refused(bad, says):
     with pytest.raises(BadReply, match=says):
-        read_sample(bad, vocabulary=10, longest=3, version="3")
+        read_sample(bad, vocabulary=10, longest=3, versions=["3"])
 
 
 def test_scores_of_a_sequence():

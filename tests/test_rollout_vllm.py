@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from rlpost.rollout.vllm_errors import explain_startup
 from rlpost.rollout.vllm_logprobs import report_whole_distribution
 
 SETTINGS = SamplingSettings(max_completion_tokens=24, temperature=1.0)
-SECTION = VllmEngine(dtype="float32", kv_cache_gib=0.25, max_sequences=32)
+SECTION = VllmEngine(dtype="float32", kv_cache_gib=0.25, max_sequences=64)
 engine_test = pytest.mark.engine
 
 
@@ -128,6 +129,18 @@ def test_top_k_and_top_p_restrict_what_is_drawn_and_log_probs_are_of_the_whole(s
                 token in kept
                 for token, kept in zip(completion.token_ids, nuclei(saved[1], request, completion, settings))
             )
+
+
+@engine_test
+def test_prompts_that_are_read_in_pieces_keep_their_seeds(saved, engine):
+    """Together they have more tokens than one step of vLLM holds, so some are read in two."""
+    limit = engine._llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    asked = [SamplingRequest(tuple((7 * j + i) % 50 + 40 for j in range(90)), seed=2**62 + i) for i in range(64)]
+    assert sum(len(request.token_ids) for request in asked) > limit
+    few = replace(SETTINGS, max_completion_tokens=5)
+    together = engine.sample(asked, few)
+    alone = [engine.sample([request], few)[0] for request in asked[40:50]]
+    assert [c.token_ids for c in together[40:50]] == [c.token_ids for c in alone]
 
 
 def test_both_samplers_of_vllm_report_the_whole_distribution():

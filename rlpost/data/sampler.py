@@ -26,6 +26,7 @@ class PromptSampler:
         self.fingerprint = fingerprint
         self.epoch = 0
         self.position = 0  # how many prompts of this epoch are used up; below n
+        self.returned: list[int] = []  # drawn before, and not learned from: they come first
         self._order = self._epoch_order()
 
     @property
@@ -37,7 +38,7 @@ class PromptSampler:
         """The next k indices."""
         if k < 0:
             raise ValueError(f"cannot take {k} prompts")
-        batch: list[int] = []
+        batch, self.returned = self.returned[:k], self.returned[k:]
         while len(batch) < k:
             taken = self._order[self.position : self.position + k - len(batch)]
             batch += taken
@@ -56,6 +57,7 @@ class PromptSampler:
             "fingerprint": self.fingerprint,
             "epoch": self.epoch,
             "position": self.position,
+            "returned": list(self.returned),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -73,12 +75,14 @@ class PromptSampler:
                     "so the order of prompts would change. Restore the data set, the recipe's `data` section and the "
                     "seed, or start a new run from the checkpoint's weights (model.path)."
                 )
-        if not (0 <= state["position"] < self.n and state["epoch"] >= 0):
+        returned = state.get("returned", ())
+        if not (0 <= state["position"] < self.n and state["epoch"] >= 0 and all(0 <= i < self.n for i in returned)):
             raise CheckpointError(
                 f"The checkpoint's sampler is damaged: epoch {state['epoch']}, position {state['position']} of "
                 f"{self.n} prompts. Resume from an earlier checkpoint."
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        self.returned = [int(index) for index in state.get("returned", ())]
         self._order = self._epoch_order()
 
     def _epoch_order(self) -> list[int]:

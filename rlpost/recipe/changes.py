@@ -58,7 +58,7 @@ DECISIONS: dict[str, dict[Effect, str]] = {
     },
     "rollout": {
         NONE: "probe",
-        LATER: "staleness",
+        LATER: "staleness in_flight",
         ROLLOUT: "prompts_per_step completions_per_prompt max_completion_tokens temperature top_p top_k stop",
     },
     "rollout.engine": {

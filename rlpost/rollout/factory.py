@@ -29,12 +29,13 @@ def make_engine(
     seed: int,
     device: str,
     place: Place | None = None,
+    in_flight: bool = False,
 ) -> RolloutEngine:
     """The engine of `rollout.engine`; transformers, with a loud note, where vLLM is asked for and not installed.
 
     `model_path` is a folder with weights and tokenizer; `max_model_len` is prompt plus completion in tokens; `device`
-    is a torch device ("cpu", "cuda", "cuda:1"); `place` is this process among others, by default the only one. Raises
-    RolloutError when the engine cannot start.
+    is a torch device ("cpu", "cuda", "cuda:1"); `place` is this process among others, by default the only one; `in_flight`:
+    weights may change while another thread samples. Raises RolloutError when the engine cannot start.
     """
     if not isinstance(section, VllmEngine | TransformersEngine):
         raise unknown_choice("rollout.engine", section)
@@ -58,7 +59,8 @@ def make_engine(
 
                 on_cpu = device.split(":")[0] == "cpu"
                 served = Served(model_path, max_model_len, seed, model.trust_remote_code, on_cpu)
-                return make_remote_engine(section, served, end_ids(tokenizer), place or Place())
+                ends = end_ids(tokenizer)
+                return make_remote_engine(section, served, ends, place or Place(), in_flight=in_flight)
             case _:
                 raise unknown_choice("rollout.engine.where", section.where)
         _log.warning(

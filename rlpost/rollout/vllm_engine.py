@@ -16,6 +16,7 @@ from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengt
 from rlpost.rollout.process_state import memory_binding_kept, process_group_kept, random_state_kept, threads_kept
 from rlpost.rollout.sync_errors import incomplete, not_replaced
 from rlpost.rollout.vllm_errors import explain_startup
+from rlpost.rollout.vllm_generators import keep_generators
 from rlpost.rollout.vllm_logprobs import report_whole_distribution
 from rlpost.rollout.vllm_names import checkpoint_names, load_config
 from rlpost.rollout.vllm_options import passed_on
@@ -95,6 +96,7 @@ class VllmRolloutEngine:
             options = self._options(section, seed, trust_remote_code) | _generation_options(model_path)
             self._llm = _start(model_path, section, options)
             self._whole = all(self._llm.collective_rpc(report_whole_distribution))
+            self._llm.collective_rpc(keep_generators)
         self._names = checkpoint_names(config, trust_remote_code)
 
     @staticmethod

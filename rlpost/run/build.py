@@ -168,6 +168,7 @@ def start_engine(
         seed=recipe.seed,
         device=str(processes.device),
         place=Place(processes.rank, processes.local_rank, processes.gather, recipe.run_dir / "rollout"),
+        in_flight=recipe.rollout.in_flight,
     )
     return with_rounding(engine, recipe.rollout.sync, recipe.seed)
 

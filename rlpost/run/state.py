@@ -116,12 +116,11 @@ def load_checkpoint(path: Path, parts: Parts, source: Source) -> RunState:
 def bookmark(source: Source, actor_critic: ActorCritic | None) -> Callable[[], None]:
     """What goes back to where the run stands now, before a rollout is drawn. A critic's whitening and a controller see the
     rewards of every rollout, so they go back, too."""
-    shared, own = source.state_dict(), source.own_state()
+    source_back = source.bookmark()
     critic = None if actor_critic is None else actor_critic.state_dict()
 
     def go_back() -> None:
-        source.load_state_dict(shared)
-        source.load_own_state(own)
+        source_back()
         if actor_critic is not None and critic is not None:
             actor_critic.load_state_dict(critic)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
 from typing import TYPE_CHECKING
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 class Collector:
     """Makes a rollout's scored groups with the weights that are in the engine; the learner takes no part."""
 
-    def __init__(self, parts: Parts) -> None:
-        self.parts = parts
+    def __init__(self, parts: Parts, draw: Callable[[int], list[int]]) -> None:
+        """`draw`: gives the next k prompts, over all processes."""
+        self.parts, self.draw = parts, draw
         self.teacher = Teacher(parts.recipe, parts.tokenizer, parts.learner.policy.context_window, parts.processes)
         self.rollout = 0  # the one being made
         self.memory: Mapping[str, int] = {}
@@ -32,11 +33,22 @@ class Collector:
 
         `memory`: GHPO's hint levels by prompt id, as they were when the rollout was begun.
         """
-        self.rollout, self.memory = rollout, memory
-        parts, prompts = self.parts, self._own_prompts()
+        return self.finish(self.begin(rollout), rollout, memory)
+
+    def begin(self, rollout: int) -> list[Group]:
+        """The rollout's prompts on this process with their first samples, not scored; no samples where it needs none."""
+        self.rollout = rollout
+        prompts = self._own_prompts()
         if not self.teacher.samples_in(rollout):
-            return Teaching([Group(prompt, ()) for prompt in prompts])
-        groups = parts.phase("rollout", lambda: self._sample_together(prompts))
+            return [Group(prompt, ()) for prompt in prompts]
+        return self.parts.phase("rollout", lambda: self._sample_together(prompts))
+
+    def finish(self, groups: list[Group], rollout: int, memory: Mapping[str, int]) -> Teaching:
+        """What becomes of the groups that `begin` gave. `rollout`, `memory`: as in `collect`."""
+        self.rollout, self.memory = rollout, memory
+        if not self.teacher.samples_in(rollout):
+            return Teaching(groups)
+        parts = self.parts
         groups = parts.phase("score", lambda: self._score_together(groups))
         logged = logged_metrics(parts.scorer.logged, parts.processes)  # before more is scored
         teaching = parts.phase("guide", lambda: self._guide(groups)) if self.teacher.hinter else Teaching(groups)
@@ -45,7 +57,7 @@ class Collector:
         return replace(teaching, metrics=teaching.metrics | refill | logged)
 
     def _own_prompts(self) -> list[Prompt]:
-        indices = self.parts.sampler.next(self.parts.recipe.rollout.prompts_per_step)
+        indices = self.draw(self.parts.recipe.rollout.prompts_per_step)
         return [self.parts.prompts[indices[place]] for place in own_places(self.parts.recipe, self.parts.processes)]
 
     def _sample_together(self, prompts: Sequence[Prompt], level: int = 0) -> list[Group]:
@@ -97,7 +109,7 @@ class Collector:
             if not equal:
                 break
             rounds, replaced = rounds + 1, replaced + len(equal)
-            fresh = dict(zip(equal, parts.sampler.next(len(equal)), strict=True))
+            fresh = dict(zip(equal, self.draw(len(equal)), strict=True))
             prompts = [parts.prompts[fresh[place]] for place in own]
             with parts.phases("rollout"):
                 sampled = self._sample_together(prompts, rounds)

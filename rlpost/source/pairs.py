@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlpost.data.pairs import Pair
@@ -58,6 +58,10 @@ class PairSource:
         buffer.ref_logp = self._held_out_table.take(own)
         metrics = judge_pairs(section, parts.learner.policy, buffer, parts.updater.rows(buffer, None), processes)
         return metrics["accuracy"], metrics
+
+    def bookmark(self) -> Callable[[], None]:
+        state = self.state_dict()
+        return lambda: self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         return {"sampler": self.parts.sampler.state_dict()}

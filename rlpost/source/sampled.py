@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,9 @@ from rlpost.learner.actor_critic import old_values, weigh_tokens
 from rlpost.methods.estimator import needs_reference
 from rlpost.methods.safe import CrashState
 from rlpost.rollout.verify import precision
-from rlpost.source.ahead import Ahead, Collects, InTurn
+from rlpost.source.ages import age_metrics
+from rlpost.source.ahead import Ahead
+from rlpost.source.collects import Collects, InTurn
 from rlpost.source.weigh import open_buffer, weigh
 from rlpost.teaching.guide import remember
 from rlpost.teaching.teacher import Teacher
@@ -27,8 +30,10 @@ class SampledSource:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        lag = parts.recipe.rollout.staleness
-        self.rollouts: Collects = Ahead(parts, lag) if lag else InTurn(parts)
+        section = parts.recipe.rollout
+        self.rollouts: Collects = InTurn(parts)
+        if section.staleness:
+            self.rollouts = Ahead(parts, section.staleness, in_flight=section.in_flight)
         self.teacher = Teacher(parts.recipe, parts.tokenizer, parts.learner.policy.context_window, parts.processes)
         self.hint_levels: dict[str, int] = {}  # by prompt id: GHPO's memory of hard prompts
         self.crashes: dict[str, Any] = {}  # of the reward: a `CrashState` as plain numbers
@@ -46,15 +51,15 @@ class SampledSource:
         self._weigh_with_log_probs(buffer, teaching.metrics | gating)
         self._count_crashes(buffer)
         if self.parts.recipe.rollout.staleness:
-            age = self.parts.optimizer_step - collected.optimizer_step
-            buffer.metrics |= {"staleness/optimizer_steps": float(age), **collected.metrics}
+            buffer.metrics |= age_metrics(buffer.groups, self.parts.optimizer_step, self.parts.processes)
+            buffer.metrics |= collected.metrics
         return buffer
 
     @property
     def probes_first(self) -> bool:
         """Whether the probe asks the engine about a rollout before others are sampled beside its learning."""
         recipe = self.parts.recipe
-        return recipe.rollout.probe is not None and precision(recipe) == "float32"
+        return recipe.rollout.probe is not None and precision(recipe) == "float32" and not recipe.rollout.in_flight
 
     def ahead(self, rollout: int) -> None:
         self.rollouts.ahead(rollout, self.hint_levels)
@@ -84,11 +89,21 @@ class SampledSource:
     def evaluate(self) -> tuple[float, dict[str, float]]:
         """Held-out accuracy of the policy as it stands in the engine; each process takes its share of the prompts."""
         parts = self.parts
+        self.rollouts.rest()
         with parts.learner.parked():
             result = judge(
                 parts.recipe, parts.engine, parts.scorer, parts.held_out, parts.processes, parts.optimizer_step
             )
         return result.accuracy, result.metrics()
+
+    def bookmark(self) -> Callable[[], None]:
+        go_back, hint_levels, crashes = self.rollouts.bookmark(), self.hint_levels, self.crashes
+
+        def all_back() -> None:
+            go_back()
+            self.hint_levels, self.crashes = hint_levels, crashes
+
+        return all_back
 
     def state_dict(self) -> dict[str, Any]:
         return {"sampler": self.rollouts.position(), "hint_levels": self.hint_levels, "crashes": self.crashes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from rlpost.experience import Group
@@ -48,6 +49,9 @@ class SampledPairSource:
     def evaluate(self) -> tuple[float, dict[str, float]]:
         """Held-out accuracy of what the policy samples."""
         return self.sampled.evaluate()
+
+    def bookmark(self) -> Callable[[], None]:
+        return self.sampled.bookmark()
 
     def state_dict(self) -> dict[str, Any]:
         return self.sampled.state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -32,8 +33,12 @@ class Source(Protocol):
         """(accuracy, metrics) of the policy as it is on held-out data. The accuracy is NaN where it is not known."""
         ...
 
+    def bookmark(self) -> Callable[[], None]:
+        """Called before `next`; what it gives undoes that: the same rollout is then drawn again."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
-        """Where the source stands, as plain JSON. It is small: the loop asks for it before every rollout."""
+        """Where the source stands, as plain JSON."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -23,6 +23,11 @@ def engine_problems(r: Recipe, _: Setting) -> Iterator[str]:
             f"rollout.staleness={lag}: an engine inside the learner's process cannot sample while that learns. Set "
             "rollout.engine.type=vllm with rollout.engine.where=worker or server, or rollout.staleness=0"
         )
+    if r.rollout.in_flight and not lag:
+        yield (
+            "rollout.in_flight=true with rollout.staleness=0: sampling and learning take turns, so nothing is under way when "
+            "weights change. Set rollout.staleness to 1 or more, or leave in_flight out"
+        )
     if isinstance(engine, VllmEngine):
         yield from placement_problems(engine)
         yield from passed_on_problems(r, engine)

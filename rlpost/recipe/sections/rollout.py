@@ -122,7 +122,12 @@ class RolloutSection(Section):
     """Who samples."""
     staleness: int = Field(0, ge=0)
     """How many rollouts the samples lag behind the policy. 0: sampling and learning take turns. k: while rollout n is learned
-    from, rollout n + k is sampled by the weights of that moment. 1 overlaps all there is to overlap; more is for studies."""
+    from, rollout n + k is sampled by the weights of that moment. 1 overlaps all there is to overlap; more is for studies, and
+    for `in_flight`."""
+    in_flight: bool = False
+    """Whether new weights reach samples that are under way: a sync then does not wait for them, they go on with the new
+    weights, and up to `staleness` rollouts are sampled at once. For completions of very different lengths. Runs are then not
+    reproducible to the bit."""
     prompts_per_step: PositiveInt = 8
     """Prompts per rollout, over all processes."""
     completions_per_prompt: PositiveInt = 8

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import os
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlpost.errors import EngineLost, RolloutError
 from rlpost.experience import Completion
@@ -19,7 +21,7 @@ from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
 from rlpost.rollout.place import Place
 from rlpost.rollout.remote.client import Client, ServerLost, ServerRefused, answers, run
-from rlpost.rollout.remote.process import ServerProcess
+from rlpost.rollout.remote.lanes import Job, Lane, Server
 from rlpost.rollout.remote.replies import BadReply, read_sample, read_scores, sampling_body, scoring_body
 from rlpost.rollout.remote.weights import WeightFiles
 from rlpost.rollout.sync_errors import incomplete
@@ -30,21 +32,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 _HEARTBEATS = 12  # within one deadline
-_CONNECTIONS = 400  # to one server at once: a process may open about a thousand files
-
-
-class Server:
-    """One server as this process knows it."""
-
-    def __init__(self, address: str, process: ServerProcess | None = None) -> None:
-        self.address, self.process = address, process
-        self.lost: str | None = None  # why it is not to be asked
-        self.fresh = True  # whether it has taken no weights yet
-        self.refused: str | None = None  # the weights, when it was fresh: another process would refuse them, too
-
-    @property
-    def name(self) -> str:
-        return "the rollout worker" if self.process else f"the rollout server {self.address}"
 
 
 class RemoteEngine:
@@ -53,6 +40,9 @@ class RemoteEngine:
     Seeds, parameters and vLLM's options are those of the engine in process (`rlpost.rollout.vllm_engine`), and so are the
     tokens. Every reply is checked (`rlpost.rollout.remote.replies`): a server that answers what cannot be, or by other weights
     than the learner's last, is treated like one that does not answer.
+
+    With `in_flight` several threads may sample while another brings new weights: those change under running requests, which
+    are held, computed again up to where they stand, and go on. Every completion says which weights sampled which tokens.
 
     A server that is lost while it samples: its requests go to others, with their seeds, or to the process that replaces it,
     which is given the same weights. A sync is one transaction: a server that fails within it is lost, for it may hold a mixture
@@ -72,21 +62,30 @@ class RemoteEngine:
         ends: Sequence[int],
         place: Place,
         files: WeightFiles | None,
+        in_flight: bool = False,
     ) -> None:
         """`names`: of the weights that every sync must bring. `files`: in the process that hands weights over."""
         self.servers, self._section, self._names, self._place, self._files = servers, section, names, place, files
         self._vocabulary, self._max_model_len, self._ends = vocabulary, max_model_len, tuple(ends)
-        self.version = "default"  # vLLM's word for the weights that it started with
+        self._in_flight = in_flight
+        self._versions = ["default"]  # of the weights, oldest first; vLLM's word for those that it started with
+        self._given_at = -math.inf  # when the last sync ended; infinite during one, for a server then samples nothing
+        self._mending = threading.RLock()  # held by the thread that replaces a server, or gives all new weights
         self.restarts = 0
         self._closed = False
         self._calls = itertools.count()
         self._first = True  # sync
 
+    @property
+    def version(self) -> str:
+        """Of the weights that the servers were given last."""
+        return self._versions[-1]
+
     def sample(self, requests: Sequence[SamplingRequest], settings: SamplingSettings) -> list[Completion]:
         """One completion a request, in the order of the requests. Raises RolloutError for prompts that are too long, EngineLost
         when no server is left."""
         check_lengths([len(request.token_ids) for request in requests], self._max_model_len)
-        salt = self._salt()
+        salt, first = self._salt(), len(self._versions) - 1
         bodies = [
             sampling_body(request, settings, self._ends, request_id=f"{salt}-{i}", salt=salt)
             for i, request in enumerate(requests)
@@ -94,7 +93,9 @@ class RemoteEngine:
         longest = settings.max_completion_tokens
         return self._all(
             bodies,
-            lambda reply, _: read_sample(reply, vocabulary=self._vocabulary, longest=longest, version=self.version),
+            lambda reply, _: read_sample(
+                reply, vocabulary=self._vocabulary, longest=longest, versions=self._versions[first:]
+            ),
         )
 
     def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
@@ -112,6 +113,14 @@ class RemoteEngine:
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int = 0) -> None:
         """Gives all servers new weights. Collective. Raises RolloutError when some are missing or the servers cannot take them,
         EngineLost when no server is left."""
+        with self._mending:
+            self._given_at = math.inf
+            try:
+                self._load_weights(weights, version)
+            finally:
+                self._given_at = time.monotonic()
+
+    def _load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         error: RolloutError | None = None
         if self._files is not None:
             try:
@@ -125,7 +134,7 @@ class RemoteEngine:
         else:
             for _ in weights:
                 pass
-        self.version = str(version)
+        self._versions.append(str(version))
         if self._files is not None and error is None:
             error = self._give_all()
         self._agree(error)
@@ -151,14 +160,19 @@ class RemoteEngine:
                 raise error or failed[0](failed[1])
         shared: dict[str, str | None] = next((lost for _, lost, gives in told if gives), {})
         for server in self.servers:
-            if server.process is None:
-                server.lost = shared.get(server.address, server.lost)
+            if server.process is not None:
+                continue
+            if (why := shared.get(server.address, server.lost)) is None:
+                server.come_back()
+                server.fresh = False
+            else:
+                server.lost = why
 
     def _give_all(self) -> RolloutError | None:
         """The weights to every server, lost ones included: with all weights they may join again."""
         for server in self.servers:
             if server.process is None:
-                server.lost = None
+                server.come_back()
         try:
             if self._first:
                 self._wait_for_servers()
@@ -203,6 +217,8 @@ class RemoteEngine:
                     "its sampler is built otherwise than in the versions that rlpost knows, and would report log-probs that "
                     "the learner cannot compare with its own. Install the vLLM version that rlpost asks for"
                 )
+            if self._in_flight:  # running requests keep their place, and forget what the old weights have computed
+                await client.call("/pause?mode=keep&clear_cache=true")
             await client.call("/start_weight_update")
             for path, names in self._files.files:
                 await client.call("/update_weights", {"update_info": {"path": str(path), "names": names}})
@@ -211,6 +227,8 @@ class RemoteEngine:
             if told != {"weight_version": self.version}:
                 raise ServerLost(f"after the sync it holds weights {told!r}, not {self.version!r}")
             await client.call("/reset_prefix_cache")
+            if self._in_flight or server.fresh:  # an earlier learner may have been killed while it held the server
+                await client.call("/resume")
         except (ServerRefused, ServerLost) as error:
             if isinstance(error, ServerRefused) and server.fresh:
                 server.refused = str(error)
@@ -224,7 +242,8 @@ class RemoteEngine:
         job = Job(bodies, read)
         while job.open:
             if not self._living():
-                self._replace()
+                with self._mending:  # two threads may find out at once
+                    self._replace()
             run(self._round(job))
         return job.results()
 
@@ -232,7 +251,8 @@ class RemoteEngine:
         for server in self.servers:
             if server.lost is None and server.process is not None and not server.process.alive:
                 self._lose(server, "its process ended")
-        return [server for server in self.servers if server.lost is None]
+        held = self.version != "default"  # a server that has come back holds other weights until it is given these
+        return [server for server in self.servers if server.lost is None and not (server.fresh and held)]
 
     def _replace(self) -> None:
         """Starts the worker again, as often as may be, with the weights that it had. Raises EngineLost when none lives."""
@@ -265,7 +285,8 @@ class RemoteEngine:
         except ServerLost as error:
             server.lost = str(error)
             return
-        server.address, server.lost, server.fresh = server.process.address, None, True
+        server.address = server.process.address
+        server.come_back()
         if self.version != "default":
             run(self._give([server]))
 
@@ -286,7 +307,8 @@ class RemoteEngine:
             try:
                 # So that what is computed together does not depend on what was sampled before; where others sample from the
                 # same server, that cannot be had, and salts alone keep old prefixes away.
-                await asyncio.gather(*(self._forget(lane) for lane in lanes if lane.server.process is not None))
+                own = [lane for lane in lanes if lane.server.process is not None and not self._in_flight]
+                await asyncio.gather(*(self._forget(lane) for lane in own))
                 await asyncio.gather(*(self._one(job, number, lanes) for number in job.open))
             finally:
                 for beat in beats:
@@ -301,7 +323,7 @@ class RemoteEngine:
 
     async def _one(self, job: Job[Any], number: int, lanes: Sequence[Lane]) -> None:
         """One request, by the server with the fewest; by another when that one is lost. Left open when none is left."""
-        while living := [lane for lane in lanes if lane.server.lost is None]:
+        while living := [lane for lane in lanes if lane.open]:
             lane = min(living, key=lambda lane: lane.running)
             lane.running += 1
             try:
@@ -322,16 +344,27 @@ class RemoteEngine:
                 lane.running -= 1
 
     async def _heartbeat(self, lane: Lane) -> None:
-        """Asks the engine, through all of its processes, whether it lives, for as long as it is waited for."""
-        while lane.server.lost is None:
-            await asyncio.sleep(self._section.deadline_s / _HEARTBEATS)
+        """Asks the engine, through all of its processes, whether it lives and works, for as long as it is waited for."""
+        deadline, steps, at = self._section.deadline_s, -1, time.monotonic()
+        while lane.open:
+            await asyncio.sleep(deadline / _HEARTBEATS)
             try:
-                await lane.client.ping()
+                told = await lane.client.ping()
             except (ServerLost, ServerRefused) as error:
                 self._give_up(lane, str(error))
+                break
+            made = sum(worker.get("steps", 0) for worker in told if isinstance(worker, dict))
+            if made != steps or not lane.running:
+                steps, at = made, time.monotonic()
+            elif time.monotonic() - max(at, self._given_at) > deadline:
+                self._give_up(
+                    lane, f"it answers, and computes nothing: {lane.running} requests wait since {deadline:g} s"
+                )
+        lane.lost.set()  # another thread may have found out
 
     def _give_up(self, lane: Lane, why: str) -> None:
-        self._lose(lane.server, why)
+        if lane.open:
+            self._lose(lane.server, why)
         lane.lost.set()
 
 
@@ -340,41 +373,3 @@ async def _send_away(client: Client) -> None:
     # It ends without an answer. Where it cannot be reached, there is nothing to be sent away: whoever started it finds out.
     with contextlib.suppress(ServerLost, ServerRefused):
         await client.rpc("rlpost_end", deadline_s=5)
-
-
-class Job(Generic[T]):
-    """Requests of one call, and what was read of their replies."""
-
-    def __init__(self, bodies: Sequence[dict[str, Any]], read: Callable[[Any, int], T]) -> None:
-        self.bodies, self.read = bodies, read
-        self.found: dict[int, T] = {}
-
-    @property
-    def open(self) -> list[int]:
-        return [i for i in range(len(self.bodies)) if i not in self.found]
-
-    def results(self) -> list[T]:
-        return [self.found[i] for i in range(len(self.bodies))]
-
-
-class Lane:
-    """A server during one call."""
-
-    def __init__(self, server: Server, client: Client) -> None:
-        self.server, self.client = server, client
-        self.running = 0
-        self.slots = asyncio.Semaphore(_CONNECTIONS)
-        self.lost = asyncio.Event()
-
-    async def unless_lost(self, call: Awaitable[Any]) -> Any:
-        """What `call` gives. Raises ServerLost as soon as the server is found lost by anybody."""
-        mine, lost = asyncio.ensure_future(call), asyncio.ensure_future(self.lost.wait())
-        try:
-            await asyncio.wait((mine, lost), return_when=asyncio.FIRST_COMPLETED)
-            if mine.done():
-                return mine.result()
-            raise ServerLost(self.server.lost or "it was lost")
-        finally:
-            for task in (mine, lost):
-                task.cancel()
-            await asyncio.gather(mine, lost, return_exceptions=True)

@@ -16,7 +16,8 @@ from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.rollout.place import Place
 from rlpost.rollout.remote.arguments import server_arguments, server_environment
 from rlpost.rollout.remote.client import ServerLost
-from rlpost.rollout.remote.engine import RemoteEngine, Server
+from rlpost.rollout.remote.engine import RemoteEngine
+from rlpost.rollout.remote.lanes import Server
 from rlpost.rollout.remote.process import ServerProcess
 from rlpost.rollout.remote.weights import WeightFiles, weights_folder
 from rlpost.rollout.vllm_errors import explain_startup
@@ -34,7 +35,9 @@ class Served:
     on_cpu: bool
 
 
-def make_remote_engine(section: VllmEngine, served: Served, ends: Sequence[int], place: Place) -> RemoteEngine:
+def make_remote_engine(
+    section: VllmEngine, served: Served, ends: Sequence[int], place: Place, *, in_flight: bool = False
+) -> RemoteEngine:
     """The engine of this process. `ends`: tokens that end a completion beside the tokenizer's and the generation
     configuration's. Raises RolloutError when a worker cannot start."""
     config = load_config(served.model_path, served.trust_remote_code)
@@ -69,6 +72,7 @@ def make_remote_engine(section: VllmEngine, served: Served, ends: Sequence[int],
         ends=ends,
         place=place,
         files=files,
+        in_flight=in_flight,
     )
 
 

@@ -67,10 +67,11 @@ def scoring_body(sequence: Sequence[int], *, request_id: str, salt: str) -> dict
     return {"request_id": request_id, "token_ids": list(sequence), "sampling_params": params, "cache_salt": salt}
 
 
-def read_sample(reply: Any, *, vocabulary: int, longest: int, version: str) -> Completion:
-    """The completion in a reply: at most `longest` tokens below `vocabulary`, all sampled by the weights `version`.
+def read_sample(reply: Any, *, vocabulary: int, longest: int, versions: Sequence[str]) -> Completion:
+    """The completion in a reply: at most `longest` tokens below `vocabulary`, sampled by weights among `versions`.
 
-    Raises BadReply for anything else.
+    `versions`: the weights that the server has held since it was asked, oldest first; several where weights may change under a
+    running request. Raises BadReply for anything else.
     """
     choice = _choice(reply)
     tokens, logged = choice.get("token_ids"), choice.get("logprobs")
@@ -86,11 +87,11 @@ def read_sample(reply: Any, *, vocabulary: int, longest: int, version: str) -> C
     finish = choice.get("finish_reason")
     if finish not in ("stop", "length"):
         raise BadReply(f"it ended with {finish!r} after {len(tokens)} tokens")
-    _check_versions(choice.get("weight_versions"), len(tokens), version)
+    stretches = _stretches(choice.get("weight_versions"), len(tokens), versions)
     text = choice.get("text")
     if not isinstance(text, str):
         raise BadReply("it holds no text")
-    return Completion(tuple(tokens), logprobs, text, finish)
+    return Completion(tuple(tokens), logprobs, text, finish, stretches)
 
 
 def read_scores(reply: Any, sequence: Sequence[int], *, version: str) -> list[float]:
@@ -99,7 +100,7 @@ def read_scores(reply: Any, sequence: Sequence[int], *, version: str) -> list[fl
     entries = reply.get("prompt_logprobs")
     if not isinstance(entries, list) or len(entries) != len(sequence):
         raise BadReply(f"it does not score {len(sequence)} tokens")
-    _check_versions(choice.get("weight_versions"), 1, version)
+    _stretches(choice.get("weight_versions"), 1, (version,))
     scores = []
     for token, entry in zip(sequence[1:], entries[1:], strict=True):
         if not isinstance(entry, Mapping) or str(token) not in entry:
@@ -124,16 +125,21 @@ def _logprob(entry: Any) -> float:
     return float(value)
 
 
-def _check_versions(spans: Any, tokens: int, version: str) -> None:
-    """vLLM names, for every stretch of tokens, the weights that sampled it."""
+def _stretches(spans: Any, tokens: int, versions: Sequence[str]) -> tuple[tuple[int, int], ...]:
+    """Of vLLM's word on which weights sampled which tokens, what `Completion.versions` holds. Raises BadReply."""
     if not isinstance(spans, list) or not all(isinstance(span, Mapping) for span in spans):
         raise BadReply("it does not say which weights sampled it")
-    at = 0
+    at, oldest, stretches = 0, 0, []
     for span in spans:
         if span.get("start") != at or type(span.get("end")) is not int or span["end"] <= at:
             raise BadReply(f"its weight versions {spans} do not cover its tokens")
-        if str(span.get("version")) != version:
-            raise BadReply(f"it was sampled by weights {span.get('version')!r}; the learner's are {version!r}")
+        version = str(span.get("version"))
+        if version not in versions[oldest:]:
+            held = " or ".join(repr(held) for held in versions[oldest:])
+            raise BadReply(f"it was sampled by weights {version!r}; the learner's are {held}")
+        oldest = versions.index(version, oldest)
+        stretches.append((int(version) if version.isdigit() else 0, span["end"] - at))
         at = span["end"]
     if at != tokens:
         raise BadReply(f"its weight versions cover {at} of {tokens} tokens")
+    return tuple(stretches)

@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from rlpost.rollout.sync_errors import not_replaced
+from rlpost.rollout.vllm_generators import keep_generators
 from rlpost.rollout.vllm_logprobs import report_whole_distribution
 from rlpost.rollout.vllm_reload import begin_replacing, end_replacing
 
@@ -77,7 +78,8 @@ class Extension:
     """Mixed into vLLM's worker: its methods can be called by name through `/collective_rpc`."""
 
     def rlpost_ping(self) -> dict[str, int]:
-        return {"pid": os.getpid()}
+        """Also says how many steps of the model were made: an engine with requests that makes none has forgotten them."""
+        return {"pid": os.getpid(), "steps": getattr(self, "_rlpost_steps", 0)}
 
     def rlpost_end(self) -> None:
         """Ends this process without an answer; vLLM then ends the others of the server."""
@@ -87,4 +89,16 @@ class Extension:
         """Once, before the first request: whether log-probs are of the whole distribution from now on."""
         if not hasattr(self, "_rlpost_whole"):
             self._rlpost_whole = report_whole_distribution(self)
+            keep_generators(self)
+            self._rlpost_count_steps()
         return {"whole": self._rlpost_whole}
+
+    def _rlpost_count_steps(self) -> None:
+        runner = self.model_runner  # type: ignore[attr-defined]
+        execute, self._rlpost_steps = runner.execute_model, 0
+
+        def counted(*arguments: Any, **keywords: Any) -> Any:
+            self._rlpost_steps += 1
+            return execute(*arguments, **keywords)
+
+        runner.execute_model = counted
