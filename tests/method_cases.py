@@ -42,6 +42,8 @@ class Case:
         self.sampler_logp[::5] = torch.nan
         self.ref_logp = logp.detach() + 0.5 * normal(n)
         self.advantage = normal(len(LENGTHS))  # one a completion
+        self.version = torch.arange(n) % 4.0  # how many optimizer steps had made the weights that sampled a token
+        self.version[::7] = torch.nan
 
     def logits(self) -> Tensor:
         return self.hidden @ self.head.T
@@ -76,6 +78,7 @@ class Case:
             statistics=self.statistics(),
             token=self.token,
             token_index=torch.arange(logp.numel()),
+            version=self.version,
         )
         return replace(view, **changes)
 
@@ -113,5 +116,6 @@ def cut(view: TokenView, counts: Counts, keep: list[int]) -> tuple[TokenView, Co
         else HeadStatistics(st.hidden[places], part(st.sum_p2), part(st.sum_p3), part(st.top_ids), part(st.top_logits)),
         token=part(view.token),
         token_index=part(view.token_index),
+        version=part(view.version),
     )
     return small, replace(counts, prompt_tokens=counts.prompt_tokens[prompts]), places

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from method_cases import CONTEXT, LENGTHS, LIMIT, Case, cut, method
@@ -301,6 +303,17 @@ def test_off_policy_mask_rejects_whole_negative_completions() -> None:
     assert (~keep).any() and keep.any()
 
 
+def test_stale_mask_rejects_tokens_whose_weights_are_too_old() -> None:
+    case = Case(10)
+    context = replace(CONTEXT, optimizer_step=4)
+    keep = compute_coefficients(
+        method(masks=[{"type": "stale", "max_age": 2}]), case.view(), case.counts(), context=context
+    ).keep
+    # Tokens of versions 0 and 1 are 4 and 3 steps old; of those without a version nothing is known.
+    assert torch.equal(keep, ~((case.version == 0) | (case.version == 1)))
+    assert not keep.all() and keep.any()
+
+
 def test_demonstrations_are_plain_likelihood() -> None:
     case = Case(11)
     demonstration = torch.tensor([False, True, False, False, False, False])
@@ -324,6 +337,7 @@ MASKS = {
     "random": {"rate": 0.3},
     "probability": {"below": 0.1},
     "off_policy": {"max_gap": 0.05, "negative_only": False},
+    "stale": {"max_age": 1},
 }
 MASK_TYPES = [mask.model_fields["type"].default for mask in members(Mask)]
 ALL = [name for name in preset_names() if method(preset=name).pairs is None]

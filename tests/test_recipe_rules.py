@@ -56,6 +56,8 @@ CASES = [
     (["rollout.engine.tensor_parallel=2"], ["rollout.engine.tensor_parallel=2", "rollout.engine.where=colocated"]),
     (["rollout.engine.replicas=2"], ["replicas=2", "where=worker"]),
     (["rollout.staleness=1"], ["rollout.staleness=1", "where=worker"]),
+    (["rollout.in_flight=true"], ["rollout.in_flight=true", "rollout.staleness to 1"]),
+    (["method.masks=[{type: stale}]"], ["stale", "rollout.staleness=0"]),
     (["rollout.staleness=2", "rollout.engine.type=transformers"], ["rollout.staleness=2", "rollout.engine.type=vllm"]),
     (["rollout.engine.where=server"], ["where=server", "rollout.engine.urls", "rlpost serve"]),
     (["rollout.engine.urls=[http://a:1]"], ["rollout.engine.urls", "where=server"]),

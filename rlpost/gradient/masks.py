@@ -1,4 +1,4 @@
-"""What single masks compute (random, low probability, off-policy): which tokens to REJECT. They are brought together in
+"""What single masks compute (random, low probability, off-policy, stale): which tokens to REJECT. They are brought together in
 `rlpost.methods.masking`; the curvature mask, which needs a model of the optimizer, is in `rlpost.methods.capo`."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from torch import Tensor
 from rlpost.gradient.ratio import log_difference
 from rlpost.gradient.segments import count_by, mean_by
 from rlpost.gradient.types import TokenView
-from rlpost.recipe.sections.masks import OffPolicyMask
+from rlpost.recipe.sections.masks import OffPolicyMask, StaleMask
 
 _MASK32 = 0xFFFFFFFF
 
@@ -55,3 +55,11 @@ def off_policy_rejects(section: OffPolicyMask, view: TokenView) -> Tensor:
     gap = mean_by(log_difference(behaviour, view.logp), view.sequence, view.prompt.numel())[view.sequence]
     far = gap > section.max_gap
     return far & (view.advantage < 0) if section.negative_only else far
+
+
+def stale_rejects(section: StaleMask, view: TokenView, optimizer_step: int) -> Tensor:
+    """[N] bool: tokens whose weights lack more than `max_age` of the `optimizer_step` steps that were taken. Tokens of unknown
+    weights are kept."""
+    if view.version is None:
+        return torch.zeros_like(view.logp, dtype=torch.bool)
+    return optimizer_step - view.version > section.max_age

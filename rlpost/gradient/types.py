@@ -54,6 +54,9 @@ class TokenView:
     statistics: HeadStatistics | None = None
     token: Tensor | None = None  # [N] int64: the token itself
     token_index: Tensor | None = None  # [N] int64: names the token in the rollout of all processes (for random masks)
+    version: Tensor | None = (
+        None  # [N] float64: optimizer steps that had made the weights which sampled it; NaN: not known
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from rlpost.experience import Group, TokenRows
+from rlpost.experience import Completion, Group, TokenRows
 from rlpost.gradient.types import Counts, TokenView
 from rlpost.methods.hpt import Route
 from rlpost.policy.model import PolicyOutput
@@ -107,12 +107,15 @@ class RolloutBuffer:
         """The buffer as flat tensors on `device`."""
         lengths = self.lengths
         sampler: list[float] = []
+        versions: list[float] = []
         truncated: list[bool] = []
         prompt_of: list[int] = []
         for i, group in enumerate(self.groups):
             row = self.demonstration(i)
             sampler += [p for c in group.completions for p in c.sampler_logprobs]
             sampler += [math.nan] * (0 if row is None else len(row.token_ids))
+            versions += [version for c in group.completions for version in token_versions(c)]
+            versions += [math.nan] * (0 if row is None else len(row.token_ids))
             truncated += [c.truncated for c in group.completions] + [False] * (row is not None)
             prompt_of += [i] * (len(group.completions) + (row is not None))
         group_tokens = [sum(len(c.token_ids) for c in group.completions) for group in self.groups]
@@ -128,7 +131,17 @@ class RolloutBuffer:
             group_tokens=torch.tensor(group_tokens, dtype=torch.float64, device=device),
             offsets=list(accumulate(lengths, initial=0)),
             token_key=token_keys(self.groups, self.demonstrations).to(device),
+            version=torch.tensor(versions, dtype=torch.float64, device=device),
         )
+
+
+def token_versions(completion: Completion) -> list[float]:
+    """By token: how many optimizer steps had made the weights that sampled it; NaN: not known."""
+    # A checkpoint in the middle of a rollout may hold completions that were saved before they had this field.
+    versions: tuple[tuple[int, int], ...] = getattr(completion, "versions", ())
+    if not versions:
+        return [math.nan] * len(completion.token_ids)
+    return [float(version) for version, tokens in versions for _ in range(tokens)]
 
 
 def token_keys(groups: Sequence[Group], demonstrations: Sequence[DemonstrationRow | None]) -> Tensor:
@@ -160,6 +173,7 @@ class FlatArrays:
     group_tokens: Tensor  # [P] float64
     offsets: list[int]  # [S + 1]
     token_key: Tensor  # [N] int64, see `token_keys`
+    version: Tensor  # [N] float64, see `token_versions`
     token_advantage: Tensor | None = None  # [N]
 
     def view(self, rows: TokenRows, output: PolicyOutput) -> tuple[TokenView, Tensor]:
@@ -184,6 +198,7 @@ class FlatArrays:
             statistics=output.statistics,
             token_index=self.token_key[index],
             token=rows.target.to(index.device),
+            version=self.version[index],
         )
         return view, self.group_tokens[prompts]
 

@@ -8,14 +8,14 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from rlpost.gradient.masks import off_policy_rejects, reject_lowest, token_uniform
+from rlpost.gradient.masks import off_policy_rejects, reject_lowest, stale_rejects, token_uniform
 from rlpost.gradient.metrics import Metric, mean_of
 from rlpost.gradient.segments import count_by
 from rlpost.gradient.step import StepContext
 from rlpost.gradient.types import TokenView
 from rlpost.methods.capo import curvature_metrics, moved_tokens, probability_metrics
 from rlpost.recipe.sections.base import unknown_choice
-from rlpost.recipe.sections.masks import CurvatureMask, Mask, OffPolicyMask, ProbabilityMask, RandomMask
+from rlpost.recipe.sections.masks import CurvatureMask, Mask, OffPolicyMask, ProbabilityMask, RandomMask, StaleMask
 from rlpost.recipe.sections.method import MethodSection
 
 
@@ -73,6 +73,8 @@ def _rejects(
             return predicted
         case OffPolicyMask():
             return off_policy_rejects(mask, view)
+        case StaleMask():
+            return stale_rejects(mask, view, context.optimizer_step)
         case ProbabilityMask():
             if mask.below is not None:
                 return view.logp.exp() < mask.below

@@ -81,7 +81,7 @@ DECISIONS: dict[str, dict[Effect, str]] = {
     # Of a curvature mask some is refused always: see `_memory`.
     "method.masks.*": {
         NONE: "chunk_tokens verify_every",
-        LATER: "type step kl form top_k rate match below max_gap negative_only",
+        LATER: "type step kl form top_k rate match below max_gap negative_only max_age",
     },
     "method.masks.*.thresholds": {LATER: "type max_kl max_objective min_objective target steps rules"},
     "method.correction": {LATER: "level action max min"},

@@ -50,6 +50,7 @@ class CompletionRecord:
     scores: dict[str, ScoreRecord]
     finish: str
     tokens: int
+    versions: list[list[int]]  # [optimizer steps that had made the weights, tokens that these sampled]; []: not known
 
 
 def records(step: int, rollout: ScoredRollout) -> list[CompletionRecord]:
@@ -73,6 +74,7 @@ def records(step: int, rollout: ScoredRollout) -> list[CompletionRecord]:
                     },
                     finish=completion.finish,
                     tokens=len(completion.token_ids),
+                    versions=[list(stretch) for stretch in completion.versions],
                 )
             )
     return found

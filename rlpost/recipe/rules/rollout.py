@@ -23,6 +23,11 @@ def engine_problems(r: Recipe, _: Setting) -> Iterator[str]:
             f"rollout.staleness={lag}: an engine inside the learner's process cannot sample while that learns. Set "
             "rollout.engine.type=vllm with rollout.engine.where=worker or server, or rollout.staleness=0"
         )
+    if not lag and any(mask.type == "stale" for mask in r.method.masks):
+        yield (
+            "method.masks: stale rejects what old weights have sampled, and with rollout.staleness=0 samples are never older "
+            "than their own rollout. Leave the mask out, or set rollout.staleness"
+        )
     if r.rollout.in_flight and not lag:
         yield (
             "rollout.in_flight=true with rollout.staleness=0: sampling and learning take turns, so nothing is under way when "

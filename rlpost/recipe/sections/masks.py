@@ -119,4 +119,12 @@ class OffPolicyMask(Section):
     """Only completions with a negative advantage are rejected."""
 
 
-Mask = Annotated[CurvatureMask | RandomMask | ProbabilityMask | OffPolicyMask, Field(discriminator="type")]
+class StaleMask(Section):
+    """Reject tokens that old weights have sampled (for `rollout.staleness`)."""
+
+    type: Literal["stale"] = "stale"
+    max_age: NonNegativeInt = 4
+    """Limit of a token's age: how many optimizer steps were taken since those that had made the weights which sampled it."""
+
+
+Mask = Annotated[CurvatureMask | RandomMask | ProbabilityMask | OffPolicyMask | StaleMask, Field(discriminator="type")]
