@@ -155,10 +155,11 @@ class Children:
         launch: str | None = None,
         script: bool = False,
         before: str = "",
+        host: str = "",
         **environment: str,
     ) -> subprocess.Popen:
         """Not waited for. `launch`: a file in launch/ for accelerate, which launch/run.sh starts with `script`; `before`:
-        Python code run first in the process."""
+        Python code run first in the process; `host`: the network namespace that it is in."""
         head = [sys.executable, "-m", "rlpost"]
         if launch:
             launcher = Path(sys.executable).with_name("accelerate")
@@ -168,7 +169,7 @@ class Children:
             head = [sys.executable, "-c", before + "\nfrom rlpost.cli import main\nmain()\n"]
         env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         child = subprocess.Popen(
-            [*head, str(recipe), *overrides],
+            [*(("ip", "netns", "exec", host) if host else ()), *head, str(recipe), *overrides],
             cwd=REPOSITORY,
             env={
                 **env,

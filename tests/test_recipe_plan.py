@@ -252,3 +252,30 @@ def test_a_model_that_cannot_take_trees_is_planned_for(tmp_path, monkeypatch, wi
         assert per_pair == 2 * (32 + 16) and "sliding_window=47, where a sequence may have 48 tokens" in plan.layout
         (problem,) = problems
         assert "the longest pair has 96 positions" in problem and "sliding_window=47" in problem
+
+
+PLACES = {
+    "": ["2 learner processes, vLLM inside each", "staleness=1, so that both sides work at once"],
+    "rollout.engine.type=transformers": ["sampling with transformers"],
+    "rollout.engine.where=worker rollout.engine.devices=[2,3,4,5] rollout.engine.tensor_parallel=2": [
+        "a vLLM worker beside each, on cards [2, 3, 4, 5] of each node, 2 cards (tensor_parallel 2",
+        "staleness=0: one side",
+    ],
+    "rollout.engine.where=server rollout.engine.urls=[http://10.0.0.2:8000] rollout.staleness=2 rollout.in_flight=true": [
+        "1 vLLM server for all of them",
+        "2 rollouts old at the most, 12 optimizer steps; new weights reach",
+        "how many cards",
+    ],
+}
+
+
+@pytest.mark.parametrize("overrides", PLACES)
+def test_the_plan_says_who_samples_where(loaded, overrides, capsys):
+    plan = make_plan(loaded(*overrides.split()), processes=2)
+    assert all(any(words in line for line in plan.places) for words in PLACES[overrides]), plan.places
+    print_plan(plan)
+    assert "who samples: 2 learner processes" in capsys.readouterr().out
+
+
+def test_a_recipe_that_samples_nothing_names_no_place(loaded):
+    assert make_plan(loaded("method.preset=sft", "evaluation.prompts=0")).places == ()

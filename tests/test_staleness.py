@@ -21,6 +21,7 @@ from rlpost.errors import RolloutError
 from rlpost.learner.watch import Phases
 from rlpost.source.ahead import Ahead
 from rlpost.teaching.teacher import Teaching
+from rlpost.tracking.timeline import Timeline
 
 engine_test = pytest.mark.engine
 
@@ -63,6 +64,7 @@ def make(monkeypatch):
             recipe=SimpleNamespace(learner=SimpleNamespace(planned_rollouts=6, watchdog_s=60.0)),
             processes=SimpleNamespace(apart=lambda: None, world=1, is_main=True),
             phases=Phases(60.0),
+            timeline=Timeline(),
             tokenizer=None,
             sampler=PromptSampler(50, seed=1),
             optimizer_step=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rlpost.errors import RolloutError
 from rlpost.evaluation.checkpoint import evaluate_checkpoint
 from rlpost.recipe.load import load_recipe
 from rlpost.recipe.sections.rollout import ProbeSection
+from rlpost.rollout.probe import ProbeResult, check_jump, remember
 from rlpost.rollout.transformers_engine import TransformersRolloutEngine
 from rlpost.rollout.verify import LEVELS, check_sync, level, precision, slope
 from rlpost.run.loop import train
@@ -90,6 +92,22 @@ def test_the_level_is_by_precision_unless_it_is_given():
 )
 def test_the_precision_is_the_coarsest_of_the_two(write_recipe, tmp_path, overrides, expected):
     assert precision(load_recipe(write_recipe(tmp_path, overrides)).recipe) == expected
+
+
+def test_a_gap_that_jumps_below_the_limit_is_named():
+    earlier: list[ProbeResult] = []
+    for i in range(40):
+        result = ProbeResult(1e-5 * (1 + i % 3), 1e-4, 100)
+        check_jump(result, earlier, step=i)
+        remember(earlier, result)
+    assert len(earlier) == 20
+    with pytest.raises(
+        RolloutError, match=r"Step 40: .* 0\.0003 nats, .*median over the last 20 probes was 2e-05.*prefix cache"
+    ):
+        check_jump(ProbeResult(3e-4, 1e-2, 100), earlier, step=40)
+    check_jump(ProbeResult(3e-4, 1e-2, 100), earlier[:4], step=4)  # too few to compare with
+    check_jump(ProbeResult(math.nan, math.nan, 0), earlier, step=40)
+    check_jump(ProbeResult(1.9e-5, 1e-4, 100), [ProbeResult(1e-6, 1e-5, 100)] * 9, step=9)
 
 
 def skipped(weights, old):
@@ -194,6 +212,60 @@ def test_a_sound_run_raises_no_alarm_and_learns_what_it_learns_without(write_rec
     looked_at = ("sync/", "mismatch/", "tokens/probed")
     learned = [[{k: v for k, v in row.items() if not k.startswith(looked_at)} for row in run] for run in found.values()]
     assert learned[0] == learned[1]
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_a_prefix_cache_that_is_kept_stops_the_run_at_its_first_use(write_recipe, children, tmp_path):
+    """At 1e-6, with two prompts that come again in every rollout, each longer than a block of the cache. From step 8 on nothing
+    is forgotten: what the samples of step 9 are computed from is one step old, and they are what gives it away."""
+    pytest.importorskip("vllm")
+    before = """
+import vllm
+forget, calls = vllm.LLM.reset_prefix_cache, []
+def reset(self, *arguments, **keywords):
+    calls.append(None)
+    return forget(self, *arguments, **keywords) if len(calls) <= 16 else True
+vllm.LLM.reset_prefix_cache = reset
+"""
+    changes = {
+        "rollout.engine": {"type": "vllm", "dtype": "float32", "kv_cache_gib": 0.25, "max_sequences": 16},
+        "rollout.max_completion_tokens": 24,
+        "rollout.probe": {"every": 1},
+        "data.train": {"type": "arithmetic", "size": 6},
+        "data.system_prompt": "Answer with a number and nothing else, as shortly as you can, however hard it is.",
+        "data.max_prompt_tokens": 128,
+        "learner.rollouts": 14,
+        "learner.learning_rate": 1e-6,
+        "evaluation.prompts": 0,
+        "checkpoint.every": 0,
+    }
+    recipe = write_recipe(tmp_path, changes)
+    code, printed = children.run(recipe, timeout=600, before=before)
+    assert code == 2 and re.search(r"RolloutError: Step 9: .*agree less than before.*prefix cache", printed), printed
+    assert len(rows(tmp_path / "run", "train")) == 8
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+def test_two_hundred_clean_steps_with_vllm_raise_no_alarm(write_recipe, children, tmp_path):
+    pytest.importorskip("vllm")
+    changes = {
+        "rollout.engine": {"type": "vllm", "dtype": "float32", "kv_cache_gib": 0.25, "max_sequences": 16},
+        "rollout.max_completion_tokens": 24,
+        "rollout.probe": {"every": 1},
+        "learner.rollouts": 200,
+        "learner.learning_rate": 1e-6,
+        "evaluation.prompts": 0,
+        "checkpoint.every": 0,
+    }
+    code, printed = children.run(write_recipe(tmp_path, changes), timeout=1500)
+    assert code == 0, printed
+    found = rows(tmp_path / "run", "train")
+    slopes = [row["sync/slope"] for row in found if "sync/slope" in row]
+    assert len(found) == 200 and len(slopes) > 150
+    assert all(0.98 < value < 1.02 for value in slopes)
+    assert all(row["sync/mean_abs_gap"] < 1e-5 and row["mismatch/mean_abs_gap"] < 1e-5 for row in found)
 
 
 @pytest.mark.thorough

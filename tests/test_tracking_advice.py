@@ -53,6 +53,8 @@ def test_a_healthy_run_gets_none():
         ("grad-nonfinite", 1, {"optimizer__grad_norm": None}),
         ("reward-nan", 1, {"reward__mean": None}),
         ("scores-failed", 1, {"scores__failed_share": 0.2}),
+        ("learner-waits", 5, {"time__step": 10.0, "time__wait": 4.0, "time__beside_rollout": 9.0}),
+        ("sampling-waits", 5, {"time__step": 10.0, "time__wait": 0.1, "time__beside_rollout": 3.0}),
         ("reward-ceiling", 5, {"reward__mean": 0.99, "reward__zero_variance_share": 0.9}),
     ],
 )
@@ -224,3 +226,12 @@ def test_a_method_with_an_off_policy_mask_is_not_told_to_add_one():
     made = rows(8, 5, mismatch__mean_abs_gap=0.3)
     assert "off_policy" in of("grpo", made)["sampler-gap"]
     assert "off_policy" not in of("grpo", made, masks=[{"type": "off_policy"}])["sampler-gap"]
+
+
+def test_who_waits_is_told_by_how_much_the_other_side_should_grow():
+    made = rows(8, 8, time__step=10.0, time__wait=4.0, time__beside_rollout=8.5, time__beside_score=0.5)
+    [found] = advise(made)
+    assert "waited 40%" in found.text and "1.5 times those it has now" in found.text
+    # Several rollouts at once are each slow, and say nothing of how busy the engine was: nor does one that is balanced.
+    assert ids(rows(8, 8, time__step=10.0, time__wait=1.0, time__beside_rollout=8.5)) == []
+    assert ids(rows(8, 8, time__step=10.0, time__wait=0.0)) == []

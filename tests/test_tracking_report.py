@@ -14,6 +14,7 @@ from rlpost.tracking.figures import draw_all, extra_groups, smooth
 from rlpost.tracking.metrics import MetricsWriter, read_metrics
 from rlpost.tracking.report import summarize, write_report
 from rlpost.tracking.rundir import RunDirectory
+from rlpost.tracking.timeline import Span, Timeline, last_rollouts, read_timeline
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\" {{ 7 * 7 }} <img src=http://example.invalid/a.png>"
 
@@ -258,3 +259,36 @@ def test_the_time_of_guidance_is_named(tmp_path, monkeypatch):
     seen, _ = drawn(rows, monkeypatch, tmp_path)
     legend = [text.get_text() for text in seen["Where the time goes"].get_legend().get_texts()]
     assert "guide (60%)" in legend and "other (20%)" in legend
+
+
+def a_run_ahead(begin: float, rollouts: int) -> list[Span]:
+    """Two seconds of learning and one of sampling a rollout, at once."""
+    spans = []
+    for n in range(rollouts):
+        at = begin + 2.5 * n
+        spans += [Span("rollouts", "rollout", at + 0.5, at + 1.5), Span("rollouts", "score", at + 1.5, at + 1.6)]
+        spans += [Span("learner", "update", at, at + 2), Span("learner", "sync", at + 2, at + 2.4)]
+    return spans
+
+
+def test_the_timeline_is_written_by_both_sides_and_read_from_its_end(tmp_path):
+    timeline = Timeline(tmp_path / "timeline.jsonl")
+    for span in a_run_ahead(1e9, 3):
+        timeline.of(span.side)(span.phase, span.start, span.end)
+    with (tmp_path / "timeline.jsonl").open("a") as file:
+        file.write('{"side": "learner", "pha')  # killed while it was written
+    assert read_timeline(tmp_path / "timeline.jsonl") == a_run_ahead(1e9, 3)
+    Timeline().of("learner")("update", 0.0, 1.0)  # another process of the run
+    assert read_timeline(tmp_path / "none") == []
+
+
+def test_the_picture_of_the_timeline_shows_the_last_rollouts_of_both_sides(tmp_path):
+    spans = a_run_ahead(1e9, 10)
+    shown = last_rollouts(spans, 2)
+    assert {span.side for span in shown} == {"learner", "rollouts"}
+    assert max(span.end for span in shown) - min(span.start for span in shown) == pytest.approx(4.9)
+    assert sum(span.phase == "update" for span in shown) == 2
+    assert last_rollouts(spans[:4], 2) == []
+    titles = [one.title for one in draw_all([{"step": 1, "reward/mean": 0.5}], tmp_path, spans)]
+    assert "Who works when (the last rollouts)" in titles
+    assert (tmp_path / "timeline.png").stat().st_size > 5000

@@ -28,7 +28,7 @@ from rlpost.policy.rows import Layout
 from rlpost.recipe.sections.learner import LearnerSection
 from rlpost.recipe.sections.method import MethodSection
 from rlpost.recipe.sections.rollout import ProbeSection
-from rlpost.rollout.probe import ProbeResult, check
+from rlpost.rollout.probe import ProbeResult, check, check_jump, remember
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,8 @@ class Updater:
     seed: int
     curvature: CurvatureTracker | None = None
     actor_critic: ActorCritic | None = None
-    probed: list[ProbeResult] = field(default_factory=list)  # the last probe that passed since this process started
+    exact_engine: bool = False  # learner and engine compute in float32
+    probed: list[ProbeResult] = field(default_factory=list)  # the last that passed since this process started
 
     def rows(self, buffer: RolloutBuffer, minibatch: int | None, *, skip_dead: bool = True) -> list[TokenRows]:
         """The micro-batches of a minibatch (None: of the whole rollout)."""
@@ -75,7 +76,7 @@ class Updater:
         if self.probe is not None and buffer.updates_done == 0 and buffer.step % self.probe.every == 0:
             if "mismatch/mean_abs_gap" not in metrics and self.method.pairs is None:
                 metrics |= values(merge(self.learner.processes.gather(self._look_at_dead_groups(buffer))))
-            self._check_engine(metrics, self.probe, buffer.step)
+            self._check_engine(metrics, self.probe, optimizer_step + 1)
         report = self.learner.step(
             optimizer_step,
             scale=1.0 if decision is None else decision.step_scale,
@@ -154,10 +155,15 @@ class Updater:
         if gap is None:  # nothing was sampled
             return
         largest = metrics.get("mismatch/max_abs_gap", gap)
-        earlier = self.probed[-1] if self.probed else None
+
+        def compare() -> None:
+            check(result, float(probe.max_mean_gap), step=step, earlier=self.probed[-1] if self.probed else None)
+            if self.exact_engine:
+                check_jump(result, self.probed, step=step)
+
         result = ProbeResult(gap, largest, int(metrics.get("tokens/probed", metrics["tokens/useful"])))
-        self.learner.processes.together(lambda: check(result, float(probe.max_mean_gap), step=step, earlier=earlier))
-        self.probed[:] = [result]
+        self.learner.processes.together(compare)
+        remember(self.probed, result)
 
     def _accumulate(
         self,

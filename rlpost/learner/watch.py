@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -23,8 +23,9 @@ class Phases:
     of all threads, and exits, so that the launcher takes the other processes down too.
     """
 
-    def __init__(self, deadline_s: float) -> None:
-        self._deadline = deadline_s
+    def __init__(self, deadline_s: float, record: Callable[[str, float, float], None] | None = None) -> None:
+        """`record` takes every phase's name, start and end (seconds since 1970)."""
+        self._deadline, self._record = deadline_s, record
         self.seconds: dict[str, float] = {}
         self._since = time.perf_counter()
 
@@ -33,12 +34,14 @@ class Phases:
         timer = threading.Timer(self._deadline, self._expire, args=(name,))
         timer.daemon = True
         timer.start()
-        start = time.perf_counter()
+        start, began = time.perf_counter(), time.time()
         try:
             yield
         finally:
             timer.cancel()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            if self._record is not None:
+                self._record(name, began, time.time())
 
     def take(self) -> dict[str, float]:
         """Seconds since the last call: `time/step` on the clock, `time/<phase>` by phase."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,33 @@ def compare(learner_logps: Sequence[Sequence[float]], engine_logps: Sequence[Seq
     if not gaps or not all(math.isfinite(gap) for gap in gaps):
         return ProbeResult(math.nan, math.nan, len(gaps))
     return ProbeResult(math.fsum(gaps) / len(gaps), max(gaps), len(gaps))
+
+
+_REMEMBERED = 20
+_JUMP = 4.0  # times the median of those remembered: 200 sound steps in float32 stayed below 1.3 times
+_JUMP_FROM = 2e-5  # nats; below this a float32 engine is as near as it can be, and ratios mean nothing
+
+
+def remember(earlier: list[ProbeResult], result: ProbeResult) -> None:
+    """Adds a probe that passed to those that later ones are compared with."""
+    earlier.append(result)
+    del earlier[:-_REMEMBERED]
+
+
+def check_jump(result: ProbeResult, earlier: Sequence[ProbeResult], *, step: int) -> None:
+    """For engines in float32, whose gap is rounding alone and hardly changes: raises RolloutError where it is suddenly much
+    larger than it was, although below the limit. Five earlier probes are needed."""
+    if result.tokens == 0 or len(earlier) < 5 or result.mean_gap < _JUMP_FROM:
+        return
+    usual = statistics.median(one.mean_gap for one in earlier)
+    if result.mean_gap > _JUMP * usual:
+        raise RolloutError(
+            f"Step {step}: learner and rollout engine agree less than before about the same tokens: the mean gap is "
+            f"{result.mean_gap:.3g} nats, and its median over the last {len(earlier)} probes was {usual:.3g}. Nothing that the "
+            "learner does changes that in float32, so some of what the engine sampled with is old: weights that a sync did not "
+            "bring, or what they had left in its prefix cache. Resume from the last checkpoint; if it comes back, use "
+            "`rollout.engine.type=transformers` and report it."
+        )
 
 
 def check(result: ProbeResult, max_mean_gap: float, *, step: int, earlier: ProbeResult | None = None) -> None:

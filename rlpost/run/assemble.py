@@ -30,6 +30,7 @@ from rlpost.run.opening import open_run
 from rlpost.run.parts import Parts
 from rlpost.scoring.factory import make_scorer
 from rlpost.source.baseline import with_baselines
+from rlpost.tracking.timeline import Timeline
 from rlpost.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
@@ -70,12 +71,14 @@ def assemble(loaded: LoadedRecipe) -> Parts:
         for line in filter(None, (*precision_notes, *policy.notes, sampled, note)):
             tracker.note(line)
         undo.pop_all()
+    timeline = Timeline(run.timeline if processes.is_main else None)
     return Parts(
         recipe=recipe,
         processes=processes,
         run=run,
         tracker=tracker,
-        phases=Phases(recipe.learner.watchdog_s),
+        phases=Phases(recipe.learner.watchdog_s, timeline.of("learner")),
+        timeline=timeline,
         store=CheckpointStore(
             run.checkpoints, recipe.checkpoint.keep, processes, asynchronous=recipe.checkpoint.asynchronous
         ),

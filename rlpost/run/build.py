@@ -215,4 +215,5 @@ def build_updater(
         seed=recipe.seed,
         curvature=curvature,
         actor_critic=ActorCritic.of(method) if method.critic or method.controller else None,
+        exact_engine=precision(recipe) == "float32",
     )

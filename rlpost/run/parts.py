@@ -24,6 +24,7 @@ from rlpost.run.build import load_reference
 from rlpost.run.closing import close_all
 from rlpost.scoring.factory import GroupScorer
 from rlpost.tracking.rundir import RunDirectory
+from rlpost.tracking.timeline import Timeline
 from rlpost.tracking.tracker import Status, Tracker
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Parts:
     updater: Updater
     sampling: SamplingSettings
     model_path: str
+    timeline: Timeline
     optimizer_step: int = 0  # how many were taken
     _reference: Policy | None = field(default=None)
 

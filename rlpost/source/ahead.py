@@ -53,9 +53,9 @@ class Ahead:
         self._jobs: dict[int, _Job] = {}  # by rollout, in the order in which they are made
         self._taken: _Job | None = None  # the one that was collected last
         self._drawing = threading.Lock()
-        self._finisher = _Hand(self, "rlpost-ahead")
+        self._finisher = _Hand(self, "scoring" if in_flight else "rollouts")
         # Rollout n is sampled by hand n modulo lag, in every process: their channels must meet.
-        self._samplers = [_Hand(self, f"rlpost-ahead-{i}") for i in range(lag)] if in_flight else []
+        self._samplers = [_Hand(self, f"rollouts {i + 1}") for i in range(lag)] if in_flight else []
 
     def collect(self, rollout: int, memory: Mapping[str, int]) -> Collected:
         """Raises what went wrong in the thread, such as RolloutError and RewardError."""
@@ -156,8 +156,9 @@ class _Hand:
     """A thread that works on one rollout after the other, with what it may share with no other thread."""
 
     def __init__(self, ahead: Ahead, name: str) -> None:
+        """`name`: as the timeline shows it."""
         parts = ahead.parts
-        self.phases = Phases(parts.recipe.learner.watchdog_s)
+        self.phases = Phases(parts.recipe.learner.watchdog_s, parts.timeline.of(name))
         self.parts = replace(
             parts,
             processes=parts.processes.apart(),
@@ -168,7 +169,7 @@ class _Hand:
         self.collector = Collector(self.parts, lambda k: ahead.draw(self._job, self, k) if self._job else [])
         self._queue: queue.SimpleQueue[tuple[_Job, Callable[[_Hand, _Job], None]]] = queue.SimpleQueue()
         # A daemon: a run that fails does not wait for what its engine still samples.
-        threading.Thread(target=self._work, name=name, daemon=True).start()
+        threading.Thread(target=self._work, name=f"rlpost {name}", daemon=True).start()
 
     def give(self, job: _Job, action: Callable[[_Hand, _Job], None]) -> None:
         """Puts an action at the end of what is to be done."""

@@ -245,6 +245,30 @@ def _reward_ceiling(rows: Sequence[MetricRow], about: Setup) -> list[Advice]:
     ]
 
 
+def _waiting(rows: Sequence[MetricRow], about: Setup) -> Iterator[Advice]:
+    """With sampling beside the learner (`rollout.staleness`): which side waits, and by how much its other should grow."""
+    step, wait = _recent(rows, "time/step"), _recent(rows, "time/wait")
+    if step is None or wait is None or step <= 0:
+        return
+    busy = sum(_recent(rows, f"time/beside_{phase}") or 0.0 for phase in ("rollout", "score", "guide"))
+    learning = max(step - wait, 1e-9)
+    if wait > 0.25 * step:
+        more = ""
+        if busy > learning:
+            more = f" Where speed grows with their number, both are busy with {busy / learning:.1f} times those it has now."
+        yield Advice(
+            "learner-waits",
+            f"The learner waited {wait / step:.0%} of the last {WINDOW} steps for samples: give sampling more cores or cards "
+            f"(rollout.engine.cores, devices, or one more server).{more}",
+        )
+    elif 0 < busy < 0.5 * step:
+        yield Advice(
+            "sampling-waits",
+            f"Sampling was busy for {busy / step:.0%} of the last {WINDOW} steps and waited for the learner otherwise: give "
+            "the learner some of its cores or cards, or rollout.staleness=0 and all of them.",
+        )
+
+
 _RULES: tuple[Callable[[Sequence[MetricRow], Setup], Iterator[Advice]], ...] = (
     _missing_reward,
     _failed_scores,
@@ -256,6 +280,7 @@ _RULES: tuple[Callable[[Sequence[MetricRow], Setup], Iterator[Advice]], ...] = (
     _chosen_falls,
     _curvature,
     _gradient,
+    _waiting,
 )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpost.tracking.metrics import MetricRow, number
+from rlpost.tracking.timeline import Span, last_rollouts
 
 # Okabe and Ito's palette: told apart with every kind of colour vision.
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, GREY = (
@@ -16,6 +17,9 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, GREY = (
 )  # fmt: skip
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 PHASES = ("rollout", "score", "guide", "update", "sync", "probe", "checkpoint", "eval", "wait")
+PHASE_COLORS = dict(zip(PHASES, (BLUE, ORANGE, YELLOW, GREEN, PURPLE, GREY, SKY, RED, "#DDCC99"), strict=True)) | {
+    "other": "#BBBBBB"
+}
 PANELS_PER_ROW = 3
 _OWN_FIGURE = (
     *("time/", "eval/", "reward/mean", "completions/length_mean", "policy/entropy", "policy/kl_reference"),
@@ -64,8 +68,9 @@ LINES = (
 )
 
 
-def draw_all(rows: Sequence[MetricRow], folder: Path) -> list[Picture]:
-    """Draws every picture for which there is data into `folder`, in the order in which the page shows them."""
+def draw_all(rows: Sequence[MetricRow], folder: Path, spans: Sequence[Span] = ()) -> list[Picture]:
+    """Draws every picture for which there is data into `folder`, in the order in which the page shows them. `spans`: of the
+    run's timeline."""
     train = [row for row in rows if row.get("kind", "train") == "train"]
     held_out = [row for row in rows if row.get("kind") == "eval"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +81,7 @@ def draw_all(rows: Sequence[MetricRow], folder: Path) -> list[Picture]:
     pictures += [_draw_line(line, train, folder) for line in LINES[1:]]
     pictures.append(_draw_controller(train, folder))
     pictures.append(_draw_time(train, folder))
+    pictures.append(_draw_timeline(last_rollouts(spans, 4), folder))
     pictures += [_draw_group(group, keys, train, folder) for group, keys in extra_groups(train).items()]
     return [picture for picture in pictures if picture is not None]
 
@@ -326,9 +332,7 @@ def _draw_time(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
 
     def draw(axes: Any) -> None:
         base = [0.0] * len(rows)
-        colors = dict(zip(PHASES, (BLUE, ORANGE, YELLOW, GREEN, PURPLE, GREY, SKY, RED, "#DDCC99"), strict=True)) | {
-            "other": "#BBBBBB"
-        }
+        colors = PHASE_COLORS
         total = (math.fsum(known) + math.fsum(other)) or 1.0
         for phase, values in (layers | ({"other": other} if sum(other) > 0.01 * sum(known) else {})).items():
             label = f"{phase} ({math.fsum(values) / total:.0%})"
@@ -339,6 +343,36 @@ def _draw_time(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
 
     return _single(folder / "time.png", "Where the time goes", draw)
+
+
+def _draw_timeline(spans: Sequence[Span], folder: Path) -> Picture | None:
+    """Who was busy with what, second by second: the learner, and below it what was sampled at the same time."""
+    if not spans:
+        return None
+    sides = sorted({span.side for span in spans}, key=lambda side: (side != "learner", side))
+    begin = min(span.start for span in spans)
+    with _pyplot() as plt:
+        figure, axes = plt.subplots(figsize=(9, 1.4 + 0.5 * len(sides)), layout="constrained")
+        shown = [phase for phase in PHASE_COLORS if any(_shown(span) == phase for span in spans)]
+        for phase in shown:
+            for row, side in enumerate(sides):
+                bars = [(s.start - begin, s.end - s.start) for s in spans if s.side == side and _shown(s) == phase]
+                axes.broken_barh(bars, (row - 0.35, 0.7), color=PHASE_COLORS[phase], label=phase, linewidth=0)
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))  # each phase once
+        axes.legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes.set_yticks(range(len(sides)), sides)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("seconds")
+        axes.set_title("Who works when (the last rollouts)")
+        path = folder / "timeline.png"
+        figure.savefig(path)
+        plt.close(figure)
+    return Picture(path, "Who works when (the last rollouts)")
+
+
+def _shown(span: Span) -> str:
+    return span.phase if span.phase in PHASES else "other"
 
 
 def _draw_group(group: str, keys: Sequence[str], rows: Sequence[MetricRow], folder: Path) -> Picture | None:

@@ -16,6 +16,7 @@ from rlpost.tracking.console import in_words
 from rlpost.tracking.figures import draw_all, series
 from rlpost.tracking.metrics import MetricRow, read_metrics, write_atomically
 from rlpost.tracking.rundir import RunDirectory
+from rlpost.tracking.timeline import read_timeline
 
 SAMPLES = 12
 TAIL = 10
@@ -67,7 +68,7 @@ def write_report(run_dir: Path | str) -> Path:
         )
     for old in run.report.glob("*.png"):
         old.unlink()
-    pictures = draw_all(rows, run.report)
+    pictures = draw_all(rows, run.report, read_timeline(run.timeline))
     page = _template().render(
         name=run.name,
         summary=summarize(rows),

@@ -24,7 +24,7 @@ LOCK_WAIT_S = 2.0  # long enough for the workers of a run that was just killed t
 _WRITE_TEST = ".write-test-"
 _COMPLETIONS = re.compile(r"step_(\d+)\.jsonl")
 _RECIPES = re.compile(r"recipe\.(\d+)\.yaml")
-_WRITTEN_BY_A_RUN = ("recipe.yaml", "metrics.jsonl", "completions", "checkpoints", "wandb", "report")
+_WRITTEN_BY_A_RUN = ("recipe.yaml", "metrics.jsonl", "timeline.jsonl", "completions", "checkpoints", "wandb", "report")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,10 @@ class RunDirectory:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def timeline(self) -> Path:
+        return self.path / "timeline.jsonl"
 
     @property
     def completions(self) -> Path:

@@ -12,6 +12,7 @@ from rlpost.errors import RecipeError
 from rlpost.policy.local_config import local_config
 from rlpost.recipe.load import LoadedRecipe, leaves
 from rlpost.recipe.plan.memory import GIB, MemoryLine, estimate, find_model_size
+from rlpost.recipe.plan.places import describe_places
 from rlpost.recipe.plan.slots import slot_sections
 from rlpost.recipe.rules.check import advise, check, training_prompts
 from rlpost.recipe.rules.pairs import describe_baseline, layout_in_use
@@ -65,6 +66,7 @@ class Plan:
     run_dir: str
     values: tuple[Value, ...]
     batch: Batch
+    places: tuple[str, ...]  # who samples where
     attention: str
     layout: str
     order: tuple[str, ...]
@@ -92,6 +94,7 @@ def make_plan(loaded: LoadedRecipe, *, processes: int | None = None, zero_stage:
         run_dir=str(recipe.run_dir),
         values=_values(recipe, loaded.origins),
         batch=_batch(recipe, count),
+        places=describe_places(recipe, count),
         attention=_attention(recipe),
         layout=": ".join(filter(None, layout_in_use(recipe))),
         order=_order(recipe),
@@ -114,6 +117,10 @@ def print_plan(plan: Plan, *, as_json: bool = False) -> None:
     console = Console()
     _print_values(console, plan)
     _print_batch(console, plan.batch)
+    for line in plan.places:
+        console.print(
+            f"  who samples: {line}" if line is plan.places[0] else f"    {line}", markup=False, highlight=False
+        )
     console.print(f"  rows of the learner: {plan.layout}", markup=False, highlight=False)
     console.print(f"  attention of the learner: {plan.attention}", markup=False, highlight=False)
     console.rule("Order of the method's slots", align="left")
