@@ -17,6 +17,7 @@ from test_rollout import EOS, direct, nuclei, tiny
 from rlpost.errors import RolloutError
 from rlpost.recipe.sections.model import ModelSection
 from rlpost.recipe.sections.rollout import VllmEngine
+from rlpost.rollout import vllm_versions
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings
 from rlpost.rollout.factory import make_engine
 from rlpost.rollout.probe import check, compare
@@ -143,21 +144,23 @@ def test_prompts_that_are_read_in_pieces_keep_their_seeds(saved, engine):
     assert [c.token_ids for c in together[40:50]] == [c.token_ids for c in alone]
 
 
-def test_both_samplers_of_vllm_report_the_whole_distribution():
-    """The second model runner needs a GPU: its sampler is stood for by one with the same method."""
+@pytest.mark.parametrize("more", [(False,), (False, False)], ids=["0.32", "0.33"])
+def test_both_samplers_of_vllm_report_the_whole_distribution(more):
+    """The second model runner needs a GPU: one with the same method stands for its sampler. 0.33 gives it one word more."""
 
     class Second:
-        def _sample_random(self, logits, mapping, mapping_np, pos, top_k, top_p, fused):
+        def _sample_random(self, logits, mapping, mapping_np, pos, top_k, top_p, *flags):
+            assert flags == more
             return logits.argmax(-1), logits.masked_fill_(logits < logits.max(), -torch.inf)
 
     pytest.importorskip("vllm")
     source = Path(importlib.util.find_spec("vllm").origin).parent / "v1/worker/gpu/sample/sampler.py"
     [method] = [f for f in ast.walk(ast.parse(source.read_text())) if getattr(f, "name", "") == "_sample_random"]
-    assert len(method.args.args) == 8, "the wrapper passes these on"
+    assert [a.arg for a in method.args.args][5:7] == ["top_k", "top_p"], "the wrapper looks at these"
     worker = SimpleNamespace(model_runner=SimpleNamespace(sampler=Second()))
     assert report_whole_distribution(worker)
     logits = torch.tensor([[1.0, 3.0, 2.0]])
-    tokens, reported = worker.model_runner.sampler._sample_random(logits.clone(), None, None, None, 1, None, False)
+    tokens, reported = worker.model_runner.sampler._sample_random(logits.clone(), None, None, None, 1, None, *more)
     assert tokens.tolist() == [1] and torch.equal(reported, logits)
     assert not report_whole_distribution(SimpleNamespace(model_runner=SimpleNamespace(sampler=object())))
 
@@ -253,6 +256,24 @@ def test_startup_errors_name_a_fix(words, fix):
     error = explain_startup(ValueError(words), "some/model", SECTION, 900)
     assert isinstance(error, RolloutError)
     assert words in str(error) and fix in str(error) and "some/model" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("version", "refused"),
+    [("0.32.0", False), ("0.32.1+cpu", False), ("0.33.0", False), (None, False), ("0.31.2", True), ("0.34.0rc1", True)],
+)
+def test_a_vllm_that_rlpost_does_not_know_is_refused_by_name(monkeypatch, version, refused):
+    monkeypatch.setattr(vllm_versions, "installed_version", lambda: version)
+    if not refused:
+        vllm_versions.check_version()
+        return
+    with pytest.raises(RolloutError, match=f"vLLM {version} is installed, and rlpost knows 0.32 and 0.33"):
+        vllm_versions.check_version()
+
+
+def test_the_installed_vllm_has_a_version_that_is_known():
+    pytest.importorskip("vllm")
+    assert vllm_versions.installed_version().startswith(vllm_versions.KNOWN)
 
 
 def test_impossible_settings_are_refused_before_vllm_is_imported(monkeypatch):

@@ -12,6 +12,7 @@ from rlpost.recipe.sections.model import ModelSection
 from rlpost.recipe.sections.rollout import TransformersEngine, VllmEngine
 from rlpost.rollout.engine import RolloutEngine
 from rlpost.rollout.place import Place
+from rlpost.rollout.vllm_versions import check_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,6 +44,7 @@ def make_engine(
         match section.where:
             case "colocated":
                 if importlib.util.find_spec("vllm") is not None:
+                    check_version()
                     from rlpost.rollout.vllm_engine import VllmRolloutEngine
 
                     return VllmRolloutEngine(

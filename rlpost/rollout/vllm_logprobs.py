@@ -37,15 +37,17 @@ def _wrap_first_runner(truncating: Any) -> None:
 
 
 def _wrap_second_runner(sampler: Any) -> None:
-    """`Sampler._sample_random(logits, mapping, mapping_np, pos, top_k, top_p, fused)` gives (tokens, logits): log-probs are
-    taken of these logits afterwards."""
+    """`Sampler._sample_random(logits, mapping, mapping_np, pos, top_k, top_p, ...)` gives (tokens, logits): log-probs are taken
+    of these logits afterwards."""
     sample = sampler._sample_random
 
-    def whole(logits: Any, mapping: Any, mapping_np: Any, pos: Any, top_k: Any, top_p: Any, fused: Any) -> Any:
+    def whole(
+        logits: Any, mapping: Any, mapping_np: Any, pos: Any, top_k: Any, top_p: Any, *more: Any, **named: Any
+    ) -> Any:
         if top_k is None and top_p is None:
-            return sample(logits, mapping, mapping_np, pos, top_k, top_p, fused)
+            return sample(logits, mapping, mapping_np, pos, top_k, top_p, *more, **named)
         before = logits.clone()
-        tokens, _truncated = sample(logits, mapping, mapping_np, pos, top_k, top_p, fused)
+        tokens, _truncated = sample(logits, mapping, mapping_np, pos, top_k, top_p, *more, **named)
         return tokens, before
 
     sampler._sample_random = whole

@@ -22,6 +22,7 @@ from rlpost.rollout.remote.process import ServerProcess
 from rlpost.rollout.remote.weights import WeightFiles, weights_folder
 from rlpost.rollout.vllm_errors import explain_startup
 from rlpost.rollout.vllm_names import checkpoint_names, load_config
+from rlpost.rollout.vllm_versions import check_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,7 @@ def server_process(
             "vLLM is not installed here. Install `rlpost[cuda]` or `rlpost[cpu]`, or sample with servers on machines that "
             "have it (rollout.engine.where=server)."
         )
+    check_version()
     options = "vllm" if loading_options(served.model_path)[0] else None
     return ServerProcess(
         lambda where: server_arguments(

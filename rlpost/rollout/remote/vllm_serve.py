@@ -11,8 +11,8 @@ def main(arguments: list[str]) -> None:
     """Serves until it is ended. `arguments` as of `vllm serve`."""
     # Semaphores of processes that are killed keep their names in shared memory: these tell whose they were (see `child`).
     multiprocessing.current_process()._config["semprefix"] = f"/rlpost-{os.getpid()}"  # type: ignore[attr-defined]
-    from vllm.entrypoints.cli.serve import ServeSubcommand
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    # The module that makes `vllm serve` is asked for its parser: where that itself lies has changed with 0.33.
+    from vllm.entrypoints.cli.serve import ServeSubcommand, make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     command = ServeSubcommand()
