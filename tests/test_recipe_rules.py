@@ -286,6 +286,25 @@ def test_an_offload_beside_deepspeeds_own_is_refused(base, monkeypatch):
     assert "offload_optimizer_device to none" in problem
 
 
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"zero_optimization": {"stage": 3, "zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow"),
+        ({"sparse_gradients": True}, "sparse_gradients"),
+        ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast"),
+        ({"torch_autocast": {"enabled": False}, "bf16": {"bf16_master_weights_and_grads": True}}, None),
+    ],
+)
+def test_settings_of_deepspeed_that_an_offload_cannot_honour_are_refused(base, monkeypatch, config, named):
+    (base / "deepspeed.json").write_text(json.dumps(config))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(base / "deepspeed.json"))
+    recipe = load_recipe(base / "r.yaml", ["learner.offload={type: streamed}"]).recipe
+    problems = check(recipe, Setting(1, base, 3))
+    assert len(problems) == (named is not None)
+    assert all(named in problem and "deepspeed_config_file" in problem for problem in problems)
+
+
 def test_an_offload_without_a_gpu_is_said_to_gain_nothing(base, monkeypatch):
     import torch
 

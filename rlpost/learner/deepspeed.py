@@ -200,7 +200,7 @@ def zero_section(launcher: Mapping[str, str]) -> dict[str, Any]:
         device = launcher.get(f"{part}_device", "none")
         if device != "none":
             zero[part] = {"device": device, "pin_memory": torch.cuda.is_available()}
-    zero |= _config_file(launcher).get("zero_optimization", {})
+    zero |= config_file(launcher).get("zero_optimization", {})
     if zero["stage"] not in (1, 2, 3):
         raise RecipeError(
             f"zero_stage is {zero['stage']} in the launch configuration; it must be 1, 2 or 3. For plain data parallelism "
@@ -222,7 +222,7 @@ def zero_config(section: LearnerSection, dtype: torch.dtype, launcher: Mapping[s
     clipping, the optimizer, its schedule, and precision. Raises RecipeError.
     """
     zero = zero_section(launcher)
-    config = {k: v for k, v in _config_file(launcher).items() if k not in _OF_THE_RECIPE}
+    config = {k: v for k, v in config_file(launcher).items() if k not in _OF_THE_RECIPE}
     bf16 = dtype == torch.bfloat16
     if bf16 and zero["stage"] > 1:  # the sum of many small micro-batches in bfloat16 would lose the later ones
         config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
@@ -245,7 +245,8 @@ def zero_config(section: LearnerSection, dtype: torch.dtype, launcher: Mapping[s
 _OF_THE_RECIPE = ("optimizer", "scheduler", "fp16", "bf16", "train_batch_size", "zero_optimization")
 
 
-def _config_file(launcher: Mapping[str, str]) -> dict[str, Any]:
+def config_file(launcher: Mapping[str, str]) -> dict[str, Any]:
+    """What the launch file's `deepspeed_config_file` holds; {} without one. Raises RecipeError for one that cannot be read."""
     file = launcher.get("config_file", "none")
     if file == "none":
         return {}

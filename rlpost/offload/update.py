@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from rlpost.offload.backends import CudaDevice, run_in_order, run_on_lanes
 from rlpost.offload.layout import Piece
 from rlpost.offload.program import Parts, Program, build_update
 from rlpost.offload.races import races
+
+_PORTABLE = 1  # cudaHostRegisterPortable: for every CUDA context of the process
 
 
 @dataclass(slots=True)
@@ -124,8 +127,19 @@ class Update:
 
 
 def host_vector(n: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:
-    """Host memory of n elements; pinned, so that copies run beside the rest (torch rounds such blocks up to powers of two)."""
-    return torch.empty(n, dtype=dtype, pin_memory=pinned)
+    """Host memory of n elements; pinned, so that copies run beside the rest.
+
+    Ordinary memory is registered with CUDA, because torch's own pinned memory comes in powers of two: 8.2 GB would take 16. It
+    is taken where registering fails. Views must not outlive the vector.
+    """
+    vector = torch.empty(n, dtype=dtype)
+    if not pinned or not n:
+        return vector
+    cudart = torch.cuda.cudart()
+    if int(cudart.cudaHostRegister(vector.data_ptr(), vector.nbytes, _PORTABLE)) != 0:
+        return torch.empty(n, dtype=dtype, pin_memory=True)
+    weakref.finalize(vector, cudart.cudaHostUnregister, vector.data_ptr())
+    return vector
 
 
 def _copies(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[Callable[[], None]]:

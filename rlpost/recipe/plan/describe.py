@@ -14,6 +14,7 @@ from rlpost.recipe.load import LoadedRecipe, leaves
 from rlpost.recipe.plan.memory import GIB, MemoryLine, estimate, find_model_size
 from rlpost.recipe.plan.places import describe_places
 from rlpost.recipe.plan.slots import slot_sections
+from rlpost.recipe.plan.update import describe_update
 from rlpost.recipe.rules.check import advise, check, training_prompts
 from rlpost.recipe.rules.pairs import describe_baseline, layout_in_use
 from rlpost.recipe.rules.setting import Setting, processes_from_environment
@@ -73,6 +74,7 @@ class Plan:
     settings: tuple[str, ...]  # of every slot in force, all of them
     memory: tuple[MemoryLine, ...]
     memory_source: str
+    update: tuple[str, ...]  # the optimizer's state on the host
     disk: str
     advice: tuple[str, ...]
     problems: tuple[str, ...]
@@ -101,6 +103,7 @@ def make_plan(loaded: LoadedRecipe, *, processes: int | None = None, zero_stage:
         settings=_settings(recipe, loaded.origins),
         memory=memory,
         memory_source=source,
+        update=describe_update(recipe, size, count, zero_stage),
         disk=seen.disk,
         advice=(*loaded.notes, *advise(recipe, setting), *seen.notes),
         problems=(*problems, *seen.problems),
@@ -130,6 +133,10 @@ def print_plan(plan: Plan, *, as_json: bool = False) -> None:
     for line in plan.settings:
         console.print(f"  {line}", markup=False, highlight=False)
     _print_memory(console, plan)
+    if plan.update:
+        console.rule("Optimizer's state on the host", align="left")
+        for line in plan.update:
+            console.print(f"  {line}", markup=False, highlight=False)
     if plan.disk:
         console.rule("Disk", align="left")
         console.print(f"  {plan.disk}", markup=False, highlight=False)

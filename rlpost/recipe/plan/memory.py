@@ -106,8 +106,15 @@ def _weights(recipe: Recipe, size: ModelSize, trained: int, processes: int, stag
     if packed:
         lines.append(line("weights in 4 bits", packed, _NF4, False))
         lines.append(line("one layer's weights unpacked", size.hidden * size.intermediate, width + 2, False))
-    lines.append(line("gradients", trained, width, stage >= 2))
-    if stage >= 1 and recipe.model.dtype == "bfloat16":  # ZeRO keeps the weights in float32 too and updates those
+    offload = recipe.learner.offload if stage == 3 else None
+    lines.append(line("gradients", trained, width if offload is None else 4, stage >= 2))
+    if offload is not None:  # p, m and v lie on the host: `rlpost.recipe.plan.update` counts them
+        piece = min(offload.piece_size, trained // processes)
+        staged = 2 * 12 * piece if offload.gpu_of else 0
+        lines.append(
+            MemoryLine("staged optimizer state", staged, f"2 x 12 bytes x {piece / 1e6:,.1f} M (learner.offload)")
+        )
+    elif stage >= 1 and recipe.model.dtype == "bfloat16":  # ZeRO keeps the weights in float32 too and updates those
         lines.append(line("AdamW state and float32 weights", trained, 12, True))
     else:
         lines.append(line("AdamW state", trained, 2 * width, stage >= 1))

@@ -27,9 +27,25 @@ def offload_problems(r: Recipe, setting: Setting) -> Iterator[str]:
             f"{asked} with model.lora: adapters have so little optimizer state that moving it costs more than it frees. "
             "Leave learner.offload out"
         )
-    from rlpost.learner.deepspeed import launcher_settings, zero_section  # imports torch
+    from rlpost.learner.deepspeed import config_file, launcher_settings, zero_section  # imports torch
 
-    zero = zero_section(launcher_settings())
+    launcher = launcher_settings()
+    zero, whole = zero_section(launcher), config_file(launcher)
+    # 16-bit master weights need no word here: DeepSpeed's precision is the recipe's, whatever the file says.
+    for name, asked_for, why in (
+        ("zero_optimization.zenflow", zero.get("zenflow"), "it updates by stale gradients, in a step of its own"),
+        ("sparse_gradients", whole.get("sparse_gradients"), "every gradient is read from one dense buffer"),
+        (
+            "torch_autocast",
+            (whole.get("torch_autocast") or {}).get("enabled"),
+            "model.autocast says what is computed how",
+        ),
+    ):
+        if asked_for:
+            yield (
+                f"{asked} with {name} in the launch file's deepspeed_config_file cannot be: {why}. Remove "
+                f"{name} there, or leave learner.offload out"
+            )
     for part in ("offload_optimizer", "offload_param"):
         if zero.get(part, {}).get("device", "none") != "none":
             yield (
