@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -117,6 +117,16 @@ class Group:
             return math.nan
         values = [w * s.value for w, s in zip(weights, scores, strict=True) if s.value is not None]
         return sum(values) if values else math.nan
+
+
+def without_columns(group: Group) -> Group:
+    """The group as it is saved. Columns are for rewards, which have been called; and data may hold whatever class it likes,
+    which a checkpoint that is to be loaded safely may not name."""
+
+    def bare(prompt: Prompt) -> Prompt:
+        return replace(prompt, columns={}, origin=None if prompt.origin is None else bare(prompt.origin))
+
+    return replace(group, prompt=bare(group.prompt))
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,8 +23,10 @@ from pathlib import Path
 
 from rlpost.errors import CheckpointError
 from rlpost.learner.process import Processes
+from rlpost.learner.vetted import PICKLES, refuse_code
 
 MANIFEST = "manifest.json"
+_LOADED = (*PICKLES, ".safetensors", ".json", ".py", ".jinja", ".model")  # kinds of files that are read again
 
 
 class CheckpointStore:
@@ -239,7 +241,8 @@ def refuse_run_folder(path: Path, key: str) -> None:
 
 
 def verify(path: Path) -> None:
-    """Checks a checkpoint against its manifest. Raises CheckpointError naming the first file that differs."""
+    """Checks a checkpoint against its manifest, and that loading it runs no code. Raises CheckpointError naming the first file
+    that is not as it should be."""
     manifest = path / MANIFEST
     refuse_run_folder(path, "resume=")
     if not manifest.is_file():
@@ -253,6 +256,14 @@ def verify(path: Path) -> None:
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"The checkpoint {path} is damaged: its {MANIFEST} cannot be read ({error}).") from error
+    unlisted = {f.relative_to(path).as_posix() for f in _files(path)} - {MANIFEST, *(name for name, _, _ in listed)}
+    if strange := sorted(name for name in unlisted if Path(name).suffix in _LOADED):
+        raise CheckpointError(
+            f"The checkpoint {path} is not as it was saved: {strange[0]} is not in its {MANIFEST}. Remove what was added, or "
+            "name another checkpoint."
+        )
+    if not listed:
+        raise CheckpointError(f"The checkpoint {path} is damaged: its {MANIFEST} lists no files.")
     for name, size, digest in listed:
         file = path / name
         if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
@@ -260,6 +271,7 @@ def verify(path: Path) -> None:
                 f"The checkpoint {path} is damaged: {file} is missing or differs from what was saved (checked by size and "
                 "SHA-256)."
             )
+    refuse_code(path)
 
 
 def _write_manifest(folder: Path) -> None:

@@ -130,7 +130,7 @@ class DeepSpeedLearner:
         """This process's shard. Raises CheckpointError when it is not one for this launch configuration."""
         check_shards(folder, world, self.processes.world, self.stage)
         file = folder / "trainer" / self._file
-        return torch.load(file, weights_only=False, map_location="cpu")["optimizer"]  # the manifest has vouched for it
+        return torch.load(file, weights_only=False, map_location="cpu")["optimizer"]  # vetted before (`learner.vetted`)
 
     @property
     def _file(self) -> str:
@@ -162,7 +162,7 @@ def check_shards(folder: Path, world: int, now: int, stage: int) -> None:
         raise CheckpointError(
             f"{folder} was not saved by DeepSpeed. Start with the launch configuration that the run had, {begin_new}"
         )
-    saved = torch.load(file, weights_only=False, map_location="cpu", mmap=True)["stage"]  # and no tensor is read
+    saved = torch.load(file, weights_only=False, map_location="cpu", mmap=True)["stage"]  # no tensor is read
     if saved != stage:
         raise CheckpointError(
             f"{folder} was saved by DeepSpeed ZeRO-{saved}; this is ZeRO-{stage}, which cuts the state into other pieces. "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlpost.errors import CheckpointError, TrainingError
+from rlpost.experience import without_columns
 from rlpost.learner.buffer import RolloutBuffer
 from rlpost.learner.checkpoint import file_writer
 from rlpost.learner.rng import rng_state, set_rng_state
@@ -67,6 +68,8 @@ def save_checkpoint(parts: Parts, state: RunState, source: Source) -> Path:
     weights = learner.full_state_dict(copy=later)
     own: dict[str, Any] = {"rng": rng_state(), "buffer": state.buffer, "watched": state.watched}
     own |= {"method": parts.updater.state_dict(), "ahead": source.own_state()}
+    if state.buffer is not None:
+        own["buffer"] = replace(state.buffer, groups=tuple(map(without_columns, state.buffer.groups)))
     write_own = file_writer({f"rank_{processes.rank}.pt": own, **learner.own_state()}, snapshot=later)
     write_trainer = file_writer(learner.shared_state() if processes.is_main else {}, snapshot=later)
     counters = {name: getattr(state, name) for name in COUNTERS} | source.state_dict()
@@ -97,7 +100,7 @@ def load_checkpoint(path: Path, parts: Parts, source: Source) -> RunState:
     parts.learner.load(path, world=world)
     state = RunState(**{name: counters.pop(name) for name in COUNTERS if name in counters})
     source.load_state_dict(counters)
-    # Buffers are the run's own nouns, so they are unpickled; the manifest has shown that they are what was saved.
+    # Buffers are the run's own nouns, so they are unpickled; what the file names was looked at before (`learner.vetted`).
     rank = parts.processes.rank if world == parts.processes.world else 0
     own = torch.load(path / "trainer" / f"rank_{rank}.pt", weights_only=False, map_location="cpu")
     set_rng_state(own["rng"])

@@ -10,7 +10,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from rlpost.experience import Group
+from rlpost.experience import Group, without_columns
 from rlpost.learner.watch import Phases
 from rlpost.source.collect import Collector
 from rlpost.source.collects import Collected
@@ -99,7 +99,9 @@ class Ahead:
         for job in self._jobs.values():
             if job.done.exception() is not None:
                 break  # from here on prompts are drawn again
-            kept.append((job.rollout, job.done.result()))
+            made = job.done.result()
+            groups = [without_columns(group) for group in made.teaching.groups]
+            kept.append((job.rollout, replace(made, teaching=replace(made.teaching, groups=groups))))
         return kept
 
     def load(self, position: Mapping[str, Any]) -> None:
