@@ -53,8 +53,8 @@ def refuse_code(folder: Path) -> None:
             ) from error
         if strange := sorted(name for name in names if not _known(name)):
             raise CheckpointError(
-                f"{file} would call {', '.join(strange[:3])} when it is loaded, which no checkpoint of rlpost does: it may have "
-                "been made to run a program on your machine. Load it with nothing else either. Its weights, if they are "
+                f"{file} would call {', '.join(strange[:3])} when it is loaded, which no checkpoint of rlpost does: it may "
+                "have been made to run a program on your machine. Load it with nothing else either. Its weights, if they are "
                 f"safetensors, can be used: model.path={folder}."
             )
 
