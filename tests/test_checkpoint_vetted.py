@@ -19,6 +19,8 @@ from rlpost.experience import Completion, Demonstration, Group, Outcome, Prompt,
 from rlpost.learner.checkpoint import MANIFEST, verify
 from rlpost.learner.rng import rng_state
 from rlpost.learner.vetted import refuse_code
+from rlpost.recipe.load import load_recipe
+from rlpost.run.loop import train
 from rlpost.source.collects import Collected
 from rlpost.teaching.teacher import Teaching
 
@@ -142,3 +144,23 @@ def test_what_a_run_saves_is_loaded(checkpoint):
     loaded = torch.load(checkpoint / "trainer" / "rank_0.pt", weights_only=False)
     assert loaded["ahead"] == own["ahead"]
     assert loaded["ahead"][0][1].teaching.groups[0].completions[0].versions == ((3, 1),)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "change", [{"seed": 7}, {"data.train": {"type": "arithmetic", "size": 40, "high": 7}}, {"method.preset": "ppo"}]
+)
+def test_a_refused_resume_changes_nothing(write_recipe, tmp_path, change):
+    """Not even what was written after the checkpoint that it names."""
+    settings = {"learner.rollouts": 3, "checkpoint.every": 1, "checkpoint.keep": 5}
+    train(load_recipe(write_recipe(tmp_path, settings)))
+    run = tmp_path / "run"
+
+    def lies() -> dict[str, bytes]:
+        return {str(f): f.read_bytes() for f in run.rglob("*") if f.is_file() and f.name != ".lock"}
+
+    before = lies()
+    first = run / "checkpoints" / "step_000001"
+    with pytest.raises(CheckpointError):
+        train(load_recipe(write_recipe(tmp_path, settings | change | {"resume": str(first)})))
+    assert lies() == before

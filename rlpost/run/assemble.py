@@ -50,9 +50,8 @@ def assemble(loaded: LoadedRecipe) -> Parts:
         processes.together(lambda: look_before(before))  # before an earlier run is overwritten
         tokenizer, sets = before.tokenizer, before.sets
         assert tokenizer is not None and sets is not None
-        run, resume_from = open_run(recipe, processes)
+        run, resume_from = open_run(recipe, processes, lambda path: check_order(path, sets, recipe))
         undo.callback(run.close)
-        processes.together(partial(check_order, resume_from, sets, recipe))
         taken_up = notes(recipe, run.path, resume_from)  # before the recipe in the run's folder is replaced
         tracker = processes.together(lambda: Tracker(run, recipe, is_main=processes.is_main))
         undo.callback(tracker.close, "failed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rlpost.errors import CheckpointError
@@ -14,8 +15,11 @@ from rlpost.run.state import check_world
 from rlpost.tracking.rundir import RunDirectory
 
 
-def open_run(recipe: Recipe, processes: Processes) -> tuple[RunDirectory, Path | None]:
-    """The run's folder, locked by the main process, and the checkpoint to go on from."""
+def open_run(
+    recipe: Recipe, processes: Processes, check: Callable[[Path | None], None]
+) -> tuple[RunDirectory, Path | None]:
+    """The run's folder, locked by the main process, and the checkpoint to go on from. `check` raises for a checkpoint that the
+    data cannot go on from. What was written after it is cut off last: a run that is refused has changed nothing."""
     fresh = recipe.resume == "never"
 
     def open_on_main() -> tuple[RunDirectory, Path | None]:
@@ -26,6 +30,7 @@ def open_run(recipe: Recipe, processes: Processes) -> tuple[RunDirectory, Path |
             resume_from = find_checkpoint(recipe, run, processes)
             if not fresh:
                 step = check_resume(resume_from, recipe, processes) if resume_from is not None else -1
+                check(resume_from)
                 # In this order: killed in between, the run goes on from a checkpoint whose metrics are all there.
                 CheckpointStore(run.checkpoints, recipe.checkpoint.keep, processes).set_aside_after(step)
                 run.truncate_after(step)

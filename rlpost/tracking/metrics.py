@@ -111,12 +111,21 @@ def drop_partial_line(path: Path) -> None:
         os.truncate(path, data.rfind(b"\n") + 1)
 
 
-def keep_rows(path: Path, keep: Callable[[MetricRow], bool]) -> None:
-    """Rewrites a metrics file, atomically, with the rows for which `keep` holds, byte for byte as they were."""
+def keep_rows(path: Path, keep: Callable[[MetricRow], bool], aside: Path) -> None:
+    """Rewrites a metrics file, atomically, with the rows for which `keep` holds, byte for byte as they were. The others are
+    added to the file `aside` first."""
     if not path.exists():
         return
-    lines = _complete_lines(path)
-    kept = [line for line in lines if (row := _parse(line)) is not None and keep(row)]
+    kept, cut = [], []
+    for line in _complete_lines(path):
+        row = _parse(line)
+        (kept if row is not None and keep(row) else cut).append(line)
+    if cut:
+        try:
+            with aside.open("a", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in cut)
+        except OSError as error:
+            raise _unwritable(aside, error) from error
     write_atomically(path, "".join(line + "\n" for line in kept))
 
 

@@ -24,7 +24,11 @@ LOCK_WAIT_S = 2.0  # long enough for the workers of a run that was just killed t
 _WRITE_TEST = ".write-test-"
 _COMPLETIONS = re.compile(r"step_(\d+)\.jsonl")
 _RECIPES = re.compile(r"recipe\.(\d+)\.yaml")
-_WRITTEN_BY_A_RUN = ("recipe.yaml", "metrics.jsonl", "timeline.jsonl", "completions", "checkpoints", "wandb", "report")
+_ABANDONED_METRICS = "abandoned_metrics.jsonl"
+_WRITTEN_BY_A_RUN = (
+    *("recipe.yaml", "metrics.jsonl", _ABANDONED_METRICS, "timeline.jsonl"),
+    *("completions", "checkpoints", "wandb", "report"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,14 +144,17 @@ class RunDirectory:
         """Forgets what was written after optimizer step `step`, so that a resumed run's files equal an unbroken one's.
 
         A completions file carries the number of the first optimizer step that its rollout feeds, so the file of a
-        rollout that the checkpoint is in the middle of stays. -1 forgets everything.
+        rollout that the checkpoint is in the middle of stays. -1 forgets everything. Rows and files that are cut are kept
+        under names that begin with `abandoned_`: nobody reads them but people.
         """
-        keep_rows(self.metrics, lambda row: row["step"] <= step)
+        keep_rows(self.metrics, lambda row: row["step"] <= step, self.path / _ABANDONED_METRICS)
         if not self.completions.is_dir():
             return
         for file in self.completions.iterdir():
             found = _COMPLETIONS.fullmatch(file.name)
-            if (found and int(found[1]) > step) or file.name.endswith(".tmp"):
+            if found and int(found[1]) > step:
+                file.replace(file.with_name(f"abandoned_{file.name}"))
+            elif file.name.endswith(".tmp"):
                 file.unlink()
 
     def close(self) -> None:
