@@ -15,6 +15,7 @@ import typer
 
 from rlpost import errors
 from rlpost.errors import RecipeError, RlpostError
+from rlpost.recipe.secrets import hide
 from rlpost.run.ending import ends_at_once, tell_launcher
 
 app = typer.Typer(
@@ -253,7 +254,7 @@ def _print_error(error: RlpostError) -> None:
         time.sleep(errors.LAST_WORD_S)
         return  # every process reads the same recipe: rank 0 says it
     prefix = f"[process {rank}] " if rank != "0" else ""
-    text = "\n".join([str(error), *getattr(error, "__notes__", [])])
+    text = errors.printable(hide("\n".join([str(error), *getattr(error, "__notes__", [])])))
     tell_launcher(f"{type(error).__name__}: {text}")
     if not sys.stderr.isatty():
         print(f"{prefix}{type(error).__name__}: {text}", file=sys.stderr)

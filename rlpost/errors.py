@@ -5,6 +5,14 @@ LAST_WORD_S = 10.0
 ends, the launcher ends all others, and the message would be lost."""
 
 
+def printable(text: str) -> str:
+    """The text as it may be written to a terminal: without control characters. What a model, a data set or a reward has written
+    must not move the user's cursor, set colours, or hide what was printed before."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else " " if c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
+
+
 class RlpostError(Exception):
     """A problem that the user can fix. The CLI prints its message as one paragraph and exits with `exit_code`."""
 

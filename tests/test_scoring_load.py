@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,27 @@ def test_tryout(tmp_path, capsys):
 def test_bad_samples(tmp_path, text, message):
     with pytest.raises(RewardError, match=message):
         _read_samples(write(tmp_path, text, "samples.jsonl"))
+
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07 12\x9b31m"
+
+
+def test_what_a_completion_holds_cannot_drive_the_terminal(tmp_path, capsys):
+    """Nor what a reward says of it."""
+    (tmp_path / "graded.py").write_text(
+        "def reward(completions, **columns):\n    raise ValueError('bad ' + completions[0])\n"
+    )
+    lines = write(tmp_path, json.dumps({"prompt": "?", "completion": HOSTILE}) + "\n", "samples.jsonl")
+    assert run_tryout(str(tmp_path / "graded.py"), lines, 30.0, {}) == 1
+    printed = capsys.readouterr().out
+    assert "12" in printed and "bad" in printed
+    assert not [c for c in printed if not c.isprintable() and c != "\n"]
+
+
+def test_an_error_that_quotes_a_completion_cannot_drive_the_terminal(capsys):
+    from rlpost.cli import _print_error
+
+    _print_error(RewardError(f"it said {HOSTILE}"))
+    printed = capsys.readouterr().err
+    assert "it said" in printed
+    assert not [c for c in printed if not c.isprintable() and c != "\n"]

@@ -16,6 +16,7 @@ from rlpost.evaluation.recipe import open_checkpoint, recipe_for, warn_of_traine
 from rlpost.learner.process import Processes
 from rlpost.learner.rng import seed_everything
 from rlpost.policy.precision import decide_precision
+from rlpost.recipe.secrets import conceal
 from rlpost.recipe.sections.root import Recipe
 from rlpost.rollout.verify import check_sync, level, precision
 from rlpost.run.build import build_engine, build_policy, layout_for
@@ -116,7 +117,7 @@ def report(
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What the figures depend on beside the checkpoint."""
-    parts = recipe.model_dump(mode="json", include={"evaluation", "data", "rewards", "seed"})
+    parts = conceal(recipe.model_dump(mode="json", include={"evaluation", "data", "rewards", "seed"}))
     sampling = {"max_completion_tokens", "top_p", "top_k", "stop"}
     return parts | {"rollout": recipe.rollout.model_dump(mode="json", include=sampling)}
 

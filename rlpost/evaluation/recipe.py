@@ -16,6 +16,7 @@ from rlpost.experience import Prompt
 from rlpost.learner.checkpoint import MANIFEST, refuse_run_folder, verify
 from rlpost.learner.resume import read_counters_unverified, saved_recipe
 from rlpost.recipe.load import COMMAND_LINE, LoadedRecipe
+from rlpost.recipe.secrets import resolve
 from rlpost.recipe.sections.root import Recipe
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def run_of(checkpoint: Path) -> Recipe | None:
     if saved is None:
         return None
     try:
-        return Recipe.model_validate(dict(saved))
+        return Recipe.model_validate(resolve(dict(saved)))
     except (ValidationError, RlpostError) as error:
         _log.warning(
             "The recipe of the run that saved %s cannot be read by this version of rlpost (%s): whether the prompts were held "

@@ -12,6 +12,7 @@ from rlpost.data.sampler import PromptSampler
 from rlpost.errors import CheckpointError
 from rlpost.learner.checkpoint import checkpoints_in, verify
 from rlpost.recipe.changes import Change, Effect, changes
+from rlpost.recipe.secrets import conceal, dump
 from rlpost.recipe.sections.root import Recipe
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def found_changes(path: Path, counters: Mapping[str, Any], recipe: Recipe) -> li
     saved = saved_recipe(path, counters)
     if saved is None:
         return []
-    return [one for one in changes(saved, recipe.model_dump(mode="json")) if not _same_place(one)]
+    return [one for one in changes(conceal(saved), dump(recipe)) if not _same_place(one)]
 
 
 def _same_place(change: Change) -> bool:

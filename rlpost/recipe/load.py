@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rlpost.errors import RecipeError
 from rlpost.recipe.places import with_places
 from rlpost.recipe.problems import describe_errors
+from rlpost.recipe.secrets import dump, remember
 from rlpost.recipe.sections.base import Section
 from rlpost.recipe.sections.presets import fill_preset
 from rlpost.recipe.sections.root import Recipe
@@ -69,7 +70,7 @@ def save_resolved(recipe: Recipe, path: Path) -> None:
     """Writes the recipe with every value filled in; loading the file gives the same recipe."""
     import yaml
 
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True, width=120)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         "# Written by rlpost: the recipe as it was run, with every default filled in.\n" + text, encoding="utf-8"
@@ -187,6 +188,7 @@ def _with_overrides(config: Any, given: Sequence[tuple[str, str]], path: Path) -
         reason = str(error).splitlines()[0]
         where = f" at {error.full_key}" if getattr(error, "full_key", None) else ""
         raise RecipeError(f"{path}: a ${{...}} reference{where} cannot be resolved: {reason}.") from None
+    remember(OmegaConf.to_container(config, resolve=False), tree)
     return dict(tree)  # type: ignore[arg-type]
 
 

@@ -15,6 +15,7 @@ from rlpost.experience import without_columns
 from rlpost.learner.buffer import RolloutBuffer
 from rlpost.learner.checkpoint import file_writer
 from rlpost.learner.rng import rng_state, set_rng_state
+from rlpost.recipe.secrets import dump
 
 if TYPE_CHECKING:
     from rlpost.learner.actor_critic import ActorCritic
@@ -74,7 +75,7 @@ def save_checkpoint(parts: Parts, state: RunState, source: Source) -> Path:
     write_trainer = file_writer(learner.shared_state() if processes.is_main else {}, snapshot=later)
     counters = {name: getattr(state, name) for name in COUNTERS} | source.state_dict()
     counters |= {"world": processes.world, "in_rollout": state.buffer is not None}
-    counters["recipe"] = parts.recipe.model_dump(mode="json")  # what a resumed run is compared with
+    counters["recipe"] = dump(parts.recipe)  # what a resumed run is compared with
     counters_text = json.dumps(counters, indent=1)
 
     def write_shared(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from rlpost.errors import RewardError
 from rlpost.experience import Group, Outcome, Score
+from rlpost.recipe.secrets import hide
 from rlpost.recipe.sections.base import unknown_choice
 from rlpost.scoring.contract import Call, Reply, RewardFunction, TrainerState
 from rlpost.scoring.keywords import Sample, keywords
@@ -208,7 +209,7 @@ class Scorer:
             raise RewardError(f"The reward function {self.functions[r].spec} (reward {name!r}) {reply.breach}.")
         self.slowest[name] = max(self.slowest[name], reply.seconds)
         for place, (outcome, value, detail) in zip(places, reply.verdicts, strict=True):
-            scores[place] = Score(Outcome(outcome), value, detail)
+            scores[place] = Score(Outcome(outcome), value, hide(detail))
 
     def _check_failures(self, scores: Mapping[Place, Score], samples: int, more: bool) -> None:
         if not more:

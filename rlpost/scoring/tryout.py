@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlpost.errors import DataError, RewardError
+from rlpost.errors import DataError, RewardError, printable
 from rlpost.experience import Completion, Group, Message, Outcome, Prompt, Score
 from rlpost.scoring.keywords import Form
 
@@ -126,12 +126,12 @@ def _table(spec: str, rows: Sequence[Row]) -> Table:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     table.add_column("detail", overflow="fold")
     for row in rows:
-        text = " ".join(row.completion.encode("utf-8", "backslashreplace").decode().split())
+        text = " ".join(printable(row.completion.encode("utf-8", "backslashreplace").decode()).split())
         value = "" if row.score.value is None else f"{row.score.value:.4g}"
         colour = "red" if row.score.failed else "green" if row.score.outcome is Outcome.SCORED else "yellow"
         outcome = f"[{colour}]{row.score.outcome.value}[/]"
         shown = text if len(text) <= 60 else "..." + text[-57:]  # answers stand at the end
-        table.add_row(str(row.line), escape(shown), outcome, value, escape(row.score.detail))
+        table.add_row(str(row.line), escape(shown), outcome, value, escape(printable(row.score.detail)))
     return table
 
 

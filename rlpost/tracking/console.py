@@ -15,6 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rlpost.errors import printable
 from rlpost.tracking.advice import Advice
 from rlpost.tracking.completions import CompletionRecord
 from rlpost.tracking.metrics import MetricRow, number
@@ -216,13 +217,6 @@ def one_line(text: str, limit: int = 300) -> str:
     """The text on one line, shortened in the middle, so that question and answer stay in sight."""
     line = " ".join(printable(text).split())
     return line if len(line) <= limit else f"{line[: limit // 2]} ... {line[-limit // 2 :]}"
-
-
-def printable(text: str) -> str:
-    """Without control characters: a completion must not move the user's cursor or set colours."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else " " if c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
 
 
 def in_words(seconds: float) -> str:

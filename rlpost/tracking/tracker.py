@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Protocol
 
+from rlpost.recipe.secrets import conceal
 from rlpost.recipe.sections.learner import LearnerSection, TrackingSection
 from rlpost.recipe.sections.reward import Reward, reward_ceiling
 from rlpost.tracking.advice import Advice, Doctor
@@ -54,7 +55,7 @@ class Tracker:
         self._doctor = Doctor(reward_ceiling=reward_ceiling(recipe.rewards), method=getattr(recipe, "method", None))
         for row in read_metrics(run.metrics):
             self._doctor.observe(row)
-        config = recipe.model_dump(mode="json")
+        config = conceal(recipe.model_dump(mode="json"))
         run.write_recipe(config)
         total = learner.planned_rollouts * self._steps_per_rollout
         self._console: Console | None = None

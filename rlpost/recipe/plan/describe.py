@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from rlpost.errors import RecipeError
+from rlpost.errors import RecipeError, printable
 from rlpost.policy.local_config import local_config
 from rlpost.recipe.load import LoadedRecipe, leaves
 from rlpost.recipe.plan.memory import GIB, MemoryLine, estimate, find_model_size
@@ -18,6 +18,7 @@ from rlpost.recipe.plan.update import describe_update
 from rlpost.recipe.rules.check import advise, check, training_prompts
 from rlpost.recipe.rules.pairs import describe_baseline, layout_in_use
 from rlpost.recipe.rules.setting import Setting, processes_from_environment
+from rlpost.recipe.secrets import conceal
 from rlpost.recipe.sections.describe import describe_settings
 from rlpost.recipe.sections.guidance import either_or
 from rlpost.recipe.sections.method import describe_order
@@ -141,16 +142,16 @@ def print_plan(plan: Plan, *, as_json: bool = False) -> None:
         console.rule("Disk", align="left")
         console.print(f"  {plan.disk}", markup=False, highlight=False)
     for note in plan.advice:
-        console.print(f"note: {note}.", style="yellow", markup=False, highlight=False)
+        console.print(f"note: {printable(note)}.", style="yellow", markup=False, highlight=False)
     for problem in plan.problems:
-        console.print(f"problem: {problem}.", style="bold red", markup=False, highlight=False)
+        console.print(f"problem: {printable(problem)}.", style="bold red", markup=False, highlight=False)
     if not plan.problems:
         console.print("No problems found.", style="green")
 
 
 def _values(recipe: Recipe, origins: Mapping[str, str]) -> tuple[Value, ...]:
     found = leaves(recipe)
-    plain = leaves_as_json(found)
+    plain = conceal(leaves_as_json(found))
     return tuple(Value(key, plain[key], origins.get(key, "default")) for key in found)
 
 
