@@ -50,7 +50,7 @@ def assemble(loaded: LoadedRecipe) -> Parts:
         processes.together(lambda: look_before(before))  # before an earlier run is overwritten
         tokenizer, sets = before.tokenizer, before.sets
         assert tokenizer is not None and sets is not None
-        run, resume_from = open_run(recipe, processes, lambda path: check_order(path, sets, recipe))
+        run, resume_from = open_run(recipe, processes, partial(check_order, sets=sets, recipe=recipe))
         undo.callback(run.close)
         taken_up = notes(recipe, run.path, resume_from)  # before the recipe in the run's folder is replaced
         tracker = processes.together(lambda: Tracker(run, recipe, is_main=processes.is_main))

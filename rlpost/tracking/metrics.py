@@ -116,7 +116,7 @@ def keep_rows(path: Path, keep: Callable[[MetricRow], bool], aside: Path) -> Non
     added to the file `aside` first."""
     if not path.exists():
         return
-    kept, cut = [], []
+    kept, cut = list[str](), list[str]()
     for line in _complete_lines(path):
         row = _parse(line)
         (kept if row is not None and keep(row) else cut).append(line)
