@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
+import select
 import shlex
 import signal
+import subprocess
 import sys
+import termios
 import time
 
 import pytest
@@ -217,3 +222,37 @@ def test_a_damaged_checkpoint_is_named(unbroken, write_recipe, tmp_path, capsys)
         main([str(recipe), "resume=auto"])
     assert caught.value.code == 3
     assert str(file) in capsys.readouterr().err
+
+
+def test_a_terminal_that_is_closed_saves_and_the_run_goes_on(write_recipe, tmp_path):
+    """As when a laptop is shut or an SSH session ends: SIGHUP, and a terminal that answers every word with an error."""
+    changes = {"learner.rollouts": 8, "evaluation.prompts": 0}
+    recipe, run = write_recipe(tmp_path, changes, SLOW), tmp_path / "run"
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "rlpost", str(recipe)],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    os.close(theirs)
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or len(rows(run)) < 2:
+            assert child.poll() is None and time.monotonic() < deadline
+            if select.select([ours], [], [], 0.02)[0]:
+                os.read(ours, 2**16)  # a terminal that nobody reads holds its writers
+        os.close(ours)
+        assert child.wait(timeout=120) == 130
+    finally:
+        child.kill()
+        child.wait()
+    done = len(rows(run))
+    assert 2 <= done < 8
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step_{done:06d}"]
+    (tmp_path / "graded.py").write_text(REWARD)
+    train(load_recipe(recipe, ["resume=auto"]))
+    assert len(rows(run, "train")) == 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -63,9 +64,10 @@ class Phases:
 
 
 class Interrupt:
-    """Turns the first SIGINT, SIGTERM or SIGUSR1 into a flag; a later one acts as usual.
+    """Turns the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP into a flag; a later one acts as usual.
 
     A terminal sends Ctrl-C to the launcher and to us, and the launcher passes it on: one that follows at once is the same.
+    Where SIGHUP is ignored (`nohup`) it stays so; else the terminal is gone, and nothing more is written to it.
     """
 
     SAME_WITHIN_S = 2.0
@@ -77,8 +79,9 @@ class Interrupt:
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._previous[number] = signal.signal(number, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -87,6 +90,8 @@ class Interrupt:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if self.requested:
             if now - self._asked_at > self.SAME_WITHIN_S:
                 signal.signal(number, self._previous.get(number, signal.SIG_DFL))
@@ -97,3 +102,13 @@ class Interrupt:
             print(
                 "\nrlpost: stopping at the next safe moment, then saving. Once more to stop at once.", file=sys.stderr
             )
+
+
+def _leave_terminal() -> None:
+    """Sends what would be written to a terminal nowhere: one that was closed answers every word with an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        # A terminal that has hung up no longer says that it is one (`isatty`); it is still a device.
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            os.dup2(nowhere, descriptor)
+    os.close(nowhere)
