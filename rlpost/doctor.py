@@ -60,7 +60,7 @@ class Finding:
 def examine(*, quick: bool = False) -> list[Finding]:
     """All findings; `quick` leaves out the imports of vLLM and DeepSpeed. A check that breaks is a finding too."""
     checks: list[Callable[[], Iterator[Finding]]] = [_python, _packages, _torch, _cpu, _vllm_package, _memory, _wandb]
-    checks += [_quickstart, _tests]
+    checks += [_quickstart, _sandbox, _tests]
     if not quick:
         checks += [_vllm_import, _deepspeed_import]
     findings: list[Finding] = []
@@ -287,6 +287,15 @@ def _quickstart() -> Iterator[Finding]:
         )
     else:
         yield Finding("quickstart model", "ok", "package:smollm2-135m is here, no download needed")
+
+
+def _sandbox() -> Iterator[Finding]:
+    from rlpost.sandbox import problem
+
+    why = problem()
+    detail = "bubblewrap works: rewards may run programs (rewards/code.py)" if why is None else why
+    advice = "" if why is None else "only needed for rewards that run what a model wrote"
+    yield Finding("sandbox", "ok" if why is None else "warn", detail, advice)
 
 
 def _tests() -> Iterator[Finding]:
