@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlpost.data.answers import end_ids
@@ -12,6 +13,7 @@ from rlpost.recipe.sections.model import ModelSection
 from rlpost.recipe.sections.rollout import TransformersEngine, VllmEngine
 from rlpost.rollout.engine import RolloutEngine
 from rlpost.rollout.place import Place
+from rlpost.rollout.served import Served
 from rlpost.rollout.vllm_versions import check_version
 
 if TYPE_CHECKING:
@@ -41,30 +43,10 @@ def make_engine(
     if not isinstance(section, VllmEngine | TransformersEngine):
         raise unknown_choice("rollout.engine", section)
     if isinstance(section, VllmEngine):
-        match section.where:
-            case "colocated":
-                if importlib.util.find_spec("vllm") is not None:
-                    check_version()
-                    from rlpost.rollout.vllm_engine import VllmRolloutEngine
-
-                    return VllmRolloutEngine(
-                        model_path,
-                        section,
-                        max_model_len=max_model_len,
-                        seed=seed,
-                        device=device,
-                        trust_remote_code=model.trust_remote_code,
-                        ends=end_ids(tokenizer),
-                    )
-            case "worker" | "server":
-                from rlpost.rollout.remote.make import Served, make_remote_engine
-
-                on_cpu = device.split(":")[0] == "cpu"
-                served = Served(model_path, max_model_len, seed, model.trust_remote_code, on_cpu)
-                ends = end_ids(tokenizer)
-                return make_remote_engine(section, served, ends, place or Place(), in_flight=in_flight)
-            case _:
-                raise unknown_choice("rollout.engine.where", section.where)
+        served = Served(model_path, max_model_len, seed, model.trust_remote_code, device.split(":")[0] == "cpu")
+        engine = _vllm(section, served, end_ids(tokenizer), device, place or Place(), in_flight=in_flight)
+        if engine is not None:
+            return engine
         _log.warning(
             "vLLM IS NOT INSTALLED: sampling with transformers instead, ten or more times slower. Install "
             "`rlpost[cuda]` or `rlpost[cpu]`, or silence this with rollout.engine.type=transformers."
@@ -81,3 +63,31 @@ def make_engine(
         attention=model.attention,
         trust_remote_code=model.trust_remote_code,
     )
+
+
+def _vllm(
+    section: VllmEngine, served: Served, ends: Sequence[int], device: str, place: Place, *, in_flight: bool
+) -> RolloutEngine | None:
+    """vLLM where the recipe wants it; None where it is wanted in this process and is not installed."""
+    match section.where:
+        case "colocated":
+            if importlib.util.find_spec("vllm") is None:
+                return None
+            check_version()
+            from rlpost.rollout.vllm_engine import VllmRolloutEngine
+
+            return VllmRolloutEngine(
+                served.model_path,
+                section,
+                max_model_len=served.max_model_len,
+                seed=served.seed,
+                device=device,
+                trust_remote_code=served.trust_remote_code,
+                ends=ends,
+            )
+        case "worker" | "server":
+            from rlpost.rollout.remote.make import make_remote_engine
+
+            return make_remote_engine(section, served, ends, place, in_flight=in_flight)
+        case _:
+            raise unknown_choice("rollout.engine.where", section.where)

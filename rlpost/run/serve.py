@@ -12,7 +12,8 @@ from rlpost.policy.precision import decide_precision
 from rlpost.recipe.rules.rollout import no_cpu
 from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.rollout.remote.client import answers
-from rlpost.rollout.remote.make import Served, server_process, start
+from rlpost.rollout.remote.make import server_process, start
+from rlpost.rollout.served import Served
 from rlpost.run.build import max_model_len
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rlpost.errors import RolloutError
@@ -20,20 +19,10 @@ from rlpost.rollout.remote.engine import RemoteEngine
 from rlpost.rollout.remote.lanes import Server
 from rlpost.rollout.remote.process import ServerProcess
 from rlpost.rollout.remote.weights import WeightFiles, weights_folder
+from rlpost.rollout.served import Served
 from rlpost.rollout.vllm_errors import explain_startup
 from rlpost.rollout.vllm_names import checkpoint_names, load_config
 from rlpost.rollout.vllm_versions import check_version
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """What a server of vLLM is to serve, and on what."""
-
-    model_path: str  # a folder with weights and tokenizer
-    max_model_len: int  # prompt plus completion, in tokens
-    seed: int
-    trust_remote_code: bool
-    on_cpu: bool
 
 
 def make_remote_engine(
