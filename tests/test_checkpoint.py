@@ -26,8 +26,8 @@ WORKER = Path(__file__).with_name("kill_worker.py")
 def write(store, step, text="weights"):
     return store.write(
         step,
-        lambda folder: (folder / "model.bin").write_text(text) and None,
-        lambda folder: (folder / "trainer" / "rank_0.pt").write_text(text) and None,
+        lambda folder: (folder / "weights.dat").write_text(text) and None,
+        lambda folder: torch.save(text, folder / "trainer" / "rank_0.pt"),
     )
 
 

@@ -74,24 +74,27 @@ def test_ages_are_counted_token_by_token():
 # --- real servers ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def flying(saved, tmp_path_factory):  # noqa: F811
+def make_one(saved, logs, **changes):  # noqa: F811
     """A worker whose weights may change while it samples."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     path, _, tokenizer = saved
-    section = SECTION.model_copy(update={"deadline_s": 60.0, "restarts": 4})
-    engine = make_engine(
-        section,
+    return make_engine(
+        SECTION.model_copy(update=changes),
         ModelSection(path=path),
         path,
         tokenizer,
         max_model_len=100,
         seed=0,
         device="cpu",
-        place=Place(logs=tmp_path_factory.mktemp("logs")),
+        place=Place(logs=logs),
         in_flight=True,
     )
+
+
+@pytest.fixture(scope="module")
+def flying(saved, tmp_path_factory):  # noqa: F811
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    engine = make_one(saved, tmp_path_factory.mktemp("logs"), deadline_s=60.0, restarts=4)
     yield engine
     engine.close()
     torch.set_num_threads(threads)
@@ -261,23 +264,11 @@ def make_flying(saved, tmp_path):  # noqa: F811
     threads, made = torch.get_num_threads(), []
     torch.set_num_threads(1)
 
-    def make_one(**changes):
-        path, _, tokenizer = saved
-        engine = make_engine(
-            SECTION.model_copy(update=changes),
-            ModelSection(path=path),
-            path,
-            tokenizer,
-            max_model_len=100,
-            seed=0,
-            device="cpu",
-            place=Place(logs=tmp_path),
-            in_flight=True,
-        )
-        made.append(engine)
-        return engine
+    def make(**changes):
+        made.append(make_one(saved, tmp_path, **changes))
+        return made[-1]
 
-    yield make_one
+    yield make
     for engine in made:
         engine.close()
     torch.set_num_threads(threads)

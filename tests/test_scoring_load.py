@@ -53,7 +53,7 @@ def test_our_file_names_hide_no_module():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("mathh", "no reward named 'mathh'. Did you mean 'math'.*choice, format, length, math, number"),
+        ("mathh", "no reward named 'mathh'. Did you mean 'math'.*choice, code, format, length, math, number"),
         ("nowhere/own.py", "no reward file nowhere/own.py"),
         ("math:rewards", "no function 'rewards'. Did you mean 'reward'"),
         ("no_such_package.rewards:f", "cannot be imported: ModuleNotFoundError"),

@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,7 +58,11 @@ def prompts(found) -> list[set[str]]:
 def make(monkeypatch):
     """An `Ahead` without model and engine, of six rollouts, with its parts."""
     monkeypatch.setattr(ahead_module, "Collector", FakeCollector)
-    monkeypatch.setattr(ahead_module, "replace", lambda parts, **changes: SimpleNamespace(**vars(parts) | changes))
+
+    def replaced(one, **changes):
+        return SimpleNamespace(**vars(one) | changes) if isinstance(one, SimpleNamespace) else replace(one, **changes)
+
+    monkeypatch.setattr(ahead_module, "replace", replaced)
 
     def make(lag: int, in_flight: bool = False):
         parts = SimpleNamespace(

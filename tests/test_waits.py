@@ -19,6 +19,7 @@ REASONS = {
     "rlpost/rollout/remote/process.py": "a process that was killed",
     "rlpost/rollout/transformers_engine.py": "one token a turn, up to the limit of tokens",
     "rlpost/run/serve.py": "a server is there until it is ended",
+    "rlpost/sandbox/bubblewrap.py": "a process that was killed",
     "rlpost/scoring/pool.py": "processes that were killed",
     "rlpost/source/ahead.py": "a rollout beside the learner, under the watchdog of the phase `wait` and of its own phases",
 }
