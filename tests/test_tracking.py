@@ -147,7 +147,7 @@ def test_truncate_after_keeps_exactly_what_the_checkpoint_knows(tmp_path):
         assert [file.name for file in completion_files(run.completions)] == ["step_000001.jsonl", "step_000003.jsonl"]
         writer.forget()
         assert [json.loads(line)["step"] for line in (tmp_path / "abandoned_metrics.jsonl").open()] == [5, 6]
-        assert (run.completions / "abandoned_step_000005.jsonl").is_file()
+        assert (tmp_path / "abandoned_completions" / "step_000005.jsonl").is_file()
         assert writer.append(5, {"reward/mean": 5 / 7})["step"] == 5
         assert [row["step"] for row in read_metrics(run.metrics)] == [0, 1, 2, 3, 4, 5]
         run.truncate_after(-1)

@@ -24,9 +24,9 @@ LOCK_WAIT_S = 2.0  # long enough for the workers of a run that was just killed t
 _WRITE_TEST = ".write-test-"
 _COMPLETIONS = re.compile(r"step_(\d+)\.jsonl")
 _RECIPES = re.compile(r"recipe\.(\d+)\.yaml")
-_ABANDONED_METRICS = "abandoned_metrics.jsonl"
+_ABANDONED_METRICS, _ABANDONED_COMPLETIONS = "abandoned_metrics.jsonl", "abandoned_completions"
 _WRITTEN_BY_A_RUN = (
-    *("recipe.yaml", "metrics.jsonl", _ABANDONED_METRICS, "timeline.jsonl"),
+    *("recipe.yaml", "metrics.jsonl", _ABANDONED_METRICS, _ABANDONED_COMPLETIONS, "timeline.jsonl"),
     *("completions", "checkpoints", "wandb", "report"),
 )
 
@@ -153,7 +153,9 @@ class RunDirectory:
         for file in self.completions.iterdir():
             found = _COMPLETIONS.fullmatch(file.name)
             if found and int(found[1]) > step:
-                file.replace(file.with_name(f"abandoned_{file.name}"))
+                aside = self.path / _ABANDONED_COMPLETIONS
+                aside.mkdir(exist_ok=True)
+                file.replace(aside / file.name)
             elif file.name.endswith(".tmp"):
                 file.unlink()
 
