@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import sys
 import time
 
 import pytest
 from conftest import REWARD, rows
 
 from rlpost.cli import main
+from rlpost.learner.watch import Interrupt
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
 
@@ -56,3 +60,17 @@ def test_a_second_process_is_kept_out_of_a_live_runs_folder(write_recipe, childr
     assert child.returncode == 0, printed
     assert [row["step"] for row in rows(run, "train")] == [1]
     assert f"Report: {run}/report/index.html" in printed and (run / "report" / "index.html").is_file()
+
+
+def test_a_stop_that_comes_in_the_middle_of_a_write_is_said_and_obeyed(monkeypatch, capfd):
+    """A signal handler may interrupt a write to the same stream, which then refuses a second one ("reentrant call")."""
+
+    class Busy:
+        def write(self, text):
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    monkeypatch.setattr(sys, "stderr", Busy())
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupt.requested
+    assert "stopping at the next safe moment" in capfd.readouterr().err

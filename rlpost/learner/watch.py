@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -99,9 +99,18 @@ class Interrupt:
             return
         self.requested, self._asked_at = True, now
         if os.environ.get("RANK", "0") == "0":
-            print(
-                "\nrlpost: stopping at the next safe moment, then saving. Once more to stop at once.", file=sys.stderr
-            )
+            _say("\nrlpost: stopping at the next safe moment, then saving. Once more to stop at once.\n")
+
+
+def _say(text: str) -> None:
+    """Writes to stderr from within a signal handler: the signal may have come in the middle of a write to the same stream,
+    which then refuses another, and the terminal may be gone."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (RuntimeError, OSError):
+        with suppress(OSError):
+            os.write(2, text.encode())
 
 
 def _leave_terminal() -> None:

@@ -35,7 +35,6 @@ def end_run(
     failed: Exception | None = None,
 ) -> RunResult:
     """Ends all parts and says what came of the run."""
-    parts.phase("checkpoint", parts.store.wait)
     result = RunResult(
         run_dir=parts.run.path,
         optimizer_steps=state.optimizer_step,
