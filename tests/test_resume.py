@@ -229,13 +229,20 @@ def test_a_terminal_that_is_closed_saves_and_the_run_goes_on(write_recipe, tmp_p
     changes = {"learner.rollouts": 8, "evaluation.prompts": 0}
     recipe, run = write_recipe(tmp_path, changes, SLOW), tmp_path / "run"
     ours, theirs = pty.openpty()
+
+    def own_terminal():
+        signal.signal(
+            signal.SIGHUP, signal.SIG_DFL
+        )  # whoever runs these tests under `nohup` hands on that it is ignored
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
     child = subprocess.Popen(
         [sys.executable, "-m", "rlpost", str(recipe)],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(theirs, termios.TIOCSCTTY, 0),
+        preexec_fn=own_terminal,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     os.close(theirs)
