@@ -10,7 +10,7 @@ import pytest
 from conftest import REPOSITORY
 
 from rlpost.sandbox import problem
-from rlpost.sandbox.programs import Assertion, Call, Stream, cases_of_check, same_text
+from rlpost.sandbox.programs import Assertion, Call, Stream, cases_of_check, passed, same_text
 from rlpost.scoring import Unparsable
 
 code = runpy.run_path(str(REPOSITORY / "rewards" / "code.py"))
@@ -175,3 +175,33 @@ def test_a_run_learns_by_execution(write_recipe, tmp_path):
     train(load_recipe(write_recipe(tmp_path, changes)))
     [row] = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open() if '"train"' in line]
     assert row["rewards/code/mean"] == 0.0 and row["scores/code/scored"] == 8
+
+
+@pytest.mark.parametrize(
+    ("program", "right"),
+    [
+        ("import sys\nsys.stdout = open(1, 'w')\nprint(6)", True),
+        ("out = open(1, 'w')\nout.write('6')", True),  # written when the interpreter lets go of it
+        ("import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.2), print(6))).start()", True),
+        ("import atexit\natexit.register(lambda: print(6))", True),
+        ("print(6)\nraise SystemExit", True),
+        ("print(6)\nraise SystemExit(3)", False),
+        ("print(6)\n1 / 0", False),
+        ("print(6)\nimport os\nos._exit(0)", False),  # what is held is not written
+        ("if __name__ == '__main__':\n    print(6)", True),
+        (
+            "import pickle\nclass A:\n    x = 6\nprint(pickle.loads(pickle.dumps(A())).x)",
+            True,
+        ),
+        ("def f(n):\n    return 6 if n == 0 else f(n - 1)\nprint(f(990))", True),
+        (
+            "import os\nif os.fork() == 0:\n    os.execv('/bin/sleep', ['sleep', '100'])\nprint(6)",
+            False,
+        ),  # nobody may write any more
+        ("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nprint(6)", False),
+    ],
+)
+def test_a_program_ends_as_the_interpreter_ends_it(program, right):
+    """Although it is forked from one that runs already."""
+    cases = [Stream("", "6"), Stream("", "7"), Stream("", "6")]
+    assert passed(program, cases, seconds=3.0) == [right, False, right]
