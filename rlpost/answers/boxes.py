@@ -49,7 +49,7 @@ class Box:
 
 def find_boxes(text: str) -> list[Box]:
     """The closed boxes that lie in no other closed box, in order. Takes time in proportion to the text's length."""
-    found: list[Box] = []
+    boxes: list[Box] = []
     open_braces: list[tuple[int, int] | None] = []  # of boxes: where they begin, and where their content does
     for match in _BRACES.finditer(text):
         if match[1]:
@@ -59,12 +59,12 @@ def find_boxes(text: str) -> list[Box]:
         elif match[0] == "}" and open_braces:
             began = open_braces.pop()
             if began is not None:
-                while found and found[-1].start > began[0]:
-                    found.pop()
-                found.append(Box(began[0], match.end(), text[began[1] : match.start()].strip()))
-    if not found:
-        found = [Box(m.start(), m.end(), m[1]) for m in _BARE.finditer(text)]
-    return found
+                while boxes and boxes[-1].start > began[0]:
+                    boxes.pop()
+                boxes.append(Box(began[0], match.end(), text[began[1] : match.start()].strip()))
+    if not boxes:
+        boxes = [Box(m.start(), m.end(), m[1]) for m in _BARE.finditer(text)]
+    return boxes
 
 
 def has_open_box(text: str) -> bool:

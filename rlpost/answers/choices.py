@@ -46,14 +46,14 @@ def chosen(text: str, letters: str) -> str | None:
     if boxed:
         return _only_letter({_whole(box, letters) for box in boxed})
     for match in reversed(list(_STATED.finditer(text))):
-        found = _stated(match[1], letters)
-        if found is not None:
-            return found or None
+        letter = _stated(match[1], letters)
+        if letter is not None:
+            return letter or None
     return _bare(text.strip(), letters)
 
 
-def _only_letter(found: set[str | None]) -> str | None:
-    return found.pop() if len(found) == 1 else None
+def _only_letter(letters: set[str | None]) -> str | None:
+    return letters.pop() if len(letters) == 1 else None
 
 
 def _in_tags(text: str, letters: str) -> str | None:

@@ -44,26 +44,26 @@ def final_answers(text: str) -> list[str]:
 
 def tagged_answers(text: str) -> list[tuple[int, int, str]]:
     """The last two <answer>...</answer> of a text: where each begins and ends, and what stands in it."""
-    found: list[tuple[int, int, str]] = []
+    answers: list[tuple[int, int, str]] = []
     lower, end = text.lower(), len(text)
-    while len(found) < 2:
+    while len(answers) < 2:
         closing = lower.rfind("</answer>", 0, end)
         opening = lower.rfind("<answer>", 0, max(closing, 0))
         if opening < 0:
             break
-        found.insert(0, (opening, closing + len("</answer>"), text[opening + len("<answer>") : closing]))
+        answers.insert(0, (opening, closing + len("</answer>"), text[opening + len("<answer>") : closing]))
         end = opening
-    return found
+    return answers
 
 
 def said_answer(text: str) -> str | None:
     """What stands behind the last "the answer is" up to the end of its line; None without one, or where a box says it."""
     if has_open_box(text):
         return None
-    found = None
-    for found in _STATEMENT.finditer(text[-_LONGEST:]):  # noqa: B007
+    statement = None
+    for statement in _STATEMENT.finditer(text[-_LONGEST:]):  # noqa: B007
         pass
-    return found[1].strip() if found else None
+    return statement[1].strip() if statement else None
 
 
 def _within(text: str, whole: bool) -> list[str]:

@@ -33,10 +33,10 @@ def library_reading(text: str) -> tuple[Any, ...]:
         return ()
     from math_verify import LatexExtractionConfig, parse
 
-    found = parse(
+    readings = parse(
         f"${text.replace('$', '')}$", (LatexExtractionConfig(),), fallback_mode="no_fallback", parsing_timeout=None
     )
-    return tuple(expression for expression in found if str(expression) not in ("nan", "zoo"))
+    return tuple(expression for expression in readings if str(expression) not in ("nan", "zoo"))
 
 
 def library_same(gold: str, answer: str) -> bool:

@@ -57,10 +57,10 @@ def find_numbers(text: str) -> list[Found]:
 def last_number(text: str) -> Fraction | None:
     """The last number of a text; None if there is none, or the last one is none that can be told."""
     plain = plain_text(text)
-    found = None
+    last = None
     for match in _NUMBER.finditer(plain):
-        found = match
-    return None if found is None else _value(found)
+        last = match
+    return None if last is None else _value(last)
 
 
 def only_number(text: str) -> Fraction | None:

@@ -167,11 +167,11 @@ def _listing(items: tuple[Value, ...], joined: str) -> RealSet | None:
 
 def names_in(items: tuple[Value, ...]) -> set[str]:
     """The variables of relations."""
-    found: set[str] = set()
+    names: set[str] = set()
     for item in items:
         for side in item.sides if isinstance(item, Relation) else ():
-            found |= symbols(side.expression) if isinstance(side, Quantity) else set()
-    return found
+            names |= symbols(side.expression) if isinstance(side, Quantity) else set()
+    return names
 
 
 def _chain(relation: Relation) -> RealSet | None:

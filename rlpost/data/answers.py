@@ -201,14 +201,14 @@ class Answers:
 
     def notes(self) -> list[str]:
         """What should be known of the answers that were read, a line each."""
-        found = []
+        notes = []
         if self.unclosed:
-            found.append(f"{self.unclosed} answers never close the thinking that the chat template opens for them")
+            notes.append(f"{self.unclosed} answers never close the thinking that the chat template opens for them")
         if before := next((form.before for form in self._forms.values() if (form.before or "").strip()), None):
-            found.append(
+            notes.append(
                 f"in front of answers without thinking the chat template writes {before!r}, which is learned too"
             )
-        return found
+        return notes
 
 
 def _continued(text: str, form: Form) -> str:
@@ -276,13 +276,13 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     """The tokens that a text names as a whole (special and added ones), longer ones first."""
     added: Iterable[Any] = getattr(tokenizer, "added_tokens_decoder", {}).values()
-    found = {*map(str, added), *map(str, tokenizer.all_special_tokens)}
-    return tuple(sorted((token for token in found if token.strip()), key=lambda token: (-len(token), token)))
+    tokens = {*map(str, added), *map(str, tokenizer.all_special_tokens)}
+    return tuple(sorted((token for token in tokens if token.strip()), key=lambda token: (-len(token), token)))
 
 
 def _marks(text: str, specials: Sequence[str]) -> list[tuple[int, int]]:
     """[start, end) of what stands in a text as a mark, in order."""
-    found = [match.span() for match in _MARK.finditer(text)]
+    spans = [match.span() for match in _MARK.finditer(text)]
     for token in specials:
-        found += [match.span() for match in re.finditer(re.escape(token), text)]
-    return sorted(found, key=lambda span: (span[0], -span[1]))
+        spans += [match.span() for match in re.finditer(re.escape(token), text)]
+    return sorted(spans, key=lambda span: (span[0], -span[1]))

@@ -123,10 +123,10 @@ def _row(row_id: str, values: Values, source: DatasetSource, where: str, filled:
 
 def _field(values: Mapping[str, Any], path: str, key: str, row_id: str) -> Any:
     """The value that a dotted path leads to."""
-    found: Any = values
+    value: Any = values
     for name in path.split("."):
-        if not isinstance(found, Mapping) or name not in found:
-            there = nearest(name, found) if isinstance(found, Mapping) else " What stands before it has no fields."
+        if not isinstance(value, Mapping) or name not in value:
+            there = nearest(name, value) if isinstance(value, Mapping) else " What stands before it has no fields."
             raise DataError(f"{key}: `{path}` does not exist in row {row_id}: there is no `{name}`.{there}")
-        found = found[name]
-    return found
+        value = value[name]
+    return value

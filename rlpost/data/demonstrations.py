@@ -47,10 +47,10 @@ class DemonstrationReader:
                 [self._whole(prompt) for prompt in having],
             )
         )
-        found = [None if prompt.demonstration is None else next(made) for prompt in prompts]
+        token_ids = [None if prompt.demonstration is None else next(made) for prompt in prompts]
         return [
             ids if ids is not None and 1 < len(ids) <= self.limit(prompt) else None
-            for prompt, ids in zip(prompts, found, strict=True)
+            for prompt, ids in zip(prompts, token_ids, strict=True)
         ]
 
     @property

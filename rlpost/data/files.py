@@ -78,16 +78,16 @@ def find_files(path: str, where: str, base: Path | None = None) -> list[Path]:
     pattern = str(Path(path).expanduser())
     place = Path(pattern)
     # Path.glob takes no absolute patterns.
-    found = [place] if place.exists() else sorted(Path(one) for one in glob(pattern, recursive=True))  # noqa: PTH207
-    if not found:
+    matches = [place] if place.exists() else sorted(Path(one) for one in glob(pattern, recursive=True))  # noqa: PTH207
+    if not matches:
         beside = f", then beside the recipe in {base}" if base is not None and len(candidates(path, base)) > 1 else ""
         raise DataError(
             f"{where}.path={path}: no file matches `{path}`: there is no such file (looked in {Path.cwd()}{beside})."
             f"{_nearest_file(pattern)} Correct the path, or give a hub name without a file ending."
         )
-    if found == [place] and place.is_dir():
+    if matches == [place] and place.is_dir():
         raise DataError(f"{where}.path: `{path}` is a folder{_in_folder(place, path)}")
-    files = [file for file in found if not file.is_dir()]
+    files = [file for file in matches if not file.is_dir()]
     strange = next((file for file in files if kind_of(file) is None), None)
     if strange is not None or not files:
         what = f"{strange or place} is a file whose name" if files else f"`{path}` matches folders only, and a folder"

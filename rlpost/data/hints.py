@@ -100,7 +100,7 @@ def _cut_by(atoms: Sequence[tuple[int, int]], place: int) -> int | None:
 
 def _atoms(text: str) -> list[tuple[int, int]]:
     """[start, end) of what must not be cut, in order; a LaTeX command reaches to the end of its last argument."""
-    found: list[tuple[int, int]] = []
+    atoms: list[tuple[int, int]] = []
     place = 0
     while match := _ATOM.search(text, place):
         start, stop = match.span()
@@ -110,9 +110,9 @@ def _atoms(text: str) -> list[tuple[int, int]]:
             stop = _scripts_end(text, _arguments_end(text, stop, _ARGUMENTS.get(match[0][1:].rstrip("*"), 0)))
             stop = _arguments_end(text, stop, 0)
         stop = max(_scripts_end(text, stop), match.end())
-        found.append((start, stop))
+        atoms.append((start, stop))
         place = stop
-    return found
+    return atoms
 
 
 def _arguments_end(text: str, place: int, arguments: int) -> int:
@@ -203,8 +203,8 @@ class Hinter:
 
     def too_long(self, prompts: Sequence[Prompt], ratio: float) -> list[Prompt]:
         """The prompts whose hinted form does not fit `max_prompt_tokens`."""
-        found = zip(prompts, self._hint_all(prompts, ratio), strict=True)
-        return [prompt for prompt, hinted in found if hinted is not None and not self._fits(hinted)]
+        pairs = zip(prompts, self._hint_all(prompts, ratio), strict=True)
+        return [prompt for prompt, hinted in pairs if hinted is not None and not self._fits(hinted)]
 
     def _fits(self, hinted: Prompt) -> bool:
         return len(hinted.token_ids) <= self.max_prompt_tokens

@@ -35,9 +35,9 @@ def chat_fault(value: Any) -> str | None:
         if "from" in message and "value" in message:
             return "has messages with `from` and `value` (ShareGPT's form): rename them to `role` and `content`"
         key = "content" if isinstance(role, str) else "role"
-        found = "null" if message.get(key) is None else f"of type {type(message[key]).__name__}"
-        parts = " (content parts): join them to one text" if key == "content" and found == "of type list" else ""
-        return f"has a message {i} whose `{key}` is {found}, not a text{parts}"
+        kind = "null" if message.get(key) is None else f"of type {type(message[key]).__name__}"
+        parts = " (content parts): join them to one text" if key == "content" and kind == "of type list" else ""
+        return f"has a message {i} whose `{key}` is {kind}, not a text{parts}"
     return None
 
 
@@ -109,7 +109,7 @@ def without_nulls(value: Any) -> Any:
 def template_columns(values: Mapping[str, Any], row_id: str, where: str, *, filled: bool = False) -> dict[str, Any]:
     """The row's own keywords of the chat template: the columns `tools` and `chat_template_kwargs`, as with TRL, each given as
     it is or as JSON, and `documents` where it is a list of objects. Raises DataError for what no template could take."""
-    found: dict[str, Any] = {}
+    columns: dict[str, Any] = {}
     for column in ("tools", "chat_template_kwargs"):
         value = _parsed(values.get(column), column, row_id, where)
         value = without_nulls(value) if filled else value
@@ -121,16 +121,16 @@ def template_columns(values: Mapping[str, Any], row_id: str, where: str, *, fill
                 f"{where}: column `{column}` of row {row_id} holds a {type(value).__name__}, where the chat template needs "
                 f"{called}. Correct it, or remove or rename the column."
             )
-        found |= {column: value} if column == "tools" else value
+        columns |= {column: value} if column == "tools" else value
     documents = values.get("documents")  # many data sets have a column of this name that is meant for no template
     if isinstance(documents, list) and documents and all(isinstance(one, Mapping) for one in documents):
-        found.setdefault("documents", without_nulls(documents) if filled else documents)
-    if taken := next((name for name in RESERVED if name in found), None):
+        columns.setdefault("documents", without_nulls(documents) if filled else documents)
+    if taken := next((name for name in RESERVED if name in columns), None):
         raise DataError(
             f"{where}: column `chat_template_kwargs` of row {row_id} has the keyword `{taken}`, which is no template's: it "
             "says what is done with the template. Remove it."
         )
-    return found
+    return columns
 
 
 def _parsed(value: Any, column: str, row_id: str, where: str) -> Any:

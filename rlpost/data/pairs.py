@@ -74,12 +74,12 @@ class PairSets:
             "too_long": "raise rollout.max_completion_tokens or set data.train.too_long=cut",
             "held_out": "lower data.held_out, or give a data.eval with other prompts",
         }
-        found = [text for reason, text in advice.items() if reason in lost]
+        ways = [text for reason, text in advice.items() if reason in lost]
         if rows := sorted(lost - advice.keys()):
-            found.append(
+            ways.append(
                 f"look at the rows of data.train: data.train.{SETTING.get(rows[0], rows[0])}=refuse names the first"
             )
-        return "; ".join([*found, "or give more data in data.train"])
+        return "; ".join([*ways, "or give more data in data.train"])
 
 
 def fingerprint(pairs: Sequence[Pair]) -> str:

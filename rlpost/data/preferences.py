@@ -54,7 +54,7 @@ def load_preferences(source: PreferenceSource, where: str = "data.train") -> tup
     """
     table = load_table(DatasetSource(path=source.path, name=source.name, split=source.split, limit=source.limit), where)
     _check_columns(source, table, where)
-    found: list[Preference] = []
+    preferences: list[Preference] = []
     problems: dict[str, list[tuple[str, str]]] = {}
     for i, values in enumerate(table.rows):
         row_id = f"{table.name}/{i}"
@@ -62,13 +62,13 @@ def load_preferences(source: PreferenceSource, where: str = "data.train") -> tup
             values = {column: without_nulls(value) for column, value in values.items()}
         row = read_row(row_id, values, source, where)
         if isinstance(row, Preference):
-            found.append(row)
+            preferences.append(row)
         else:
             problems.setdefault(row.reason, []).append((row_id, row.detail))
     for reason, rows in problems.items():
         if getattr(source, SETTING.get(reason, reason)) == "refuse":
             raise refusal(reason, len(rows), len(table.rows), rows[0], where)
-    return found, Counter({reason: len(rows) for reason, rows in problems.items()})
+    return preferences, Counter({reason: len(rows) for reason, rows in problems.items()})
 
 
 def refusal(reason: str, count: int, total: int, first: tuple[str, str], where: str) -> DataError:

@@ -158,12 +158,12 @@ def _same(text: str, value: float) -> bool:
 
 def _distinct(pairs: list[tuple[str, Any]]) -> Values:
     """An object; refused where a key stands in it twice, since only one of the two values could be kept."""
-    found = {sys.intern(key): value for key, value in pairs}
-    if len(found) != len(pairs):
+    mapping = {sys.intern(key): value for key, value in pairs}
+    if len(mapping) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise _Inexact(f"has the key `{twice}` twice in one object. Remove one of them.")
-    return found
+    return mapping
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_distinct, parse_float=_fraction)

@@ -74,22 +74,22 @@ def _euclid(a: int, b: int) -> tuple[list[str], int]:
 
 
 def _gcd(meta: Mapping[str, Any]) -> Worked:
-    steps, (found, *rest) = [], meta["numbers"]
+    steps, (result, *rest) = [], meta["numbers"]
     for number in rest:
-        more, common = _euclid(max(found, number), min(found, number))
-        steps += [*more, f"The greatest common divisor of {found} and {number} is {common}."]
-        found = common
-    return steps, str(found)
+        more, common = _euclid(max(result, number), min(result, number))
+        steps += [*more, f"The greatest common divisor of {result} and {number} is {common}."]
+        result = common
+    return steps, str(result)
 
 
 def _lcm(meta: Mapping[str, Any]) -> Worked:
-    steps, (found, *rest) = [], meta["numbers"]
+    steps, (result, *rest) = [], meta["numbers"]
     for number in rest:
-        more, common = _euclid(max(found, number), min(found, number))
-        multiple = math.lcm(found, number)
-        steps += [*more, f"The common divisor is {common}, so {found} * {number} / {common} = {multiple}."]
-        found = multiple
-    return steps, str(found)
+        more, common = _euclid(max(result, number), min(result, number))
+        multiple = math.lcm(result, number)
+        steps += [*more, f"The common divisor is {common}, so {result} * {number} / {common} = {multiple}."]
+        result = multiple
+    return steps, str(result)
 
 
 def _fraction(meta: Mapping[str, Any]) -> Worked | None:
@@ -130,10 +130,10 @@ def _equation(meta: Mapping[str, Any]) -> Worked | None:
     """A linear equation of one unknown that stands on the left: a x + b = c in whole numbers."""
     name, equation = meta["variable"], meta["equation"]
     left, _, right = equation.partition(" = ")
-    found = [_evaluate(ast.parse(left.replace(name, f"({x})"), mode="eval").body, []) for x in (0, 1)]
-    if found[0] is None or found[1] is None or not right.lstrip("-").isdigit():
+    values = [_evaluate(ast.parse(left.replace(name, f"({x})"), mode="eval").body, []) for x in (0, 1)]
+    if values[0] is None or values[1] is None or not right.lstrip("-").isdigit():
         return None
-    a, b, c = found[1] - found[0], found[0], int(right)
+    a, b, c = values[1] - values[0], values[0], int(right)
     if a == 0 or (c - b) % a:
         return None
     steps = [f"{equation}."]

@@ -56,12 +56,12 @@ class ChatTemplate:
 
     def notes(self) -> list[str]:
         """What should be known of the prompts that were rendered, a line each."""
-        found = [
+        notes = [
             f"the chat template shows nothing of {what} (row {row} is the first)" for what, row in self._unseen.items()
         ]
         source = self.tokenizer.chat_template
         text = " ".join(source.values()) if isinstance(source, Mapping) else str(source)
-        found += [
+        notes += [
             f"the chat template has no keyword `{name}`, so data.template_options.{name} changes nothing"
             for name in self.options
             if name not in text
@@ -72,11 +72,11 @@ class ChatTemplate:
                 if "date_string" in text
                 else "a copy without it fixes that"
             )
-            found.append(
+            notes.append(
                 "the chat template writes today's date, so that prompts change from day to day, and a run can be resumed on "
                 f"the same day only ({fixed})"
             )
-        return found
+        return notes
 
     def _render(self, chat: Chat, row: str, options: Mapping[str, Any], *, answer: bool) -> str:
         try:

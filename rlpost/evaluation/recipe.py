@@ -163,11 +163,11 @@ def _with_adapter(recipe: Recipe, loaded: LoadedRecipe, checkpoint: Path) -> Rec
         return recipe
     from rlpost.recipe.sections.model import LoraSection
 
-    found = json.loads(file.read_text(encoding="utf-8"))
-    targets = found.get("target_modules") or "all-linear"
+    adapter = json.loads(file.read_text(encoding="utf-8"))
+    targets = adapter.get("target_modules") or "all-linear"
     lora = LoraSection(
-        rank=found["r"],
-        alpha=found["lora_alpha"],
+        rank=adapter["r"],
+        alpha=adapter["lora_alpha"],
         targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
     )
     _log.info("model.lora is that of %s: rank %d, alpha %g", file, lora.rank, lora.alpha)

@@ -156,14 +156,14 @@ def weigh_tokens(
     if kl_coefficient and buffer.ref_logp is not None:
         kl = kl_estimate(state.method.kl.estimator, buffer.old_logp.double(), buffer.ref_logp.double())
     value = aggregate_values(section, old.double())
-    found = estimate(section, reward, value, sequence, kl=kl, kl_coefficient=kl_coefficient)
-    parts = processes.gather(ValueStatistics.of(section, found, value, sequence))
+    estimated = estimate(section, reward, value, sequence, kl=kl, kl_coefficient=kl_coefficient)
+    parts = processes.gather(ValueStatistics.of(section, estimated, value, sequence))
     statistics = sum(parts[1:], parts[0])
-    buffer.token_advantage = whiten_advantage(section, found, statistics.advantage).float()
-    buffer.target, buffer.known = found.target.float(), found.known
+    buffer.token_advantage = whiten_advantage(section, estimated, statistics.advantage).float()
+    buffer.target, buffer.known = estimated.target.float(), estimated.known
     buffer.advantage = mean_by(buffer.token_advantage, sequence, len(lengths))
     buffer.dead = (False,) * len(buffer.groups)  # every completion has values to be learned
-    size = merge(processes.gather({"advantage/mean_abs": mean_of(buffer.token_advantage.abs(), found.known)}))
+    size = merge(processes.gather({"advantage/mean_abs": mean_of(buffer.token_advantage.abs(), estimated.known)}))
     buffer.metrics |= {**statistics.metrics(), **metric_values(size)}  # in place of what the rewards looked like
 
 

@@ -230,11 +230,11 @@ def refuse_run_folder(path: Path, key: str) -> None:
     """Raises CheckpointError where `path` is a run's folder, naming the checkpoints in it; `key` is what it was given as."""
     if (path / "config.json").is_file() or (path / MANIFEST).is_file():
         return
-    found = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
-    if found:
+    checkpoints = checkpoints_in(path / "checkpoints") or checkpoints_in(path)
+    if checkpoints:
         raise CheckpointError(
-            f"{path} is a run's folder, not a checkpoint. It has {', '.join(p.name for p in found)}; the newest is "
-            f"{key}{found[-1]}"
+            f"{path} is a run's folder, not a checkpoint. It has {', '.join(p.name for p in checkpoints)}; the newest is "
+            f"{key}{checkpoints[-1]}"
         )
     if (path / "metrics.jsonl").is_file():
         raise CheckpointError(f"{path} is the folder of a run that has saved no checkpoint yet.")

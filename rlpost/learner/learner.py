@@ -219,7 +219,7 @@ def token_logprobs(policy: Policy, micro_batches: Sequence[TokenRows], tokens: i
     """Log-probs [tokens] (float32, CPU) of all completion tokens under the policy as it is now. Collective like `passes`."""
     logp = torch.zeros(tokens)
     for rows in policy.passes(micro_batches):
-        found = policy(rows).logp
+        row_logp = policy(rows).logp
         if rows.useful_tokens:
-            logp[rows.token_index.cpu()] = found.float().cpu()
+            logp[rows.token_index.cpu()] = row_logp.float().cpu()
     return logp

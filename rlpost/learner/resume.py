@@ -154,8 +154,8 @@ def notes(recipe: Recipe, run_dir: Path, resume_from: Path | None) -> list[str]:
 
 def _changed_lines(path: Path, counters: dict[str, Any], recipe: Recipe) -> list[str]:
     """A line for every key that has another value than in the recipe of the checkpoint."""
-    found = [change for change in found_changes(path, counters, recipe) if change.key not in ("name", "output_dir")]
-    return [f"Changed since it was saved: {c.key} {_short(c.before)} -> {_short(c.now)}" for c in found]
+    different = [change for change in found_changes(path, counters, recipe) if change.key not in ("name", "output_dir")]
+    return [f"Changed since it was saved: {c.key} {_short(c.before)} -> {_short(c.now)}" for c in different]
 
 
 def read_counters_unverified(path: Path) -> dict[str, Any]:

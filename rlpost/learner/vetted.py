@@ -67,9 +67,9 @@ def _known(name: str) -> bool:
     if not f"{module}.".startswith(tuple(noun if noun.endswith(".") else f"{noun}." for noun in _NOUNS)):
         return False
     try:
-        found = getattr(importlib.import_module(module), attribute, None)
+        named = getattr(importlib.import_module(module), attribute, None)
     except ImportError:
         return False
-    if not isinstance(found, type) or not found.__module__.startswith("rlpost."):
+    if not isinstance(named, type) or not named.__module__.startswith("rlpost."):
         return False
-    return dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)
+    return dataclasses.is_dataclass(named) or issubclass(named, enum.Enum)

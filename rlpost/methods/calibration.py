@@ -57,8 +57,8 @@ class Calibration:
 
     def state_dict(self) -> dict[str, Any]:
         """The state between two optimizer steps."""
-        found = self.limits
-        limits = None if found is None else (found.max_kl, found.max_objective, found.min_objective)
+        current = self.limits
+        limits = None if current is None else (current.max_kl, current.max_objective, current.min_objective)
         places = self._seen.nonzero().squeeze(1)
         return {"steps": self.steps, "places": places, "counts": self._seen[places], "limits": limits}
 

@@ -232,8 +232,8 @@ class KlController:
 
 def to_dict(state: State) -> dict[str, Any]:
     """A state as plain numbers, lists and dicts (JSON can hold it; -inf is written as None)."""
-    found = asdict(state)
-    return {k: list(v) if isinstance(v, tuple) else None if v == -math.inf else v for k, v in found.items()}
+    fields = asdict(state)
+    return {k: list(v) if isinstance(v, tuple) else None if v == -math.inf else v for k, v in fields.items()}
 
 
 def from_dict(section: Controller, values: Mapping[str, Any]) -> State:

@@ -45,17 +45,17 @@ KNOWN: dict[str, dict[str, str]] = {
 
 def fingerprints(source: str, names: tuple[str, ...]) -> dict[str, str | None]:
     """The fingerprints of these methods of the class in `source` (the text of stage3.py); None: there is no such method."""
-    found: dict[str, str | None] = dict.fromkeys(names)
+    prints: dict[str, str | None] = dict.fromkeys(names)
     lines = source.encode().splitlines(
         keepends=True
     )  # not `ast.get_source_segment`: it splits the whole file for each method
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ClassDef) and node.name == CLASS:
             for method in node.body:
-                if isinstance(method, ast.FunctionDef) and method.name in found:
+                if isinstance(method, ast.FunctionDef) and method.name in prints:
                     text = b"".join(lines[method.lineno - 1 : method.end_lineno])[method.col_offset :].decode().rstrip()
-                    found[method.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return found
+                    prints[method.name] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return prints
 
 
 def refuse_unknown(source: str, version: str) -> None:

@@ -73,8 +73,8 @@ def timeline(
     load: Callable[[Op], Load] | None = None,
 ) -> Timeline:
     """When each operation of an update of so many parameters runs."""
-    found = cut([parameters], [0], -(-parameters // pieces), gpu_of=way.gpu_of, every=way.every, resident=way.resident)
-    program = build_update(found, Nothing(), sets=STAGING, ring=RING, fused=fused)
+    layout = cut([parameters], [0], -(-parameters // pieces), gpu_of=way.gpu_of, every=way.every, resident=way.resident)
+    program = build_update(layout, Nothing(), sets=STAGING, ring=RING, fused=fused)
     return simulate(program, rates, load)
 
 
@@ -107,6 +107,6 @@ def choose(
     among: Sequence[Way] | None = None,
 ) -> tuple[Predicted | None, list[Predicted]]:
     """(the fastest way that fits into so many bytes of both memories, all ways from the fastest on); None: none fits."""
-    found = [predict(parameters, way, rates, piece_size=piece_size) for way in among or ways()]
-    found.sort(key=lambda one: (one.seconds, one.accelerator))
-    return next((one for one in found if one.accelerator <= accelerator and one.host <= host), None), found
+    predictions = [predict(parameters, way, rates, piece_size=piece_size) for way in among or ways()]
+    predictions.sort(key=lambda one: (one.seconds, one.accelerator))
+    return next((one for one in predictions if one.accelerator <= accelerator and one.host <= host), None), predictions

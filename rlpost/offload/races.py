@@ -29,17 +29,17 @@ def races(program: Program) -> list[Race]:
     lane = {name: i for i, name in enumerate(LANES)}
     bounds = _bounds(program)
     last: dict[tuple[str, int, bool], dict[int, int]] = {}  # buffer, part, wrote -> lane -> its last operation there
-    found: dict[Race, None] = {}
+    pairs: dict[Race, None] = {}
     for i, op in enumerate(program.ops):
         touched = [(key, writes) for use, writes in _of(op) for key in _parts(use, bounds[use.buffer])]
         for (buffer, part), writing in touched:
             for wrote in (True, False) if writing else (True,):
                 for at, j in last.get((buffer, part, wrote), {}).items():
                     if clocks[i][at] < places[j]:
-                        found[Race(j, i, buffer)] = None
+                        pairs[Race(j, i, buffer)] = None
         for (buffer, part), writing in touched:
             last.setdefault((buffer, part, writing), {})[lane[op.lane]] = i
-    return list(found)
+    return list(pairs)
 
 
 def gaps(program: Program, elements: int) -> list[str]:
@@ -48,20 +48,20 @@ def gaps(program: Program, elements: int) -> list[str]:
     Every element of weights, master weights and moments is written once. And what lies in a staging set or a ring belongs to
     one piece: an operation reads there only what an operation of its own piece has written, and all that is written is read.
     """
-    found = [gap for buffer in STATE for gap in _not_once(program, buffer, elements)]
+    missing = [gap for buffer in STATE for gap in _not_once(program, buffer, elements)]
     holder: dict[
         str, tuple[int, bool]
     ] = {}  # scratch buffer -> piece that was written there last, and whether it was read
     for i, op in enumerate(program.ops):
         for buffer in (use.buffer for use in op.reads if _is_scratch(use)):
             if holder.get(buffer, (None, False))[0] != op.piece:
-                found.append(f"{describe(program, i)} reads {buffer}, where no operation of that piece has written")
+                missing.append(f"{describe(program, i)} reads {buffer}, where no operation of that piece has written")
             holder[buffer] = (op.piece, True)
         for buffer in (use.buffer for use in op.writes if _is_scratch(use)):
             if buffer in holder and not holder[buffer][1]:
-                found.append(f"{describe(program, i)} overwrites {buffer}, which nothing has read")
+                missing.append(f"{describe(program, i)} overwrites {buffer}, which nothing has read")
             holder[buffer] = (op.piece, False)
-    return found + [f"nothing reads {buffer} at last" for buffer, (_, read) in holder.items() if not read]
+    return missing + [f"nothing reads {buffer} at last" for buffer, (_, read) in holder.items() if not read]
 
 
 def describe(program: Program, number: int) -> str:

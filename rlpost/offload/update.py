@@ -70,8 +70,10 @@ class Update:
         self._gradients = [host_vector(on_cpu, state.gradients.dtype, pinned=self._cuda) for _ in range(ring)]
         self._weights = [host_vector(on_cpu, state.weights.dtype, pinned=self._cuda) for _ in range(ring)]
         self.program: Program = build_update(pieces, self, sets=sets, ring=ring)
-        if found := races(self.program):
-            raise RuntimeError(f"the update's program has {len(found)} races, the first is {found[0]}: report this")
+        if conflicts := races(self.program):
+            raise RuntimeError(
+                f"the update's program has {len(conflicts)} races, the first is {conflicts[0]}: report this"
+            )
 
     def run(self, step: StepSetting) -> None:
         """One optimizer step; done when it returns."""

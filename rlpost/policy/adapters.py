@@ -74,8 +74,8 @@ def adapted_experts(model: nn.Module) -> str | None:
     """The name of a tensor with an adapter that belongs to no linear layer, such as fused experts; None if there is none."""
     from peft.tuners.lora.layer import ParamWrapper
 
-    found = ((name, module) for name, module in model.named_modules() if isinstance(module, ParamWrapper))
-    return next((f"{name.replace('.base_layer', '')}.{module.parameter_name}" for name, module in found), None)
+    wrappers = ((name, module) for name, module in model.named_modules() if isinstance(module, ParamWrapper))
+    return next((f"{name.replace('.base_layer', '')}.{module.parameter_name}" for name, module in wrappers), None)
 
 
 def expert_note(causal_lm: PreTrainedModel) -> str | None:

@@ -86,13 +86,13 @@ def _read(path: str) -> Any:
         return None
 
 
-def _mended(found: Any) -> tuple[GenerationConfig, list[str]]:
+def _mended(settings: Any) -> tuple[GenerationConfig, list[str]]:
     """As many of the settings as transformers takes together, in their order, and the names of the others."""
     from transformers import GenerationConfig
 
     kept: dict[str, Any] = {}
     dropped: list[str] = []
-    for name, value in found.items() if isinstance(found, dict) else ():
+    for name, value in settings.items() if isinstance(settings, dict) else ():
         try:
             GenerationConfig(**kept, **{name: value})
             kept[name] = value

@@ -101,13 +101,13 @@ class WeightNames:
         for name in sorted(self._like, key=_natural):
             target, source = rules.rename(name)
             groups[target][name] = source
-        for target, found in groups.items():
-            names = tuple(found)
-            first = found[names[0]]
+        for target, members in groups.items():
+            names = tuple(members)
+            first = members[names[0]]
             if first is None:
                 yield Bundle(names, (target,), target, {}, None)
                 continue
-            converter, sources = rules.converter(first), {name: source or "" for name, source in found.items()}
+            converter, sources = rules.converter(first), {name: source or "" for name, source in members.items()}
             made = self._convert(converter, target, sources, self._like)
             yield Bundle(names, tuple(made), target, sources, converter)
 

@@ -80,11 +80,11 @@ def _reads_rows(width: int, block: int) -> bool:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     rows = torch.linspace(-1, 1, block * width).view(block, width)  # as many scales as a row has numbers
-    found, wanted = (
+    read, wanted = (
         dequantize_4bit(*quantize_4bit(shaped, blocksize=block, quant_type="nf4"))
         for shaped in (rows, rows.view(1, -1))
     )
-    return torch.equal(found.view(1, -1), wanted)
+    return torch.equal(read.view(1, -1), wanted)
 
 
 def quantization_note(causal_lm: nn.Module) -> str:

@@ -70,11 +70,11 @@ def _fix(module: nn.Module, length: int) -> bool:
         _set(module, kinds, length, None, "")
         module.rope_type = "default"  # what decides in every pass whether frequencies are chosen anew
         return True
-    found = [layer for layer, kind in kinds.items() if kind in ("longrope", "dynamic")]
-    for layer in found:
+    layers = [layer for layer, kind in kinds.items() if kind in ("longrope", "dynamic")]
+    for layer in layers:
         _set(module, kinds[layer], length, layer, f"{layer}_")
-    module.rope_type = {layer: "default" if layer in found else kind for layer, kind in kinds.items()}
-    return bool(found)
+    module.rope_type = {layer: "default" if layer in layers else kind for layer, kind in kinds.items()}
+    return bool(layers)
 
 
 def _set(module: Any, kind: str, length: int, layer: str | None, prefix: str) -> None:

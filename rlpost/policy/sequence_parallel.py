@@ -80,7 +80,7 @@ class SequenceParallel:
         while gradients are kept, only one process of the group may have any, or activations would not be spread.
         """
         everyone = self._exchange(rows)
-        owners = [owner for owner, found in enumerate(everyone) if found.useful_tokens] or [0]
+        owners = [owner for owner, shared in enumerate(everyone) if shared.useful_tokens] or [0]
         if len(owners) > 1 and torch.is_grad_enabled():
             raise RuntimeError("processes that share rows must take turns while gradients are kept; use Policy.passes")
         parts = {owner: self._pass(everyone[owner], owner, states) for owner in owners}
@@ -97,8 +97,8 @@ class SequenceParallel:
         hidden = states(rows, slice(self.rank * width, (self.rank + 1) * width))
         here = (rows.predict_col // width == self.rank).nonzero().squeeze(-1)
         place = rows.predict_row[here] * width + rows.predict_col[here] - self.rank * width
-        found = functional.embedding(place.to(hidden.device), hidden.flatten(0, 1))
-        return _ToOwner.apply(found, here.to(hidden.device), rows.target.shape[0], owner, self)
+        rows_here = functional.embedding(place.to(hidden.device), hidden.flatten(0, 1))
+        return _ToOwner.apply(rows_here, here.to(hidden.device), rows.target.shape[0], owner, self)
 
     def _exchange(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.size
@@ -147,10 +147,10 @@ class _ToOwner(torch.autograd.Function):
     """Brings the hidden states of a row's tokens together on the process that the row belongs to, and gradients back."""
 
     @staticmethod
-    def forward(ctx: Any, found: Tensor, here: Tensor, count: int, owner: int, group: SequenceParallel) -> Tensor:
+    def forward(ctx: Any, picked: Tensor, here: Tensor, count: int, owner: int, group: SequenceParallel) -> Tensor:
         ctx.here, ctx.count, ctx.owner, ctx.group = here, count, owner, group
-        whole = found.new_zeros(count, found.shape[1])
-        whole[here] = found
+        whole = picked.new_zeros(count, picked.shape[1])
+        whole[here] = picked
         dist.all_reduce(whole, group=group.group)  # every token is one process's: a sum with zeros is exact
         return whole if owner == group.rank else whole[:0]
 

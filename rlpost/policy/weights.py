@@ -117,13 +117,13 @@ def _adapters(model: nn.Module) -> dict[int, list[nn.Module]]:
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import ParamWrapper
 
-    found: dict[int, list[nn.Module]] = defaultdict(list)
+    adapters: dict[int, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
         if isinstance(module, ParamWrapper):  # of a parameter that belongs to no linear layer, such as fused experts
-            found[id(module.get_param())].append(module)
+            adapters[id(module.get_param())].append(module)
         elif isinstance(module, LoraLayer):
-            found[id(module.get_base_layer().weight)].append(module)
-    return found
+            adapters[id(module.get_base_layer().weight)].append(module)
+    return adapters
 
 
 def _adapter_parameters(layer: nn.Module) -> list[nn.Parameter]:

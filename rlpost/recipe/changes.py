@@ -160,12 +160,12 @@ def changes(before: _Tree, now: _Tree) -> list[Change]:
 
     Keys that one of them does not have are left out: another version of rlpost wrote it.
     """
-    found = [
+    different = [
         Change(key, old, new, _effect(key, old, new))
         for key, old, new in _differences("", before, now)
         if key not in ("resume", "overwrite")
     ]
-    return [*found, *_memory(before, now)]
+    return [*different, *_memory(before, now)]
 
 
 def _differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, Any]]:

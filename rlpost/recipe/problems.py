@@ -32,9 +32,9 @@ def describe_errors(
 
 def nearest(word: str, known: Sequence[str]) -> str | None:
     """The known word that was probably meant: one that is spelled much alike, or `learning_rate` for `lr`."""
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     short = [one for one in known if "_" in one and "".join(part[:1] for part in one.split("_")) == word]
-    return next(iter([*found, *short]), None)
+    return next(iter([*matches, *short]), None)
 
 
 def _covers(changed: str, key: str) -> bool:

@@ -27,13 +27,13 @@ class Place:
 
 def sections_of(annotation: Any) -> list[type[Section]]:
     """The sections that a field may hold, be it directly, as one of several types, or as items of a list."""
-    found: list[type[Section]] = []
+    sections: list[type[Section]] = []
     for member in members(annotation):
         if isinstance(member, type) and issubclass(member, Section):
-            found.append(member)
+            sections.append(member)
         elif get_origin(member) in (tuple, list):
-            found += [s for item in get_args(member) if item is not Ellipsis for s in sections_of(item)]
-    return found
+            sections += [s for item in get_args(member) if item is not Ellipsis for s in sections_of(item)]
+    return sections
 
 
 def type_names(section: type[Section]) -> tuple[str, ...]:

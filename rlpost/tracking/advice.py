@@ -54,10 +54,10 @@ def advise(
     if not rows:
         return []
     about = Setup(reward_ceiling) if method is None else Setup(reward_ceiling, method)
-    found = [advice for rule in _RULES for advice in rule(rows, about)]
+    given = [advice for rule in _RULES for advice in rule(rows, about)]
     ceiling = _reward_ceiling(rows, about)
     # At the ceiling all rewards of a group are equal: one cause, one line.
-    return ceiling + [one for one in found if not (ceiling and one.id == "zero-variance")]
+    return ceiling + [one for one in given if not (ceiling and one.id == "zero-variance")]
 
 
 def _recent(rows: Sequence[MetricRow], key: str) -> float | None:
@@ -302,7 +302,7 @@ class Doctor:
         rows = list(self._recent)
         if rows[0] is not self._first:
             rows.insert(0, self._first)
-        found = advise(rows, reward_ceiling=self._ceiling, method=self._method)
-        new = [one for one in found if one.level > self._said.get(one.id, -1)]
+        advice = advise(rows, reward_ceiling=self._ceiling, method=self._method)
+        new = [one for one in advice if one.level > self._said.get(one.id, -1)]
         self._said.update({one.id: one.level for one in new})
         return new

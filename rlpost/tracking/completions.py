@@ -55,11 +55,11 @@ class CompletionRecord:
 
 def records(step: int, rollout: ScoredRollout) -> list[CompletionRecord]:
     """One record per completion, group after group."""
-    found = []
+    rows = []
     for g, group in enumerate(rollout.groups):
         for i, completion in enumerate(group.completions):
             scores = group.scores[i] if group.scores else ()
-            found.append(
+            rows.append(
                 CompletionRecord(
                     step=step,
                     prompt_id=group.prompt.id,
@@ -77,7 +77,7 @@ def records(step: int, rollout: ScoredRollout) -> list[CompletionRecord]:
                     versions=[list(stretch) for stretch in completion.versions],
                 )
             )
-    return found
+    return rows
 
 
 def write_completions(folder: Path, step: int, written: Sequence[CompletionRecord]) -> Path:
@@ -103,9 +103,9 @@ def completion_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*.jsonl"), key=lambda path: int(path.stem.removeprefix("step_")))
 
 
-def pick_sample(found: Sequence[CompletionRecord], step: int) -> CompletionRecord | None:
+def pick_sample(sampled: Sequence[CompletionRecord], step: int) -> CompletionRecord | None:
     """One completion to show: another place in the batch every time, good or bad, and the same after a resume."""
-    return found[(step * 7919) % len(found)] if found else None
+    return sampled[(step * 7919) % len(sampled)] if sampled else None
 
 
 def _record(row: dict[str, Any]) -> CompletionRecord:

@@ -183,12 +183,12 @@ class LiveConsole:
 
 def fields(row: MetricRow) -> list[tuple[str, str]]:
     """The row's main numbers, named and formatted; "nan" for a number that is not finite."""
-    found = []
+    shown = []
     for name, key, form in _FIELDS:
         if key in row:
             value = number(row, key)
-            found.append((name, "nan" if value is None else format(value, form)))
-    return found
+            shown.append((name, "nan" if value is None else format(value, form)))
+    return shown
 
 
 def time_split(row: MetricRow) -> str:
@@ -202,8 +202,8 @@ def time_split(row: MetricRow) -> str:
 
 def eval_line(row: MetricRow) -> str:
     """The `eval/` numbers of a row in one line."""
-    found = {key.removeprefix("eval/"): number(row, key) for key in row if key.startswith("eval/")}
-    return ", ".join(f"{key} {'nan' if value is None else format(value, '.3g')}" for key, value in found.items())
+    values = {key.removeprefix("eval/"): number(row, key) for key in row if key.startswith("eval/")}
+    return ", ".join(f"{key} {'nan' if value is None else format(value, '.3g')}" for key, value in values.items())
 
 
 def sample_title(record: CompletionRecord) -> str:

@@ -206,23 +206,23 @@ def _draw_line(line: Line, rows: Sequence[MetricRow], folder: Path) -> Picture |
 
 def _draw_accuracy(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
     keys = sorted({key for row in rows for key in row if key == "eval/accuracy" or "@" in key})
-    found = [(key, *series(rows, key)) for key in keys]
+    curves = [(key, *series(rows, key)) for key in keys]
     # pass@1 of greedy decoding is the accuracy: one curve is enough.
-    found = [one for i, one in enumerate(found) if one[1] and all(one[1:] != other[1:] for other in found[:i])]
-    if not found:
+    curves = [one for i, one in enumerate(curves) if one[1] and all(one[1:] != other[1:] for other in curves[:i])]
+    if not curves:
         return None
 
     def draw(axes: Any) -> None:
-        for (key, steps, values), color in zip(found, PALETTE * len(found), strict=False):
+        for (key, steps, values), color in zip(curves, PALETTE * len(curves), strict=False):
             label = key.removeprefix("eval/")
             axes.plot(steps, values, marker="o", markersize=5, color=color, linewidth=2, label=label)
-            if len(found) == 1:
+            if len(curves) == 1:
                 for step, value in zip(steps[:1] + steps[1:][-1:], values[:1] + values[1:][-1:], strict=True):
                     axes.annotate(f"{value:.2f}", (step, value), xytext=(0, 7), textcoords="offset points", ha="center")
         axes.set_ylim(0, 1.05)
         axes.set_ylabel("share of prompts")
-        if len(found) > 1:
-            axes.legend(loc="lower right", ncols=min(4, len(found)))
+        if len(curves) > 1:
+            axes.legend(loc="lower right", ncols=min(4, len(curves)))
 
     return _single(folder / "accuracy.png", "Held-out accuracy", draw)
 

@@ -151,12 +151,12 @@ def _samples(folder: Path) -> list[CompletionRecord]:
     """A few completions each from the run's first, middle and last rollout."""
     files = completion_files(folder) if folder.is_dir() else []
     places = sorted({0, len(files) // 2, len(files) - 1}) if files else []
-    found: list[CompletionRecord] = []
+    samples: list[CompletionRecord] = []
     for place in places:
         one = read_completions(files[place])
         each = SAMPLES // len(places)
-        found += one[:: max(1, len(one) // each)][:each]
-    return found
+        samples += one[:: max(1, len(one) // each)][:each]
+    return samples
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -133,7 +133,7 @@ class RunDirectory:
         import yaml
 
         text = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True)
-        starts = [int(found[1]) for file in self.path.iterdir() if (found := _RECIPES.fullmatch(file.name))]
+        starts = [int(name[1]) for file in self.path.iterdir() if (name := _RECIPES.fullmatch(file.name))]
         if not starts and self.recipe.is_file():  # by a version of rlpost that kept only the last one
             self.recipe.replace(self.path / "recipe.1.yaml")
             starts = [1]
@@ -151,8 +151,8 @@ class RunDirectory:
         if not self.completions.is_dir():
             return
         for file in self.completions.iterdir():
-            found = _COMPLETIONS.fullmatch(file.name)
-            if found and int(found[1]) > step:
+            match = _COMPLETIONS.fullmatch(file.name)
+            if match and int(match[1]) > step:
                 aside = self.path / _ABANDONED_COMPLETIONS
                 aside.mkdir(exist_ok=True)
                 file.replace(aside / file.name)
@@ -181,9 +181,9 @@ class RunDirectory:
         return None
 
     def _refuse_earlier_run(self) -> None:
-        if (found := self._earlier_run()) is not None:
+        if (earlier := self._earlier_run()) is not None:
             raise RlpostError(
-                f"{self.path} already holds a run ({found} is there), and this run would mix with it. Go on with that "
+                f"{self.path} already holds a run ({earlier} is there), and this run would mix with it. Go on with that "
                 "run (resume=auto), give this run another name (name=...), or delete the earlier one (overwrite=true). "
                 "Each of these is put behind the command; with make: make quickstart ARGS=overwrite=true."
             )

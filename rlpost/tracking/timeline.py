@@ -49,11 +49,11 @@ def read_timeline(path: Path) -> list[Span]:
             lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return []
-    found = []
+    spans = []
     for line in lines:
         with contextlib.suppress(ValueError, TypeError):
-            found.append(Span(**json.loads(line)))
-    return found
+            spans.append(Span(**json.loads(line)))
+    return spans
 
 
 def last_rollouts(spans: Sequence[Span], number: int) -> list[Span]:

@@ -150,9 +150,9 @@ def print_plan(plan: Plan, *, as_json: bool = False) -> None:
 
 
 def _values(recipe: Recipe, origins: Mapping[str, str]) -> tuple[Value, ...]:
-    found = leaves(recipe)
-    plain = conceal(leaves_as_json(found))
-    return tuple(Value(key, plain[key], origins.get(key, "default")) for key in found)
+    values = leaves(recipe)
+    plain = conceal(leaves_as_json(values))
+    return tuple(Value(key, plain[key], origins.get(key, "default")) for key in values)
 
 
 def _settings(recipe: Recipe, origins: Mapping[str, str]) -> tuple[str, ...]:
@@ -161,11 +161,11 @@ def _settings(recipe: Recipe, origins: Mapping[str, str]) -> tuple[str, ...]:
     return tuple(f"{key}: {describe_settings(section, origins, f'{key}.')}" for key, section in sections)
 
 
-def leaves_as_json(found: Mapping[str, Any]) -> dict[str, Any]:
+def leaves_as_json(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same values as lists, mappings, numbers and text."""
     from pydantic_core import to_jsonable_python
 
-    return {key: to_jsonable_python(value) for key, value in found.items()}
+    return {key: to_jsonable_python(value) for key, value in values.items()}
 
 
 def _batch(recipe: Recipe, processes: int) -> Batch:

@@ -40,9 +40,9 @@ def slots_in_force(method: MethodSection) -> tuple[str, ...]:
 
 def slot_sections(method: MethodSection) -> dict[str, Section]:
     """The filled sections of the slots in force by their dotted key: `method.kl`, `method.masks.0`."""
-    found: dict[str, Section] = {}
+    sections: dict[str, Section] = {}
     for name in slots_in_force(method):
         value = getattr(method, name)
         parts = enumerate(value) if isinstance(value, tuple) else [(None, value)]
-        found |= {f"method.{name}" + ("" if i is None else f".{i}"): part for i, part in parts}
-    return found
+        sections |= {f"method.{name}" + ("" if i is None else f".{i}"): part for i, part in parts}
+    return sections

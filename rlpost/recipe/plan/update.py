@@ -20,13 +20,15 @@ def describe_update(recipe: Recipe, size: ModelSize | None, processes: int, zero
     own = -(-trained_parameters(recipe, size) // processes)
     asked = Way(offload.gpu_of, offload.every)
     mine = predict(own, asked, REFERENCE, piece_size=offload.piece_size)
-    fastest, found = choose(own, REFERENCE, piece_size=offload.piece_size, accelerator=float("inf"), host=float("inf"))
+    fastest, predictions = choose(
+        own, REFERENCE, piece_size=offload.piece_size, accelerator=float("inf"), host=float("inf")
+    )
     lines = [
         f"p, m and v of {own / 1e6:,.1f} M parameters a process lie on the host: {mine.host / GIB:.2f} GiB of pinned memory",
         f"on the accelerator: {mine.accelerator / GIB:.2f} GiB (sums of gradients in float32, and what is staged), in place of "
         f"{16 * own / GIB:.2f} GiB without offload",
         "predicted for a node of four H100 (not measured here, and not this machine):",
-        *(f"  {_line(one)}" for one in _shown(mine, found)),
+        *(f"  {_line(one)}" for one in _shown(mine, predictions)),
     ]
     if fastest is not None and fastest.seconds < 0.95 * mine.seconds:
         lines.append(
@@ -35,10 +37,10 @@ def describe_update(recipe: Recipe, size: ModelSize | None, processes: int, zero
     return tuple(lines)
 
 
-def _shown(mine: Predicted, found: list[Predicted]) -> list[Predicted]:
+def _shown(mine: Predicted, predictions: list[Predicted]) -> list[Predicted]:
     """The recipe's own way, the fastest, all on one side or the other, and what was published."""
-    wanted = {mine.way, found[0].way, *ways(1), Way(1, 2)}
-    return [one for one in found if one.way in wanted]
+    wanted = {mine.way, predictions[0].way, *ways(1), Way(1, 2)}
+    return [one for one in predictions if one.way in wanted]
 
 
 def _line(one: Predicted) -> str:

@@ -231,9 +231,9 @@ class MethodSection(Section):
 
 
 def _curvature_masks(method: MethodSection) -> list[CurvatureMask]:
-    found = [mask for mask in method.masks if isinstance(mask, CurvatureMask)]
+    masks = [mask for mask in method.masks if isinstance(mask, CurvatureMask)]
     controls = [mask for mask in method.masks if isinstance(mask, RandomMask | ProbabilityMask)]
-    return found + [mask.match for mask in controls if mask.match is not None]
+    return masks + [mask.match for mask in controls if mask.match is not None]
 
 
 def _rules(m: MethodSection) -> list[tuple[bool, str]]:

@@ -64,14 +64,14 @@ def group_members() -> list[int]:
 
 def shared_memory_of(pids: list[int]) -> set[Path]:
     """The segments of Python's shared memory that these processes have mapped."""
-    found = set()
+    segments = set()
     for pid in pids:
         try:
             lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
         except OSError:  # it ended meanwhile
             continue
-        found |= {Path(line.split()[-1]) for line in lines if "/dev/shm/psm_" in line}
-    return found
+        segments |= {Path(line.split()[-1]) for line in lines if "/dev/shm/psm_" in line}
+    return segments
 
 
 def end_others() -> None:

@@ -122,12 +122,12 @@ def answers(address: str, *, deadline_s: float) -> bool:
 
 def run(action: Coroutine[Any, Any, T]) -> T:
     """Runs a coroutine to its end in a thread with an event loop of its own: the caller may stand in one already."""
-    found: list[T] = []
+    results: list[T] = []
     failed: list[BaseException] = []
 
     def work() -> None:
         try:
-            found.append(asyncio.run(action))
+            results.append(asyncio.run(action))
         except BaseException as error:
             failed.append(error)
 
@@ -136,4 +136,4 @@ def run(action: Coroutine[Any, Any, T]) -> T:
     thread.join()
     if failed:
         raise failed[0]
-    return found[0]
+    return results[0]

@@ -104,9 +104,9 @@ class RemoteEngine:
         salt = self._salt()
         scored = [i for i, sequence in enumerate(sequences) if len(sequence) > 1]
         bodies = [scoring_body(sequences[i], request_id=f"{salt}-{i}", salt=salt) for i in scored]
-        found = self._all(bodies, lambda reply, k: read_scores(reply, sequences[scored[k]], version=self.version))
+        scores = self._all(bodies, lambda reply, k: read_scores(reply, sequences[scored[k]], version=self.version))
         out: list[list[float]] = [[] for _ in sequences]
-        for i, row in zip(scored, found, strict=True):
+        for i, row in zip(scored, scores, strict=True):
             out[i] = row
         return out
 
@@ -127,8 +127,8 @@ class RemoteEngine:
                 self._files.write(weights)
                 if missing := self._names.missing(self._files.names()):
                     error = RolloutError(incomplete(missing, "the rollout servers"))
-            except RolloutError as found:
-                error = found
+            except RolloutError as caught:
+                error = caught
                 for _ in weights:  # the other processes gather every tensor with this one
                     pass
         else:
@@ -212,7 +212,7 @@ class RemoteEngine:
         try:
             await client.ping()
             whole = await client.rpc("rlpost_prepare")
-            if not all(isinstance(found, dict) and found.get("whole") for found in whole):
+            if not all(isinstance(one, dict) and one.get("whole") for one in whole):
                 raise ServerRefused(
                     "its sampler is built otherwise than in the versions that rlpost knows, and would report log-probs that "
                     "the learner cannot compare with its own. Install the vLLM version that rlpost asks for"
@@ -329,7 +329,7 @@ class RemoteEngine:
             try:
                 async with lane.slots:
                     reply = await lane.unless_lost(lane.client.generate(job.bodies[number]))
-                job.found[number] = job.read(reply, number)
+                job.replies[number] = job.read(reply, number)
                 return
             except ServerRefused as error:
                 raise RolloutError(

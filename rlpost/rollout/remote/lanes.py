@@ -38,14 +38,14 @@ class Job(Generic[T]):
 
     def __init__(self, bodies: Sequence[dict[str, Any]], read: Callable[[Any, int], T]) -> None:
         self.bodies, self.read = bodies, read
-        self.found: dict[int, T] = {}
+        self.replies: dict[int, T] = {}
 
     @property
     def open(self) -> list[int]:
-        return [i for i in range(len(self.bodies)) if i not in self.found]
+        return [i for i in range(len(self.bodies)) if i not in self.replies]
 
     def results(self) -> list[T]:
-        return [self.found[i] for i in range(len(self.bodies))]
+        return [self.replies[i] for i in range(len(self.bodies))]
 
 
 class Lane:
