@@ -195,7 +195,7 @@ class RlpostSide:
         return Updater(
             learner=self.learner,
             method=method,
-            section=self.section,
+            settings=self.section,
             layout=self.setting.layout,
             pad_id=0,
             probe=None,

@@ -141,7 +141,7 @@ def _note_long(
 
 def _note_hints(having: Sequence[Prompt], data: DataSection, hinter: Hinter) -> list[str]:
     """For how many solutions the longest hint leaves no room, and for how many even the shortest does."""
-    first, last = hinter.section.ratios[0], hinter.section.ratios[-1]
+    first, last = hinter.settings.ratios[0], hinter.settings.ratios[-1]
     long = [prompt for batch in _batches(having) for prompt in hinter.too_long(batch, last)]
     if not long:
         return []

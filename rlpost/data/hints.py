@@ -172,7 +172,7 @@ def _bracket_end(text: str, place: int) -> int | None:
 class Hinter:
     """Makes hinted prompts: tokenised as they will be sampled from."""
 
-    section: HintGuidance
+    settings: HintGuidance
     tokenizer: PreTrainedTokenizerBase
     max_prompt_tokens: int
     template_options: Mapping[str, Any] = field(default_factory=dict)
@@ -191,8 +191,8 @@ class Hinter:
             return ""
         bare = prompt.bare
         text = self.answers.bare(prompt.demonstration.text, bare.text, bare.messages, prompt.id, prompt.options)
-        ends = self._token_ends(text) if self.section.unit == "tokens" else None
-        return cut_hint(text, ratio, self.section.unit, snap=self.section.snap, token_ends=ends)
+        ends = self._token_ends(text) if self.settings.unit == "tokens" else None
+        return cut_hint(text, ratio, self.settings.unit, snap=self.settings.snap, token_ends=ends)
 
     def __call__(self, prompts: Sequence[Prompt], ratio: float) -> list[Prompt | None]:
         """Every prompt with a hint; None where there is no hint, or where it does not fit `max_prompt_tokens`.
@@ -218,7 +218,7 @@ class Hinter:
     def _tokenise(self, wanted: Sequence[tuple[Prompt, str]]) -> list[Prompt]:
         if not wanted:
             return []
-        if self.section.continues:
+        if self.settings.continues:
             # The turn that the template has opened is continued, so the prompt's own tokens stay as they are.
             begun = [self.answers.beginning(p.text, p.messages, hint, p.id, p.options) for p, hint in wanted]
             more = self.answers.token_ids([p.text for p, _ in wanted], [p.token_ids for p, _ in wanted], begun)
@@ -226,7 +226,7 @@ class Hinter:
                 replace(p, text=p.text + text, token_ids=(*p.token_ids, *ids), hint=hint, origin=p)
                 for (p, hint), text, ids in zip(wanted, begun, more, strict=True)
             ]
-        messages = [with_hint(p.messages, self.section.wording.replace("{hint}", hint)) for p, hint in wanted]
+        messages = [with_hint(p.messages, self.settings.wording.replace("{hint}", hint)) for p, hint in wanted]
         template = self.answers.template
         assert template is not None
         texts = template.prompts(messages, [p.id for p, _ in wanted], [p.options for p, _ in wanted])

@@ -91,7 +91,7 @@ def fingerprint(pairs: Sequence[Pair]) -> str:
 
 
 def build_pairs(
-    section: DataSection,
+    data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_context: int | None,
@@ -102,7 +102,7 @@ def build_pairs(
 
     Raises DataError for whatever the sources' settings refuse, and when no pair is left.
     """
-    limit = section.max_prompt_tokens
+    limit = data.max_prompt_tokens
     if max_context is not None:
         limit = min(limit, max_context - max_completion_tokens)
     if limit < 1:
@@ -110,16 +110,14 @@ def build_pairs(
             f"The model's context of {max_context} tokens leaves no room for a prompt beside responses of "
             f"{max_completion_tokens} tokens. Lower rollout.max_completion_tokens."
         )
-    reader = _Reader(section, tokenizer, limit, max_completion_tokens)
-    train = reader.read(section.train, "data.train")
+    reader = _Reader(data, tokenizer, limit, max_completion_tokens)
+    train = reader.read(data.train, "data.train")
     if not train:
         raise _nothing_left(PairSets((), (), reader.dropped, reader.cut))
-    held_out = (
-        _split_off(train, section.held_out, seed) if section.eval is None else reader.read(section.eval, "data.eval")
-    )
+    held_out = _split_off(train, data.held_out, seed) if data.eval is None else reader.read(data.eval, "data.eval")
     texts = {pair.text for pair in held_out}
     kept = [pair for pair in train if pair.text not in texts]
-    shared = len(train) - len(kept) - (len(held_out) if section.eval is None else 0)
+    shared = len(train) - len(kept) - (len(held_out) if data.eval is None else 0)
     reader.dropped["held_out"] += shared
     sets = PairSets(tuple(kept), tuple(held_out), reader.dropped, reader.cut, reader.remarks())
     if not kept:
@@ -136,8 +134,8 @@ def _nothing_left(sets: PairSets) -> DataError:
 class _Reader:
     """Reads sources and counts what it drops."""
 
-    def __init__(self, section: DataSection, tokenizer: PreTrainedTokenizerBase, prompt_limit: int, limit: int) -> None:
-        self.section, self.tokenizer = section, tokenizer
+    def __init__(self, data: DataSection, tokenizer: PreTrainedTokenizerBase, prompt_limit: int, limit: int) -> None:
+        self.settings, self.tokenizer = data, tokenizer
         self.prompt_limit, self.limit = prompt_limit, limit
         self.dropped: Counter[str] = Counter()
         self.cut = 0
@@ -146,7 +144,7 @@ class _Reader:
     def answers(self, plain: bool) -> Answers:
         """What knows how the chat template, or without one the tokenizer, ends a response."""
         if plain not in self._answers:
-            template = None if plain else ChatTemplate(self.tokenizer, self.section.template_options)
+            template = None if plain else ChatTemplate(self.tokenizer, self.settings.template_options)
             self._answers[plain] = Answers(self.tokenizer, template)
         return self._answers[plain]
 
@@ -202,7 +200,7 @@ class _Reader:
         if long and source.too_long == "refuse":
             detail = f"{max(map(len, long[0].responses))} tokens, where rollout.max_completion_tokens is {self.limit}"
             raise refusal("too_long", len(long), total, (long[0].id, detail), where)
-        if prompts and self.section.too_long == "refuse":
+        if prompts and self.settings.too_long == "refuse":
             raise DataError(
                 f"{where}: {len(prompts)} of {total} prompts have more than {self.prompt_limit} tokens, the first is "
                 f"{prompts[0].id}. Raise data.max_prompt_tokens, or set data.too_long=drop."
@@ -257,7 +255,7 @@ class _Reader:
                 "template. Set data.train.plain=false (data.eval.plain)."
             )
         for key in ("system_prompt", "template_options"):
-            if getattr(self.section, key):
+            if getattr(self.settings, key):
                 raise DataError(
                     f"data.{key} is for the chat template, which plain=true does without. Set one of them only."
                 )
@@ -265,7 +263,7 @@ class _Reader:
 
     def _messages(self, row: Preference) -> tuple[Message, ...]:
         messages = (Message(role="user", content=row.prompt),) if isinstance(row.prompt, str) else row.prompt
-        system = self.section.system_prompt
+        system = self.settings.system_prompt
         if system is None:
             return messages
         if messages[0]["role"] == "system":

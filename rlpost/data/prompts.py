@@ -67,7 +67,7 @@ class PromptSets:
 
 
 def build_prompts(
-    section: DataSection,
+    data: DataSection,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_context: int | None,
@@ -79,39 +79,39 @@ def build_prompts(
     `max_context` is the model's context window in tokens, of which `max_completion_tokens` are kept free. The split
     is determined by `seed` and the data alone. Raises DataError; see docs/data.md for the rules.
     """
-    template = ChatTemplate(tokenizer, section.template_options)
-    limit = _prompt_limit(section, max_context, max_completion_tokens)
-    train = list(_tokenised(load_rows(section.train, "data.train"), section, template))
-    train, too_long = _fitting(train, limit, section, "data.train")
-    if section.eval is None:
-        held_out = _split_off(train, section.held_out, seed)
+    template = ChatTemplate(tokenizer, data.template_options)
+    limit = _prompt_limit(data, max_context, max_completion_tokens)
+    train = list(_tokenised(load_rows(data.train, "data.train"), data, template))
+    train, too_long = _fitting(train, limit, data, "data.train")
+    if data.eval is None:
+        held_out = _split_off(train, data.held_out, seed)
     else:
-        held_out = list(_tokenised(load_rows(section.eval, "data.eval"), section, template))
-        held_out, more = _fitting(held_out, limit, section, "data.eval")
+        held_out = list(_tokenised(load_rows(data.eval, "data.eval"), data, template))
+        held_out, more = _fitting(held_out, limit, data, "data.eval")
         too_long += more
     held_texts = {prompt.text for prompt in held_out}
     kept = [prompt for prompt in train if prompt.text not in held_texts]
     if not kept:
         raise DataError(
             f"data: all {len(train)} training prompts are also held-out prompts. Use more or other training data, "
-            f"or lower data.held_out (now {section.held_out})."
+            f"or lower data.held_out (now {data.held_out})."
         )
-    set_aside = len(held_out) if section.eval is None else 0
+    set_aside = len(held_out) if data.eval is None else 0
     duplicates = len(train) - len(kept) - set_aside
     sets = PromptSets(tuple(kept), tuple(held_out), too_long, duplicates, tuple(template.notes()))
     logger.debug("%s", sets.note())
     return sets
 
 
-def _prompt_limit(section: DataSection, max_context: int | None, max_completion_tokens: int) -> int:
+def _prompt_limit(data: DataSection, max_context: int | None, max_completion_tokens: int) -> int:
     if max_context is None:
-        return section.max_prompt_tokens
+        return data.max_prompt_tokens
     if max_context <= max_completion_tokens:
         raise DataError(
             f"The model's context of {max_context} tokens leaves no room for a prompt beside completions of "
             f"{max_completion_tokens} tokens. Lower rollout.max_completion_tokens."
         )
-    return min(section.max_prompt_tokens, max_context - max_completion_tokens)
+    return min(data.max_prompt_tokens, max_context - max_completion_tokens)
 
 
 def _messages(row: Row, system_prompt: str | None) -> tuple[Message, ...]:
@@ -127,10 +127,10 @@ def _messages(row: Row, system_prompt: str | None) -> tuple[Message, ...]:
     return (Message(role="system", content=system_prompt), *messages)
 
 
-def _tokenised(rows: Iterable[Row], section: DataSection, template: ChatTemplate) -> Iterator[Prompt]:
+def _tokenised(rows: Iterable[Row], data: DataSection, template: ChatTemplate) -> Iterator[Prompt]:
     rows, checked = iter(rows), False
     while batch := list(islice(rows, TOKENIZER_BATCH)):
-        messages = [_messages(row, section.system_prompt) for row in batch]
+        messages = [_messages(row, data.system_prompt) for row in batch]
         texts = template.prompts(messages, [row.id for row in batch], [row.options for row in batch])
         if not checked:
             _check_opening(template, texts[0], messages[0], batch[0])
@@ -153,16 +153,16 @@ def _check_opening(template: ChatTemplate, text: str, chat: Sequence[Message], r
         return
 
 
-def _fitting(prompts: list[Prompt], limit: int, section: DataSection, where: str) -> tuple[list[Prompt], int]:
+def _fitting(prompts: list[Prompt], limit: int, data: DataSection, where: str) -> tuple[list[Prompt], int]:
     """The prompts within the limit, and how many are not. A cut prompt would be another question, so none is cut."""
     fitting = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
     too_long = len(prompts) - len(fitting)
-    if too_long and (section.too_long == "refuse" or not fitting):
+    if too_long and (data.too_long == "refuse" or not fitting):
         longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
         way_out = " or set data.too_long: drop" if fitting else ""
         raise DataError(
             f"{where}: {too_long} of {len(prompts)} prompts have more than {limit} tokens (data.max_prompt_tokens is "
-            f"{section.max_prompt_tokens}; the model's context less rollout.max_completion_tokens also counts). The "
+            f"{data.max_prompt_tokens}; the model's context less rollout.max_completion_tokens also counts). The "
             f"longest, {longest.id}, has {len(longest.token_ids)}. Raise the limit{way_out}."
         )
     return fitting, too_long

@@ -107,7 +107,7 @@ def evaluate(
     engine: RolloutEngine,
     scorer: Scorer,
     prompts: Sequence[Prompt],
-    section: EvaluationSection,
+    evaluation: EvaluationSection,
     rollout: RolloutSection,
     *,
     seed: int,
@@ -123,31 +123,35 @@ def evaluate(
     `world_size`-th prompt, and `gather` returns the groups of all of them; all processes get the same result.
     Raises RecipeError when nothing could come of it: no accuracy reward, or a k above `section.samples`.
     """
-    _check(prompts, section, accuracy_rewards)
-    chosen = select_prompts(prompts, section.prompts)
-    settings = sampling_settings(section, rollout)
-    groups = sample_groups(engine, chosen[rank::world_size], section.samples, settings, seed)
+    _check(prompts, evaluation, accuracy_rewards)
+    chosen = select_prompts(prompts, evaluation.prompts)
+    settings = sampling_settings(evaluation, rollout)
+    groups = sample_groups(engine, chosen[rank::world_size], evaluation.samples, settings, seed)
     everywhere = gather(list(scorer.score(groups)))
     place = {prompt.id: i for i, prompt in enumerate(chosen)}
     ordered = sorted(everywhere, key=lambda group: place[group.prompt.id])
-    return summarise(ordered, section, weights=weights, accuracy_rewards=accuracy_rewards)
+    return summarise(ordered, evaluation, weights=weights, accuracy_rewards=accuracy_rewards)
 
 
-def sampling_settings(section: EvaluationSection, rollout: RolloutSection) -> SamplingSettings:
+def sampling_settings(evaluation: EvaluationSection, rollout: RolloutSection) -> SamplingSettings:
     """As in training, but greedy when `section.samples` is 1, else at the evaluation's own temperature."""
-    if section.samples == 1:
+    if evaluation.samples == 1:
         return SamplingSettings(rollout.max_completion_tokens, temperature=0.0, stop=rollout.stop)
     return SamplingSettings(
-        rollout.max_completion_tokens, section.temperature, rollout.top_p, rollout.top_k, rollout.stop
+        rollout.max_completion_tokens, evaluation.temperature, rollout.top_p, rollout.top_k, rollout.stop
     )
 
 
 def summarise(
-    groups: Sequence[Group], section: EvaluationSection, *, weights: tuple[float, ...], accuracy_rewards: Sequence[bool]
+    groups: Sequence[Group],
+    evaluation: EvaluationSection,
+    *,
+    weights: tuple[float, ...],
+    accuracy_rewards: Sequence[bool],
 ) -> EvaluationResult:
     """The figures of scored groups. Pure."""
     verdicts = tuple(
-        tuple(verdict(scores, accuracy_rewards, section.threshold) for scores in group.scores) for group in groups
+        tuple(verdict(scores, accuracy_rewards, evaluation.threshold) for scores in group.scores) for group in groups
     )
     tallies = [(len(known), sum(known)) for known in ([v for v in row if v is not None] for row in verdicts)]
     shares = [right / known for known, right in tallies if known]
@@ -164,7 +168,7 @@ def summarise(
         verdicts=verdicts,
         accuracy=_mean(shares),
         accuracy_stderr=_standard_error(shares),
-        pass_at_k={k: _mean([pass_at_k(n, c, k) for n, c in tallies if n >= k]) for k in section.k},
+        pass_at_k={k: _mean([pass_at_k(n, c, k) for n, c in tallies if n >= k]) for k in evaluation.k},
         reward=_mean([reward for reward in rewards if not math.isnan(reward)]),
         truncated=_mean([float(completion.truncated) for completion in completions]),
         mean_length=_mean([float(len(completion.token_ids)) for completion in completions]),
@@ -192,8 +196,8 @@ def evaluation_rows(result: EvaluationResult, reward_names: Sequence[str]) -> li
     ]
 
 
-def _check(prompts: Sequence[Prompt], section: EvaluationSection, accuracy_rewards: Sequence[bool]) -> None:
-    if not prompts or section.prompts == 0:
+def _check(prompts: Sequence[Prompt], evaluation: EvaluationSection, accuracy_rewards: Sequence[bool]) -> None:
+    if not prompts or evaluation.prompts == 0:
         raise DataError(
             "There are no held-out prompts to evaluate on. Set data.held_out or data.eval, and evaluation.prompts "
             "above 0; or switch evaluation off with evaluation.prompts: 0."
@@ -203,9 +207,9 @@ def _check(prompts: Sequence[Prompt], section: EvaluationSection, accuracy_rewar
             "None of the `rewards` says whether an answer is right (`accuracy: true`), so accuracy cannot be "
             "measured. Mark one, or switch evaluation off with evaluation.prompts: 0."
         )
-    if max(section.k, default=1) > section.samples:
+    if max(evaluation.k, default=1) > evaluation.samples:
         raise RecipeError(
-            f"evaluation.k asks for pass@{max(section.k)}, but evaluation.samples is {section.samples}: pass@k needs "
+            f"evaluation.k asks for pass@{max(evaluation.k)}, but evaluation.samples is {evaluation.samples}: pass@k needs "
             "at least k completions per prompt. Raise evaluation.samples or lower evaluation.k."
         )
 

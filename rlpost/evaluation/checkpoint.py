@@ -77,20 +77,20 @@ def verify(
 ) -> None:
     """Compares the engine that answered with the checkpoint's own model, on a few answers. Raises RolloutError where they
     are not the same model."""
-    section, sequences = recipe.rollout.probe, choose(result.groups)
-    if section is None or not sequences:
+    probe, sequences = recipe.rollout.probe, choose(result.groups)
+    if probe is None or not sequences:
         return
     layout = layout_for(policy, recipe.learner.layout, recipe.longest_sequence)[0]
     tokens = recipe.learner.micro_batch_tokens
     said = look(policy, engine, processes, sequences, layout=layout, micro_batch_tokens=tokens, pad_id=pad_id)
-    limit = level(section.max_mean_gap, precision(recipe))
+    limit = level(probe.max_mean_gap, precision(recipe))
     check_sync(None, said, limit=limit, exact=False, when="Evaluation")
 
 
 def greedily(recipe: Recipe) -> Recipe:
     """The same evaluation with one greedy answer a prompt."""
-    section = recipe.evaluation.model_copy(update={"samples": 1, "k": (1,)})
-    return recipe.model_copy(update={"evaluation": section})
+    settings = recipe.evaluation.model_copy(update={"samples": 1, "k": (1,)})
+    return recipe.model_copy(update={"evaluation": settings})
 
 
 def report(

@@ -60,7 +60,7 @@ def judge(
 
 
 def judge_pairs(
-    section: PairsSection, policy: Policy, buffer: RolloutBuffer, rows: Sequence[TokenRows], processes: Processes
+    settings: PairsSection, policy: Policy, buffer: RolloutBuffer, rows: Sequence[TokenRows], processes: Processes
 ) -> dict[str, float]:
     """Loss, accuracy, margins and log-probs of all processes' pairs under `policy`, without their prefix; collective."""
     arrays, metrics = buffer.arrays(processes.device), list[dict[str, Metric]]()
@@ -69,6 +69,6 @@ def judge_pairs(
             output = policy(batch)
             if batch.useful_tokens:
                 view, _ = arrays.view(batch, output)
-                metrics.append(pair_coefficients(section, view, buffer.counts[0]).metrics)
+                metrics.append(pair_coefficients(settings, view, buffer.counts[0]).metrics)
     merged = values(merge(part for one in processes.gather(metrics) for part in one))
     return {name.removeprefix("pairs/").removeprefix("policy/"): value for name, value in merged.items()}

@@ -13,7 +13,7 @@ TOO_LARGE = 1e100
 """Rewards beyond this are normalised in units of the largest, so that their squares do not overflow."""
 
 
-def normalise(section: AdvantageSection, reward: Tensor, prompt: Tensor, groups: int) -> Tensor:
+def normalise(settings: AdvantageSection, reward: Tensor, prompt: Tensor, groups: int) -> Tensor:
     """(reward - centre) / (scale + eps), [S]; 0 where `reward` [S] is unknown (NaN, or infinite), which enters no mean either.
 
     GRPO (arXiv 2402.03300) eq. 3: group mean and std; Dr.GRPO (arXiv 2503.20783): scale none; RLOO (arXiv 2402.14740)
@@ -25,17 +25,17 @@ def normalise(section: AdvantageSection, reward: Tensor, prompt: Tensor, groups:
     value = torch.where(known, reward, torch.zeros_like(reward))
     size = float(value.abs().max()) if value.numel() else 0.0
     if size > TOO_LARGE:  # its square has no place in a float64: the same in units of the largest reward
-        return _rescaled(section, reward, prompt, groups, size)
-    equal = _equal_rewards(section, value, known, prompt, groups)
-    centred = torch.where(known, value - _centre(section, value, known, prompt, groups), torch.zeros_like(value))
+        return _rescaled(settings, reward, prompt, groups, size)
+    equal = _equal_rewards(settings, value, known, prompt, groups)
+    centred = torch.where(known, value - _centre(settings, value, known, prompt, groups), torch.zeros_like(value))
     centred = torch.where(equal, torch.zeros_like(centred), centred)
-    if section.scale == "none":
+    if settings.scale == "none":
         return centred
-    scale = _scale(section, value, centred, known, prompt, groups)
-    return centred / torch.where(scale == 0, torch.ones_like(scale), scale + section.eps)
+    scale = _scale(settings, value, centred, known, prompt, groups)
+    return centred / torch.where(scale == 0, torch.ones_like(scale), scale + settings.eps)
 
 
-def whiten_batch(section: AdvantageSection, advantage: Tensor, known: Tensor) -> Tensor:
+def whiten_batch(settings: AdvantageSection, advantage: Tensor, known: Tensor) -> Tensor:
     """GDPO's last step (arXiv 2601.05242): the summed advantages [S] over their standard deviation in the batch, 0 where not
     `known` [S] bool, which does not count.
 
@@ -43,21 +43,21 @@ def whiten_batch(section: AdvantageSection, advantage: Tensor, known: Tensor) ->
     this mean is 0, and is not subtracted: rounding would give groups without signal an advantage.
     """
     value = torch.where(known, advantage, torch.zeros_like(advantage))
-    less = 1 if section.unbiased else 0
+    less = 1 if settings.unbiased else 0
     scale = (value.square().sum() / (known.sum() - less).clamp(min=1)).sqrt()
-    return value / torch.where(scale == 0, torch.ones_like(scale), scale + section.eps)
+    return value / torch.where(scale == 0, torch.ones_like(scale), scale + settings.eps)
 
 
-def _rescaled(section: AdvantageSection, reward: Tensor, prompt: Tensor, groups: int, size: float) -> Tensor:
+def _rescaled(settings: AdvantageSection, reward: Tensor, prompt: Tensor, groups: int, size: float) -> Tensor:
     """`normalise` of rewards as large as `size`, which does not overflow."""
-    in_units = normalise(section.model_copy(update={"eps": section.eps / size}), reward / size, prompt, groups)
+    in_units = normalise(settings.model_copy(update={"eps": settings.eps / size}), reward / size, prompt, groups)
     most = torch.finfo(in_units.dtype).max
-    return (in_units * size).clamp(-most, most) if section.scale == "none" else in_units
+    return (in_units * size).clamp(-most, most) if settings.scale == "none" else in_units
 
 
-def _equal_rewards(section: AdvantageSection, value: Tensor, known: Tensor, prompt: Tensor, groups: int) -> Tensor:
+def _equal_rewards(settings: AdvantageSection, value: Tensor, known: Tensor, prompt: Tensor, groups: int) -> Tensor:
     """[S] bool: all known rewards that the centre is taken over are equal."""
-    match section.center:
+    match settings.center:
         case "none":
             return torch.zeros_like(known)
         case "batch":
@@ -66,12 +66,12 @@ def _equal_rewards(section: AdvantageSection, value: Tensor, known: Tensor, prom
         case "group" | "leave_one_out":
             return (spread_by(value[known], prompt[known], groups) == 0)[prompt]
         case _:
-            raise unknown_choice("advantage.center", section.center)
+            raise unknown_choice("advantage.center", settings.center)
 
 
-def _centre(section: AdvantageSection, value: Tensor, known: Tensor, prompt: Tensor, groups: int) -> Tensor:
+def _centre(settings: AdvantageSection, value: Tensor, known: Tensor, prompt: Tensor, groups: int) -> Tensor:
     """[S] what is subtracted."""
-    match section.center:
+    match settings.center:
         case "none":
             return torch.zeros_like(value)
         case "batch":
@@ -84,7 +84,7 @@ def _centre(section: AdvantageSection, value: Tensor, known: Tensor, prompt: Ten
             # A completion without known siblings has no baseline: so its advantage is 0.
             return torch.where(count > 1, (total - value) / (count - 1).clamp(min=1), value)
         case _:
-            raise unknown_choice("advantage.center", section.center)
+            raise unknown_choice("advantage.center", settings.center)
 
 
 def _totals(value: Tensor, known: Tensor, prompt: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -93,11 +93,11 @@ def _totals(value: Tensor, known: Tensor, prompt: Tensor, groups: int) -> tuple[
 
 
 def _scale(
-    section: AdvantageSection, value: Tensor, centred: Tensor, known: Tensor, prompt: Tensor, groups: int
+    settings: AdvantageSection, value: Tensor, centred: Tensor, known: Tensor, prompt: Tensor, groups: int
 ) -> Tensor:
     """[S] or scalar standard deviation."""
-    less = 1 if section.unbiased else 0
-    match section.scale:
+    less = 1 if settings.unbiased else 0
+    match settings.scale:
         case "none":
             return torch.ones_like(value)
         case "batch_std":
@@ -112,4 +112,4 @@ def _scale(
             squares = sum_by(torch.where(known, (value - mean[prompt]) ** 2, torch.zeros_like(value)), prompt, groups)
             return (squares / (count - less).clamp(min=1)).sqrt()[prompt]
         case _:
-            raise unknown_choice("advantage.scale", section.scale)
+            raise unknown_choice("advantage.scale", settings.scale)

@@ -13,7 +13,7 @@ from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.method import CorrectionSection
 
 
-def sampler_correction(section: CorrectionSection, view: TokenView) -> tuple[Tensor, dict[str, Metric]]:
+def sampler_correction(settings: CorrectionSection, view: TokenView) -> tuple[Tensor, dict[str, Metric]]:
     """[N] weight pi_old / pi_sampler, truncated at `max` (truncated importance sampling), or 0 outside [min, max].
 
     1 where the sampler's log-prob is not known. `level: sequence` takes the product over the completion's tokens.
@@ -29,13 +29,13 @@ def sampler_correction(section: CorrectionSection, view: TokenView) -> tuple[Ten
     """
     known = ~view.sampler_logp.isnan() & ~view.demonstration[view.sequence]
     gap = torch.where(known, log_difference(view.old_logp, view.sampler_logp), torch.zeros_like(view.old_logp))
-    match section.level:
+    match settings.level:
         case "token":
             log_weight = gap
         case "sequence":
             log_weight = sum_by(gap, view.sequence, view.prompt.numel())[view.sequence]
         case _:
-            raise unknown_choice("correction.level", section.level)
+            raise unknown_choice("correction.level", settings.level)
     weight = log_weight.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     small = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     metrics: dict[str, Metric] = {
@@ -44,16 +44,16 @@ def sampler_correction(section: CorrectionSection, view: TokenView) -> tuple[Ten
         # Tokens come from the sampler, so this is the k3 estimate of KL(sampler || learner).
         "mismatch/kl": mean_of(small.exp() - 1 - small, known),
     }
-    match section.action:
+    match settings.action:
         case "none":
             return torch.ones_like(weight), metrics
         case "truncate":
-            outside = weight > section.max
-            corrected = weight.clamp(max=section.max)
+            outside = weight > settings.max
+            corrected = weight.clamp(max=settings.max)
         case "mask":
-            outside = (weight > section.max) | (weight < section.min)
+            outside = (weight > settings.max) | (weight < settings.min)
             corrected = torch.where(outside, torch.zeros_like(weight), weight)
         case _:
-            raise unknown_choice("correction.action", section.action)
+            raise unknown_choice("correction.action", settings.action)
     metrics["mismatch/truncated_share"] = mean_of(outside.double(), known)
     return corrected, metrics

@@ -71,31 +71,31 @@ def soft_min(values: Tensor, alpha: float) -> Tensor:
     return -alpha * (torch.logsumexp(-values / alpha, dim=-1) - math.log(values.shape[-1]))
 
 
-def aggregate_values(section: CriticSection, values: Tensor) -> Tensor:
+def aggregate_values(critic: CriticSection, values: Tensor) -> Tensor:
     """[M] one value from the heads' [M, H]."""
-    match section.aggregate:
+    match critic.aggregate:
         case "mean":
             return values.mean(-1)
         case "min":
             return values.amin(-1)
         case "soft_min":
-            return soft_min(values, section.alpha)
+            return soft_min(values, critic.alpha)
         case _:
-            raise unknown_choice("critic.aggregate", section.aggregate)
+            raise unknown_choice("critic.aggregate", critic.aggregate)
 
 
-def head_shares(section: CriticSection, values: Tensor) -> Tensor:
+def head_shares(critic: CriticSection, values: Tensor) -> Tensor:
     """[M, H] d aggregate / d V_i: shares that add up to 1. Equal smallest heads share alike."""
-    match section.aggregate:
+    match critic.aggregate:
         case "mean":
             return torch.full_like(values, 1.0 / values.shape[-1])
         case "min":
             smallest = (values == values.amin(-1, keepdim=True)).to(values.dtype)
             return smallest / smallest.sum(-1, keepdim=True)
         case "soft_min":
-            return torch.softmax(-values / section.alpha, dim=-1)
+            return torch.softmax(-values / critic.alpha, dim=-1)
         case _:
-            raise unknown_choice("critic.aggregate", section.aggregate)
+            raise unknown_choice("critic.aggregate", critic.aggregate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,62 +108,62 @@ class ValueCoefficients:
 
 
 @torch.no_grad()
-def value_coefficients(section: CriticSection, values: Tensor, old: Tensor, target: Tensor) -> ValueCoefficients:
+def value_coefficients(critic: CriticSection, values: Tensor, old: Tensor, target: Tensor) -> ValueCoefficients:
     """The value loss (see `ValueLossSection`) of M values, and its gradient with respect to every head.
 
     `values` [M, H] from the heads now; `old` [M] the aggregate (`train: aggregate`) or [M, H] the heads (`train: heads`)
     at the start of the rollout's updates; `target` [M]. With `train: aggregate` the loss is l(agg(V)), with `heads` the
     mean over heads of l(V_i).
     """
-    match section.train:
+    match critic.train:
         case "heads":
             target = target[:, None].expand_as(values)
-            loss, slope, clipped = value_loss(section.loss, values, old, target)
+            loss, slope, clipped = value_loss(critic.loss, values, old, target)
             heads = values.shape[-1]
             return ValueCoefficients(slope / heads, loss.mean(-1), clipped.any(-1))
         case "aggregate":
-            loss, slope, clipped = value_loss(section.loss, aggregate_values(section, values), old, target)
-            return ValueCoefficients(slope[:, None] * head_shares(section, values), loss, clipped)
+            loss, slope, clipped = value_loss(critic.loss, aggregate_values(critic, values), old, target)
+            return ValueCoefficients(slope[:, None] * head_shares(critic, values), loss, clipped)
         case _:
-            raise unknown_choice("critic.train", section.train)
+            raise unknown_choice("critic.train", critic.train)
 
 
-def value_loss(section: ValueLossSection, value: Tensor, old: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def value_loss(settings: ValueLossSection, value: Tensor, old: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, d loss / d value, whether the clip holds the gradient back), each of the shape of `value`.
 
     PPO's value clip: max(l(V), l(V_c)) with V_c = V_old + clip(V - V_old, -c, c). Beyond the clip l(V_c) is constant, so
     the gradient vanishes where l(V_c) is the larger (`combine: max`) or halves (`combine: mean`, SAFE).
     """
-    loss, slope = _distance(section, value - target)
+    loss, slope = _distance(settings, value - target)
     none = torch.zeros_like(value, dtype=torch.bool)
-    if section.clip is None:
+    if settings.clip is None:
         return loss, slope, none
     move = value - old
-    outside = move.abs() > section.clip
-    limited, _ = _distance(section, old + move.clamp(-section.clip, section.clip) - target)
+    outside = move.abs() > settings.clip
+    limited, _ = _distance(settings, old + move.clamp(-settings.clip, settings.clip) - target)
     limited = torch.where(outside, limited, loss)  # the same number, free of the rounding of old + (V - old)
-    match section.combine:
+    match settings.combine:
         case "mean":
             return (loss + limited) / 2, torch.where(outside, slope / 2, slope), outside
         case "max":
             held = outside & (limited > loss)
             return torch.maximum(loss, limited), torch.where(held, torch.zeros_like(slope), slope), held
         case _:
-            raise unknown_choice("critic.loss.combine", section.combine)
+            raise unknown_choice("critic.loss.combine", settings.combine)
 
 
-def _distance(section: ValueLossSection, error: Tensor) -> tuple[Tensor, Tensor]:
+def _distance(settings: ValueLossSection, error: Tensor) -> tuple[Tensor, Tensor]:
     """(l, dl / d error)."""
-    match section.type:
+    match settings.type:
         case "squared":
             return error.square() / 2, error
         case "huber":
-            delta, size = section.delta, error.abs()
+            delta, size = settings.delta, error.abs()
             return torch.where(size <= delta, error.square() / 2, delta * (size - delta / 2)), error.clamp(
                 -delta, delta
             )
         case _:
-            raise unknown_choice("critic.loss.type", section.type)
+            raise unknown_choice("critic.loss.type", settings.type)
 
 
 def value_surrogate(coefficients: ValueCoefficients, weight: Tensor, values: Tensor) -> Tensor:

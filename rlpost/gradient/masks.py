@@ -46,20 +46,20 @@ def reject_lowest(score: Tensor, quota: Tensor, sequence: Tensor, eligible: Tens
     return eligible & (rank < quota[sequence])
 
 
-def off_policy_rejects(section: OffPolicyMask, view: TokenView) -> Tensor:
+def off_policy_rejects(mask: OffPolicyMask, view: TokenView) -> Tensor:
     """[N] bool: completions whose mean log pi_sampler - log pi exceeds `max_gap` (DeepSeek-V3.2's sequence mask).
 
     Where the sampler's log-prob is not known, the learner's own from the rollout's start stands in.
     """
     behaviour = torch.where(view.sampler_logp.isnan(), view.old_logp, view.sampler_logp)
     gap = mean_by(log_difference(behaviour, view.logp), view.sequence, view.prompt.numel())[view.sequence]
-    far = gap > section.max_gap
-    return far & (view.advantage < 0) if section.negative_only else far
+    far = gap > mask.max_gap
+    return far & (view.advantage < 0) if mask.negative_only else far
 
 
-def stale_rejects(section: StaleMask, view: TokenView, optimizer_step: int) -> Tensor:
+def stale_rejects(mask: StaleMask, view: TokenView, optimizer_step: int) -> Tensor:
     """[N] bool: tokens whose weights lack more than `max_age` of the `optimizer_step` steps that were taken. Tokens of unknown
     weights are kept."""
     if view.version is None:
         return torch.zeros_like(view.logp, dtype=torch.bool)
-    return optimizer_step - view.version > section.max_age
+    return optimizer_step - view.version > mask.max_age

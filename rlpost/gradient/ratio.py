@@ -25,13 +25,13 @@ class Limited:
     high: Tensor  # [N] bool
 
 
-def importance_ratio(section: RatioSection, view: TokenView) -> Tensor:
+def importance_ratio(settings: RatioSection, view: TokenView) -> Tensor:
     """[N] pi / pi_old per token, or per completion (1 for `level: none`).
 
     Sequence level is GSPO's s_i (arXiv 2507.18071 eq. 7): exp of the mean over the completion's tokens of the log-ratio.
     """
     log_ratio = log_difference(view.logp, view.old_logp)
-    match section.level:
+    match settings.level:
         case "none":
             return torch.ones_like(view.logp)
         case "token":
@@ -39,7 +39,7 @@ def importance_ratio(section: RatioSection, view: TokenView) -> Tensor:
         case "sequence":
             log_ratio = mean_by(log_ratio, view.sequence, view.prompt.numel())[view.sequence]
         case _:
-            raise unknown_choice("ratio.level", section.level)
+            raise unknown_choice("ratio.level", settings.level)
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 

@@ -11,18 +11,18 @@ from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.method import ReductionSection
 
 
-def token_weights(section: ReductionSection, view: TokenView, counts: Counts, keep: Tensor) -> Tensor:
+def token_weights(reduction: ReductionSection, view: TokenView, counts: Counts, keep: Tensor) -> Tensor:
     """[N] weights; summed over all tokens of the optimizer step's batch they give 1 (`constant`: the mean length / C).
 
     token: 1 / tokens. sequence: 1 / (completion's tokens * completions). constant: 1 / (C * completions).
     prompt: 1 / (tokens of the prompt's completions * prompts). A masked token keeps its place in the denominator, except
     with `denominator: accepted`. The loss of a step is the SUM over micro-batches and processes of the weighted terms.
     """
-    match section.type:
+    match reduction.type:
         case "token":
             return torch.full_like(view.logp, 1.0 / max(counts.tokens, 1))
         case "constant":
-            constant = section.constant or counts.max_completion_tokens
+            constant = reduction.constant or counts.max_completion_tokens
             if constant <= 0:
                 raise ValueError("reduction `constant` without a constant needs Counts.max_completion_tokens")
             return torch.full_like(view.logp, 1.0 / (constant * max(counts.sequences, 1)))
@@ -32,21 +32,21 @@ def token_weights(section: ReductionSection, view: TokenView, counts: Counts, ke
             per_prompt = counts.prompt_tokens.to(view.logp.dtype).clamp(min=1) * max(counts.prompts, 1)
             return 1.0 / per_prompt[view.prompt][view.sequence]
         case "sequence":
-            lengths = count_by(view.sequence, view.prompt.numel(), _counted(section, keep))
+            lengths = count_by(view.sequence, view.prompt.numel(), _counted(reduction, keep))
             return 1.0 / (lengths.clamp(min=1).to(view.logp.dtype) * max(counts.sequences, 1))[view.sequence]
         case _:
-            raise unknown_choice("reduction.type", section.type)
+            raise unknown_choice("reduction.type", reduction.type)
 
 
-def _counted(section: ReductionSection, keep: Tensor) -> Tensor | None:
+def _counted(reduction: ReductionSection, keep: Tensor) -> Tensor | None:
     """[N] bool: the tokens that a completion's mean is over; None: all."""
-    match section.denominator:
+    match reduction.denominator:
         case "all":
             return None
         case "accepted":
             return keep
         case _:
-            raise unknown_choice("reduction.denominator", section.denominator)
+            raise unknown_choice("reduction.denominator", reduction.denominator)
 
 
 def count_batch(lengths: Tensor, prompt: Tensor, max_completion_tokens: int) -> Counts:

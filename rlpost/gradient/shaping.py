@@ -9,20 +9,20 @@ from rlpost.gradient.segments import spread_by
 from rlpost.recipe.sections.method import MethodSection, OverlongSection
 
 
-def overlong_share(section: OverlongSection, lengths: Tensor, max_completion_tokens: int) -> Tensor:
+def overlong_share(overlong: OverlongSection, lengths: Tensor, max_completion_tokens: int) -> Tensor:
     """How far into its buffer a completion is, in DAPO's soft overlong punishment (arXiv 2503.14476 eq. 13), [S] float64.
 
     0 up to L_max - L_cache tokens, then linear, 1 from L_max on; L_cache is the share `section.buffer` of L_max =
     `max_completion_tokens`.
     """
-    cache = section.buffer * max_completion_tokens
+    cache = overlong.buffer * max_completion_tokens
     into = lengths.double() - (max_completion_tokens - cache)
     return (into / cache).clamp(0.0, 1.0)
 
 
-def overlong_penalty(section: OverlongSection, lengths: Tensor, max_completion_tokens: int) -> Tensor:
+def overlong_penalty(overlong: OverlongSection, lengths: Tensor, max_completion_tokens: int) -> Tensor:
     """The penalty >= 0 to subtract, [S] float64: `section.penalty` times `overlong_share`."""
-    return section.penalty * overlong_share(section, lengths, max_completion_tokens)
+    return overlong.penalty * overlong_share(overlong, lengths, max_completion_tokens)
 
 
 def sum_rewards(rewards: Tensor) -> Tensor:

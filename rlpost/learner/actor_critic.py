@@ -71,7 +71,7 @@ class ActorCritic:
         total = total_moments(processes.gather(own))
         self.seen["kl"] = total.mean if total.count else math.nan
         self.seen |= {"reward": buffer.metrics["reward/mean"], "reward_std": buffer.metrics["reward/std"]}
-        if penalty_place(self.controller.section.term) == "loss":
+        if penalty_place(self.controller.settings.term) == "loss":
             return 0.0
         decision = self._decide()
         buffer.metrics |= decision.metrics
@@ -79,7 +79,7 @@ class ActorCritic:
 
     def begin_step(self) -> Decision | None:
         """The controller's word on the coming optimizer step; None without one, or where it acts on rewards."""
-        if self.controller is None or penalty_place(self.controller.section.term) == "reward":
+        if self.controller is None or penalty_place(self.controller.settings.term) == "reward":
             return None
         return self._decide()
 
@@ -87,7 +87,7 @@ class ActorCritic:
         """What replaces `kl.coefficient` in the loss of the step; None: nothing does."""
         if self.controller is None:
             return None
-        return 0.0 if decision is None else loss_coefficient(self.controller.section.term, decision)
+        return 0.0 if decision is None else loss_coefficient(self.controller.settings.term, decision)
 
     def end_step(self, metrics: dict[str, float]) -> None:
         """Takes note of what the step's forward passes measured, before its update."""
@@ -121,11 +121,11 @@ class ActorCritic:
 
 @torch.no_grad()
 def old_values(
-    policy: Policy, section: CriticSection, micro_batches: Sequence[TokenRows], tokens: int
+    policy: Policy, critic: CriticSection, micro_batches: Sequence[TokenRows], tokens: int
 ) -> tuple[Tensor, Tensor]:
     """(log-probs [N], every head's value [N, H]) on the CPU, of all completion tokens as policy and critic are now. With
     `level: sequence` a completion's value stands at each of its tokens. Collective like `Policy.passes`."""
-    logp, values = torch.zeros(tokens), torch.zeros(tokens, section.heads)
+    logp, values = torch.zeros(tokens), torch.zeros(tokens, critic.heads)
     for rows in policy.passes(micro_batches):
         output = policy(rows)
         if not rows.useful_tokens:
@@ -133,7 +133,7 @@ def old_values(
         index = rows.token_index.cpu()
         logp[index] = output.logp.float().cpu()
         of_rows = output.values.float().cpu()
-        if not section.per_token:
+        if not critic.per_token:
             _, local = torch.unique_consecutive(rows.sequence.cpu(), return_inverse=True)
             of_rows = of_rows[local]
         values[index] = of_rows
@@ -145,8 +145,8 @@ def weigh_tokens(
 ) -> None:
     """Gives the buffer a token's advantage and its value's target. `rewards` [S] are this process's shaped ones, NaN where
     unknown. Collective."""
-    section, old = state.method.critic, buffer.old_values
-    assert section is not None and state.whitening is not None and old is not None and buffer.old_logp is not None
+    critic, old = state.method.critic, buffer.old_values
+    assert critic is not None and state.whitening is not None and old is not None and buffer.old_logp is not None
     everyone = processes.gather(rewards)
     first = sum(len(part) for part in everyone[: processes.rank])
     reward = state.whitening(torch.cat(everyone))[first : first + len(rewards)]
@@ -155,11 +155,11 @@ def weigh_tokens(
     kl = None
     if kl_coefficient and buffer.ref_logp is not None:
         kl = kl_estimate(state.method.kl.estimator, buffer.old_logp.double(), buffer.ref_logp.double())
-    value = aggregate_values(section, old.double())
-    estimated = estimate(section, reward, value, sequence, kl=kl, kl_coefficient=kl_coefficient)
-    parts = processes.gather(ValueStatistics.of(section, estimated, value, sequence))
+    value = aggregate_values(critic, old.double())
+    estimated = estimate(critic, reward, value, sequence, kl=kl, kl_coefficient=kl_coefficient)
+    parts = processes.gather(ValueStatistics.of(critic, estimated, value, sequence))
     statistics = sum(parts[1:], parts[0])
-    buffer.token_advantage = whiten_advantage(section, estimated, statistics.advantage).float()
+    buffer.token_advantage = whiten_advantage(critic, estimated, statistics.advantage).float()
     buffer.target, buffer.known = estimated.target.float(), estimated.known
     buffer.advantage = mean_by(buffer.token_advantage, sequence, len(lengths))
     buffer.dead = (False,) * len(buffer.groups)  # every completion has values to be learned
@@ -168,22 +168,22 @@ def weigh_tokens(
 
 
 def critic_loss(
-    section: CriticSection, buffer: RolloutBuffer, rows: TokenRows, values: Tensor, counts: Counts
+    critic: CriticSection, buffer: RolloutBuffer, rows: TokenRows, values: Tensor, counts: Counts
 ) -> tuple[Tensor, dict[str, Metric]]:
     """The value loss of a micro-batch (a surrogate: its gradient counts), and its metrics. `values` [M, H] carry gradients."""
     assert buffer.old_values is not None and buffer.target is not None and buffer.known is not None
     index = rows.token_index.cpu()
-    places = read_places(section, rows.sequence.cpu())
+    places = read_places(critic, rows.sequence.cpu())
     index = index if places is None else index[places]
     old = buffer.old_values[index].to(values.device)
-    match section.train:
+    match critic.train:
         case "heads":
             pass
         case "aggregate":
-            old = aggregate_values(section, old)
+            old = aggregate_values(critic, old)
         case _:
-            raise unknown_choice("critic.train", section.train)
+            raise unknown_choice("critic.train", critic.train)
     target, known = buffer.target[index].to(values.device), buffer.known[index].to(values.device)
-    coefficients = value_coefficients(section, values.detach(), old, target)
-    weight = value_weights(section, counts, known).to(values.dtype)
-    return value_surrogate(coefficients, weight, values), value_metrics(section, coefficients, values.detach(), known)
+    coefficients = value_coefficients(critic, values.detach(), old, target)
+    weight = value_weights(critic, counts, known).to(values.dtype)
+    return value_surrogate(coefficients, weight, values), value_metrics(critic, coefficients, values.detach(), known)

@@ -14,13 +14,13 @@ from rlpost.recipe.sections.learner import LearnerSection
 from rlpost.recipe.sections.model import ModelSection
 
 
-def make_learner(policy: Policy, section: LearnerSection, processes: Processes) -> Learner:
+def make_learner(policy: Policy, learner: LearnerSection, processes: Processes) -> Learner:
     """DeepSpeed when the launcher's configuration says so (`distributed_type: DEEPSPEED`), else plain data parallelism."""
     if uses_deepspeed():
         from rlpost.learner.deepspeed import DeepSpeedLearner
 
-        return DeepSpeedLearner(policy, section, processes)
-    return DataParallelLearner(policy, section, processes)
+        return DeepSpeedLearner(policy, learner, processes)
+    return DataParallelLearner(policy, learner, processes)
 
 
 def check_launch(folder: Path, world: int, processes: Processes) -> None:

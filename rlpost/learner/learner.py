@@ -84,19 +84,19 @@ class DataParallelLearner:
     numbers of micro-batches (dead groups are skipped), and the sum does not depend on how they were cut.
     """
 
-    def __init__(self, policy: Policy, section: LearnerSection, processes: Processes) -> None:
+    def __init__(self, policy: Policy, learner: LearnerSection, processes: Processes) -> None:
         self.policy = policy
         if policy.sequence_parallel is not None:
             policy.maximum = processes.maximum
         self.processes = processes
-        self._section = section
+        self._settings = learner
         self._parameters = [p for p in policy.parameters() if p.requires_grad]
         accumulate_in_place(self._parameters)
         critic = policy.critic
         self._critic = [] if critic is None else [p for p in critic.parameters() if p.requires_grad]
         own = {id(p) for p in self._critic}
         self._actor = [p for p in self._parameters if id(p) not in own]
-        self._optimizer = make_optimizer(section, self._parameters, self._critic)
+        self._optimizer = make_optimizer(learner, self._parameters, self._critic)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
@@ -106,11 +106,11 @@ class DataParallelLearner:
         if critic_only:  # not zeros: AdamW would decay the weights, and count steps that its moments have not seen
             for p in self._actor:
                 p.grad = None
-        rate = scale * learning_rate(self._section, index)
+        rate = scale * learning_rate(self._settings, index)
         norm = self._clip()
         skipped = not bool(torch.isfinite(norm))
         if not skipped:
-            critic = critic_rate(self._section, self.policy, index, scale)
+            critic = critic_rate(self._settings, self.policy, index, scale)
             set_learning_rate(self._optimizer.param_groups, rate, critic)
             self._optimizer.step()
         self.discard()
@@ -145,11 +145,11 @@ class DataParallelLearner:
 
     def _clip(self) -> Tensor:
         """The norm of the policy's gradient, before clipping; the critic's is clipped apart. Not finite if either is not."""
-        limit = self._section.max_grad_norm
+        limit = self._settings.max_grad_norm
         norm = clip_gradients(self._actor, limit)
         if self.policy.critic is None:
             return norm
-        most = self.policy.critic.section.max_grad_norm
+        most = self.policy.critic.settings.max_grad_norm
         critic = clip_gradients(self._critic, most)
         return norm if torch.isfinite(critic) else critic
 
@@ -166,10 +166,10 @@ class DataParallelLearner:
                 grad.copy_(part.view_as(grad))
 
 
-def critic_rate(section: LearnerSection, policy: Policy, index: int, scale: float) -> float | None:
+def critic_rate(learner: LearnerSection, policy: Policy, index: int, scale: float) -> float | None:
     """The learning rate of a critic's own parameters in optimizer step `index`, where it has one of its own."""
-    own = None if policy.critic is None else policy.critic.section.learning_rate
-    return None if own is None else scale * learning_rate(section, index, own)
+    own = None if policy.critic is None else policy.critic.settings.learning_rate
+    return None if own is None else scale * learning_rate(learner, index, own)
 
 
 def check_plain(folder: Path) -> None:

@@ -12,19 +12,19 @@ from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.learner import LearnerSection
 
 
-def learning_rate(section: LearnerSection, step: int, peak: float | None = None) -> float:
+def learning_rate(learner: LearnerSection, step: int, peak: float | None = None) -> float:
     """The learning rate of optimizer step `step` (counted from 0): linear warm-up, then the schedule. `peak` replaces
     `section.learning_rate`, for what follows the same schedule at another rate.
 
     A pure function of the step, so that nothing about it has to be saved. The first warm-up step has rate peak / warmup,
     not zero: a step that does nothing would waste a rollout.
     """
-    peak = section.learning_rate if peak is None else peak
-    if step < section.warmup_steps:
-        return peak * (step + 1) / section.warmup_steps
-    total = total_optimizer_steps(section)
-    progress = (step - section.warmup_steps) / max(1, total - section.warmup_steps)
-    match section.schedule:
+    peak = learner.learning_rate if peak is None else peak
+    if step < learner.warmup_steps:
+        return peak * (step + 1) / learner.warmup_steps
+    total = total_optimizer_steps(learner)
+    progress = (step - learner.warmup_steps) / max(1, total - learner.warmup_steps)
+    match learner.schedule:
         case "linear":
             return peak * max(0.0, 1.0 - progress)
         case "cosine":
@@ -32,17 +32,17 @@ def learning_rate(section: LearnerSection, step: int, peak: float | None = None)
         case "constant":
             return peak
         case _:
-            raise unknown_choice("learner.schedule", section.schedule)
+            raise unknown_choice("learner.schedule", learner.schedule)
 
 
-def later_rates(section: LearnerSection, step: int) -> tuple[float, ...]:
+def later_rates(learner: LearnerSection, step: int) -> tuple[float, ...]:
     """The learning rates of the optimizer steps after `step`, to the end of the schedule."""
-    return tuple(learning_rate(section, later) for later in range(step + 1, total_optimizer_steps(section)))
+    return tuple(learning_rate(learner, later) for later in range(step + 1, total_optimizer_steps(learner)))
 
 
-def total_optimizer_steps(section: LearnerSection) -> int:
+def total_optimizer_steps(learner: LearnerSection) -> int:
     """Optimizer steps of the whole run."""
-    return section.rollouts * section.steps_per_rollout
+    return learner.rollouts * learner.steps_per_rollout
 
 
 def set_learning_rate(
@@ -57,7 +57,7 @@ def set_learning_rate(
 
 
 def make_optimizer(
-    section: LearnerSection,
+    learner: LearnerSection,
     parameters: Iterable[torch.nn.Parameter],
     critic: Iterable[torch.nn.Parameter] = (),
 ) -> torch.optim.AdamW:
@@ -71,13 +71,13 @@ def make_optimizer(
     for mine in (False, True):
         part = [p for p in trainable if (id(p) in own) == mine]
         matrices, vectors = [p for p in part if p.ndim >= 2], [p for p in part if p.ndim < 2]
-        for params, decay in ((matrices, section.weight_decay), (vectors, 0.0)):
+        for params, decay in ((matrices, learner.weight_decay), (vectors, 0.0)):
             groups.append({"params": params, "weight_decay": decay, "of_critic": mine})
     return torch.optim.AdamW(
         [g for g in groups if g["params"]],
-        lr=section.learning_rate,
-        betas=section.betas,
-        eps=section.eps,
+        lr=learner.learning_rate,
+        betas=learner.betas,
+        eps=learner.eps,
         fused=all(p.is_floating_point() for p in trainable),
     )
 

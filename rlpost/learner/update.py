@@ -37,7 +37,7 @@ class Updater:
 
     learner: Learner
     method: MethodSection
-    section: LearnerSection
+    settings: LearnerSection
     layout: Layout
     pad_id: int
     probe: ProbeSection | None
@@ -53,7 +53,7 @@ class Updater:
         return make(
             buffer.row_groups(minibatch, skip_dead=skip_dead),
             layout=self.layout,
-            micro_batch_tokens=self.section.micro_batch_tokens,
+            micro_batch_tokens=self.settings.micro_batch_tokens,
             pad_id=self.pad_id,
         )
 
@@ -66,7 +66,7 @@ class Updater:
 
         Raises RolloutError when the engine's log-probs are too far from the learner's: then its weights are not ours.
         """
-        minibatch = buffer.updates_done % self.section.minibatches
+        minibatch = buffer.updates_done % self.settings.minibatches
         rows = self.rows(buffer, minibatch)
         decision = None if self.actor_critic is None else self.actor_critic.begin_step()
         context = self.context(optimizer_step, decision)
@@ -113,10 +113,10 @@ class Updater:
         rule = self.learner.policy.rule
         calibrating = self.curvature is not None and self.curvature.calibrating
         return StepContext(
-            learning_rate=learning_rate(self.section, optimizer_step),
+            learning_rate=learning_rate(self.settings, optimizer_step),
             optimizer_step=optimizer_step,
             seed=self.seed,
-            later_rates=later_rates(self.section, optimizer_step) if calibrating else (),
+            later_rates=later_rates(self.settings, optimizer_step) if calibrating else (),
             logit_slope=rule.slope if rule.softcap is not None else rule.scale / rule.temperature,
             kl_coefficient=None if controlled is None else controlled.kl_coefficient(decision),
             curvature=self.curvature,
@@ -136,7 +136,7 @@ class Updater:
         rows = micro_batches(
             buffer.row_groups(None, skip_dead=False)[:1],
             layout=self.layout,
-            micro_batch_tokens=self.section.micro_batch_tokens,
+            micro_batch_tokens=self.settings.micro_batch_tokens,
             pad_id=self.pad_id,
         )
         gaps_by_pass: list[dict[str, Metric]] = []
@@ -195,9 +195,9 @@ class Updater:
             loss = coefficient_loss(coefficients, output.logp, output.entropy)
             of_critic: dict[str, Metric] = {}
             if output.values is not None and self.method.critic is not None:
-                section = self.method.critic
+                critic = self.method.critic
                 loss = loss * float(not self._critic_only(buffer))
-                value_loss, of_critic = critic_loss(section, buffer, batch, output.values, counts)
+                value_loss, of_critic = critic_loss(critic, buffer, batch, output.values, counts)
                 loss = loss + value_loss
             value = float(loss.detach())
             # Zero times minus infinity: such a loss can have a finite gradient, which is not to be stepped on either.

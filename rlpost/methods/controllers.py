@@ -85,102 +85,104 @@ class SafeState:
 State = AdaptiveKlState | SafeState
 
 
-def initial_state(section: Controller) -> State:
+def initial_state(settings: Controller) -> State:
     """The state before the first optimizer step."""
-    match section:
+    match settings:
         case AdaptiveKlController():
-            return AdaptiveKlState(section.initial)
+            return AdaptiveKlState(settings.initial)
         case PublishedSafeController():
             return SafeState(kl_average=0.0)
         case SafeController():
             return SafeState()
         case _:
-            raise unknown_choice("controller", section)
+            raise unknown_choice("controller", settings)
 
 
-def control(section: Controller, state: State, seen: Observation) -> tuple[State, Decision]:
+def control(settings: Controller, state: State, seen: Observation) -> tuple[State, Decision]:
     """One call, at the beginning of an optimizer step: (state after it, what the step does). Pure."""
-    match section:
+    match settings:
         case AdaptiveKlController():
             assert isinstance(state, AdaptiveKlState)
-            return adaptive_kl(section, state, seen)
+            return adaptive_kl(settings, state, seen)
         case PublishedSafeController():
             assert isinstance(state, SafeState)
-            return published_safe(section, state, seen)
+            return published_safe(settings, state, seen)
         case SafeController():
             assert isinstance(state, SafeState)
-            return scale_free_safe(section, state, seen)
+            return scale_free_safe(settings, state, seen)
         case _:
-            raise unknown_choice("controller", section)
+            raise unknown_choice("controller", settings)
 
 
 def adaptive_kl(
-    section: AdaptiveKlController, state: AdaptiveKlState, seen: Observation
+    settings: AdaptiveKlController, state: AdaptiveKlState, seen: Observation
 ) -> tuple[AdaptiveKlState, Decision]:
     """Proportional control in log space (arXiv 1909.08593, sec. 2.2): beta <- beta (1 + K clip(KL / target - 1, +-c))."""
-    error = 0.0 if math.isnan(seen.kl) else min(max(seen.kl / section.target - 1, -section.clip), section.clip)
-    beta = state.coefficient * (1 + section.gain * error)
+    error = 0.0 if math.isnan(seen.kl) else min(max(seen.kl / settings.target - 1, -settings.clip), settings.clip)
+    beta = state.coefficient * (1 + settings.gain * error)
     metrics = {
         "controller/kl": seen.kl,
-        "controller/target": section.target,
+        "controller/target": settings.target,
         "controller/error": error,
         "controller/coefficient": beta,
     }
     return AdaptiveKlState(beta), Decision(beta, beta, beta * seen.kl, metrics=_known(metrics))
 
 
-def published_safe(section: PublishedSafeController, state: SafeState, seen: Observation) -> tuple[SafeState, Decision]:
+def published_safe(
+    settings: PublishedSafeController, state: SafeState, seen: Observation
+) -> tuple[SafeState, Decision]:
     """SAFE as published: tau = clip((tau_0 + u_PID) phi(phase)), penalty = g lambda (KL_ema - tau)^2 where KL_ema > tau."""
-    state = replace(_remember(state, seen, section.window, _kl_window(section)), calls=state.calls + 1)
-    state = _average_kl(state, seen, section.kl_decay)
-    state, terms = _clamped_pid(section, state, seen)
-    phase = published_phase(state.rewards, section.window, section.climb, section.steady, section.converged_above)
-    low, high = section.threshold_limits
-    threshold = min(max((section.threshold + state.output) * phase_factor(phase, section.phases), low), high)
-    gate = 1.0 if math.isnan(seen.entropy) else entropy_gate(seen.entropy, section.entropy_floor, section.gate_min)
-    penalty, slope = threshold_penalty(state.kl_average or 0.0, threshold, section.weight, gate)
-    more, more_slope = _asymmetric(section.asymmetric, state.kls)
+    state = replace(_remember(state, seen, settings.window, _kl_window(settings)), calls=state.calls + 1)
+    state = _average_kl(state, seen, settings.kl_decay)
+    state, terms = _clamped_pid(settings, state, seen)
+    phase = published_phase(state.rewards, settings.window, settings.climb, settings.steady, settings.converged_above)
+    low, high = settings.threshold_limits
+    threshold = min(max((settings.threshold + state.output) * phase_factor(phase, settings.phases), low), high)
+    gate = 1.0 if math.isnan(seen.entropy) else entropy_gate(seen.entropy, settings.entropy_floor, settings.gate_min)
+    penalty, slope = threshold_penalty(state.kl_average or 0.0, threshold, settings.weight, gate)
+    more, more_slope = _asymmetric(settings.asymmetric, state.kls)
     decision = Decision(
         coefficient=slope + more_slope,
-        literal=(1 - section.kl_decay) * slope + more_slope,
+        literal=(1 - settings.kl_decay) * slope + more_slope,
         penalty=penalty + more,
-        step_scale=preview_brake(state.kls, section.brake),
+        step_scale=preview_brake(state.kls, settings.brake),
         metrics=_watch(state, seen, phase, threshold, gate, terms),
     )
     return state, _reported(decision)
 
 
-def scale_free_safe(section: SafeController, state: SafeState, seen: Observation) -> tuple[SafeState, Decision]:
+def scale_free_safe(settings: SafeController, state: SafeState, seen: Observation) -> tuple[SafeState, Decision]:
     """SAFE redesigned: rewards may be shifted and scaled without changing a decision; see docs/methods/safe.md."""
     # The moving average passes 1 - decay of a change of KL on, the first time all of it; growth is of KL itself.
-    passed = 1.0 if state.kl_average is None else 1 - section.kl_decay
-    state = replace(_remember(state, seen, section.window, section.window), calls=state.calls + 1)
-    state = _average_entropy(_average_kl(state, seen, section.kl_decay), seen, section.window)
-    state, terms = _relative_pid(section, state, seen)
+    passed = 1.0 if state.kl_average is None else 1 - settings.kl_decay
+    state = replace(_remember(state, seen, settings.window, settings.window), calls=state.calls + 1)
+    state = _average_entropy(_average_kl(state, seen, settings.kl_decay), seen, settings.window)
+    state, terms = _relative_pid(settings, state, seen)
     spread, best = state.spread or 0.0, state.best_average
     phase = relative_phase(
         state.rewards,
         spread,
         best,
-        section.window,
-        climb=section.climb,
-        steady=section.steady,
-        within=section.converged_within,
+        settings.window,
+        climb=settings.climb,
+        steady=settings.steady,
+        within=settings.converged_within,
     )
-    wanted = (1 + state.output) * phase_factor(phase, section.phases)
-    threshold = section.threshold * min(max(wanted, section.threshold_limits[0]), section.threshold_limits[1])
+    wanted = (1 + state.output) * phase_factor(phase, settings.phases)
+    threshold = settings.threshold * min(max(wanted, settings.threshold_limits[0]), settings.threshold_limits[1])
     entropy = state.entropy_start if math.isnan(seen.entropy) else seen.entropy
-    gate = relative_gate(entropy, state.entropy_start, section.gate_softness, section.gate_limits)
-    strength = section.weight * gate / section.threshold
+    gate = relative_gate(entropy, state.entropy_start, settings.gate_softness, settings.gate_limits)
+    strength = settings.weight * gate / settings.threshold
     excess = max(0.0, (state.kl_average or 0.0) - threshold)
     growth = max(0.0, state.kls[-1] - state.kls[0]) if len(state.kls) > 1 else 0.0
-    coefficient = min(strength * (excess + section.momentum * growth), section.max_coefficient)
-    through = strength * (passed * excess + section.momentum * growth)
+    coefficient = min(strength * (excess + settings.momentum * growth), settings.max_coefficient)
+    through = strength * (passed * excess + settings.momentum * growth)
     decision = Decision(
         coefficient=coefficient,
-        literal=min(through, section.max_coefficient),
-        penalty=strength * (excess**2 + section.momentum * growth**2) / 2,
-        step_scale=preview_brake(state.kls, section.brake),
+        literal=min(through, settings.max_coefficient),
+        penalty=strength * (excess**2 + settings.momentum * growth**2) / 2,
+        step_scale=preview_brake(state.kls, settings.brake),
         metrics=_watch(state, seen, phase, threshold, gate, terms),
     )
     return state, _reported(decision)
@@ -213,13 +215,13 @@ def reward_coefficient(term: KlTerm, decision: Decision) -> float:
 class KlController:
     """A controller with its state, for the loop: one `step` at the beginning of every optimizer step."""
 
-    def __init__(self, section: Controller) -> None:
-        self.section = section
-        self.state = initial_state(section)
+    def __init__(self, settings: Controller) -> None:
+        self.settings = settings
+        self.state = initial_state(settings)
 
     def step(self, seen: Observation) -> Decision:
         """Moves the state on. Give the same observation on all processes."""
-        self.state, decision = control(self.section, self.state, seen)
+        self.state, decision = control(self.settings, self.state, seen)
         return decision
 
     def state_dict(self) -> dict[str, Any]:
@@ -227,7 +229,7 @@ class KlController:
         return {"state": to_dict(self.state)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.state = from_dict(self.section, state["state"])
+        self.state = from_dict(self.settings, state["state"])
 
 
 def to_dict(state: State) -> dict[str, Any]:
@@ -236,11 +238,11 @@ def to_dict(state: State) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else None if v == -math.inf else v for k, v in fields.items()}
 
 
-def from_dict(section: Controller, values: Mapping[str, Any]) -> State:
+def from_dict(settings: Controller, values: Mapping[str, Any]) -> State:
     """The state that `to_dict` described. Raises ValueError where it is another controller's."""
-    kind = type(initial_state(section))
+    kind = type(initial_state(settings))
     if set(values) != {f.name for f in fields(kind)}:
-        raise ValueError(f"this is not the state of a controller of type {section.type}: {sorted(values)}")
+        raise ValueError(f"this is not the state of a controller of type {settings.type}: {sorted(values)}")
     if kind is AdaptiveKlState:
         return AdaptiveKlState(**values)
     made: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -250,38 +252,38 @@ def from_dict(section: Controller, values: Mapping[str, Any]) -> State:
 
 
 def _clamped_pid(
-    section: PublishedSafeController, state: SafeState, seen: Observation
+    settings: PublishedSafeController, state: SafeState, seen: Observation
 ) -> tuple[SafeState, dict[str, float]]:
     """(state with velocity and output, the output's terms). Without a new reward both stand; the first gives neither."""
-    gains = {"kp": section.kp, "ki": section.ki, "kd": section.kd}
+    gains = {"kp": settings.kp, "ki": settings.ki, "kd": settings.kd}
     if math.isnan(seen.reward):
         return state, pid_terms(state.pid, **gains)
     if state.reward_average is None:
         return replace(state, reward_average=seen.reward), pid_terms(state.pid, **gains)
-    velocity = (1 - section.reward_decay) * (seen.reward - state.reward_average)
-    error = velocity - section.target_velocity
-    pid, output = clamped_pid(state.pid, error, **gains, integral_limit=section.integral_limit)
+    velocity = (1 - settings.reward_decay) * (seen.reward - state.reward_average)
+    error = velocity - settings.target_velocity
+    pid, output = clamped_pid(state.pid, error, **gains, integral_limit=settings.integral_limit)
     average = state.reward_average + velocity
     return replace(state, pid=pid, output=output, velocity=velocity, reward_average=average), pid_terms(pid, **gains)
 
 
-def _relative_pid(section: SafeController, state: SafeState, seen: Observation) -> tuple[SafeState, dict[str, float]]:
+def _relative_pid(settings: SafeController, state: SafeState, seen: Observation) -> tuple[SafeState, dict[str, float]]:
     """(state with velocity, in spreads per rollout, and output; the output's terms before it is cut). Without a new reward
     both stand; before the second reward, or without a spread, both are 0."""
-    gains = {"kp": section.kp, "ki": section.ki, "kd": section.kd}
+    gains = {"kp": settings.kp, "ki": settings.ki, "kd": settings.kd}
     if math.isnan(seen.reward):
         return state, pid_terms(state.pid, **gains)
     spread = state.spread
     if not math.isnan(seen.reward_std):
-        keep = section.spread_decay
+        keep = settings.spread_decay
         spread = seen.reward_std if spread is None else keep * spread + (1 - keep) * seen.reward_std
     velocity, output, pid = 0.0, 0.0, state.pid
     average = seen.reward if state.reward_average is None else state.reward_average
-    change = (1 - section.reward_decay) * (seen.reward - average)
+    change = (1 - settings.reward_decay) * (seen.reward - average)
     if state.reward_average is not None and spread:
         velocity = change / spread
-        error = min(max(velocity - section.target_velocity, -section.error_limit), section.error_limit)
-        pid, output = conditional_pid(state.pid, error, **gains, leak=section.leak, limit=section.authority)
+        error = min(max(velocity - settings.target_velocity, -settings.error_limit), settings.error_limit)
+        pid, output = conditional_pid(state.pid, error, **gains, leak=settings.leak, limit=settings.authority)
     average += change
     best = max(state.best_average, average)
     state = replace(state, spread=spread, reward_average=average, best_average=best, pid=pid)
@@ -294,8 +296,8 @@ def _remember(state: SafeState, seen: Observation, reward_window: int, kl_window
     return replace(state, rewards=rewards, kls=kls)
 
 
-def _kl_window(section: PublishedSafeController) -> int:
-    return section.asymmetric.window if section.asymmetric is not None else section.window
+def _kl_window(settings: PublishedSafeController) -> int:
+    return settings.asymmetric.window if settings.asymmetric is not None else settings.window
 
 
 def _average_kl(state: SafeState, seen: Observation, decay: float) -> SafeState:
@@ -315,11 +317,11 @@ def _average_entropy(state: SafeState, seen: Observation, window: int) -> SafeSt
     )
 
 
-def _asymmetric(section: AsymmetricPenalty | None, kls: tuple[float, ...]) -> tuple[float, float]:
-    if section is None or not kls:
+def _asymmetric(settings: AsymmetricPenalty | None, kls: tuple[float, ...]) -> tuple[float, float]:
+    if settings is None or not kls:
         return 0.0, 0.0
-    first, slope = threshold_penalty(kls[-1], section.threshold, section.weight)
-    second, more = momentum_penalty(kls, section.window, section.momentum)
+    first, slope = threshold_penalty(kls[-1], settings.threshold, settings.weight)
+    second, more = momentum_penalty(kls, settings.window, settings.momentum)
     return first + second, slope + more
 
 

@@ -24,38 +24,38 @@ from rlpost.recipe.sections.method import CorrectionSection
 from rlpost.recipe.sections.preference import NoSft, PairsSection, SequenceMeanSft, SumSft, TokenMeanSft
 
 
-def preference_loss(section: PairsSection, difference: Tensor) -> Tensor:
+def preference_loss(settings: PairsSection, difference: Tensor) -> Tensor:
     """[P] f(h) of the differences h [P] of log-ratios (nats; per token where `section.normalised`).
 
     sigmoid: -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), e the label smoothing (DPO eq. 7; cDPO); hinge:
     max(0, 1 - beta h); ipo: (h - 1 / (2 beta))^2 (arXiv 2310.12036 eq. 17).
     """
-    scaled = section.beta * difference
-    match section.loss:
+    scaled = settings.beta * difference
+    match settings.loss:
         case "hinge":
             return torch.relu(1 - scaled)
         case "ipo":
-            return (difference - 1 / (2 * section.beta)) ** 2
+            return (difference - 1 / (2 * settings.beta)) ** 2
         case "sigmoid":
-            e = section.label_smoothing
+            e = settings.label_smoothing
             return -(1 - e) * logsigmoid(scaled) - e * logsigmoid(-scaled)
         case _:
-            raise unknown_choice("pairs.loss", section.loss)
+            raise unknown_choice("pairs.loss", settings.loss)
 
 
-def preference_slope(section: PairsSection, difference: Tensor) -> Tensor:
+def preference_slope(settings: PairsSection, difference: Tensor) -> Tensor:
     """[P] -f'(h): how strongly a pair pulls its responses apart."""
-    scaled = section.beta * difference
-    match section.loss:
+    scaled = settings.beta * difference
+    match settings.loss:
         case "hinge":
-            return section.beta * (scaled < 1).to(difference.dtype)
+            return settings.beta * (scaled < 1).to(difference.dtype)
         case "ipo":
-            return -2 * (difference - 1 / (2 * section.beta))
+            return -2 * (difference - 1 / (2 * settings.beta))
         case "sigmoid":
-            e = section.label_smoothing
-            return section.beta * ((1 - e) * torch.sigmoid(-scaled) - e * torch.sigmoid(scaled))
+            e = settings.label_smoothing
+            return settings.beta * ((1 - e) * torch.sigmoid(-scaled) - e * torch.sigmoid(scaled))
         case _:
-            raise unknown_choice("pairs.loss", section.loss)
+            raise unknown_choice("pairs.loss", settings.loss)
 
 
 def best_and_worst(
@@ -84,7 +84,7 @@ class PairIndex:
     baseline: Tensor  # [P] int64: whose likelihood the SFT term holds up
 
 
-def read_pairs(section: PairsSection, view: TokenView) -> PairIndex:
+def read_pairs(settings: PairsSection, view: TokenView) -> PairIndex:
     """The view's pairs. A preference is an advantage: above 0 on chosen, below 0 on rejected tokens; a response of the
     initial model is a demonstration.
 
@@ -95,15 +95,15 @@ def read_pairs(section: PairsSection, view: TokenView) -> PairIndex:
     groups = int(view.prompt.max()) + 1 if view.prompt.numel() else 0
     chosen = _one_each(view.prompt, (side > 0) & ~view.demonstration, groups, "chosen")
     rejected = _one_each(view.prompt, (side < 0) & ~view.demonstration, groups, "rejected")
-    if isinstance(section.sft, NoSft):
+    if isinstance(settings.sft, NoSft):
         return PairIndex(chosen, rejected, chosen)
-    match section.baseline:
+    match settings.baseline:
         case "chosen":
             return PairIndex(chosen, rejected, chosen)
         case "initial":
             return PairIndex(chosen, rejected, _one_each(view.prompt, view.demonstration, groups, "baseline"))
         case _:
-            raise unknown_choice("pairs.baseline", section.baseline)
+            raise unknown_choice("pairs.baseline", settings.baseline)
 
 
 def _one_each(prompt: Tensor, where: Tensor, groups: int, what: str) -> Tensor:
@@ -119,7 +119,7 @@ def _one_each(prompt: Tensor, where: Tensor, groups: int, what: str) -> Tensor:
 
 
 def pair_coefficients(
-    section: PairsSection, view: TokenView, counts: Counts, correction: CorrectionSection | None = None
+    settings: PairsSection, view: TokenView, counts: Counts, correction: CorrectionSection | None = None
 ) -> Coefficients:
     """Coefficients of a view of whole pairs; the loss of an optimizer step is the mean over its `counts.prompts` pairs.
 
@@ -131,21 +131,21 @@ def pair_coefficients(
     if view.ref_logp is None:
         raise ValueError("pairs need TokenView.ref_logp, the log-probs under the reference policy")
     with torch.no_grad():
-        pairs, size = read_pairs(section, view), view.prompt.numel()
+        pairs, size = read_pairs(settings, view), view.prompt.numel()
         length = count_by(view.sequence, size).clamp(min=1).double()
         logp, ref = (sum_by(values.double(), view.sequence, size) for values in (view.logp, view.ref_logp))
-        scale = 1 / length if section.normalised else torch.ones_like(length)
+        scale = 1 / length if settings.normalised else torch.ones_like(length)
         ratio = (logp - ref) * scale
         difference = ratio[pairs.chosen] - ratio[pairs.rejected]
-        slope = preference_slope(section, difference)
+        slope = preference_slope(settings, difference)
         own = torch.zeros_like(length)
         own[pairs.chosen] = slope * scale[pairs.chosen]
         own[pairs.rejected] = -slope * scale[pairs.rejected]
-        pull = _sft_pull(section, length[pairs.baseline], counts)
+        pull = _sft_pull(settings, length[pairs.baseline], counts)
         if pull is not None:
             own[pairs.baseline] += pull
         sft = torch.zeros_like(slope) if pull is None else -pull * logp[pairs.baseline]
-        metrics = pair_metrics(section, pairs, logp, ref, length, difference, sft)
+        metrics = pair_metrics(settings, pairs, logp, ref, length, difference, sft)
         metrics["policy/entropy"] = mean_of(view.entropy, ~view.demonstration[view.sequence])
         if correction is not None and not bool(view.sampler_logp.isnan().all()):
             metrics |= sampler_correction(correction, view)[1]
@@ -158,14 +158,14 @@ def pair_coefficients(
         )
 
 
-def _sft_pull(section: PairsSection, length: Tensor, counts: Counts) -> Tensor | None:
+def _sft_pull(settings: PairsSection, length: Tensor, counts: Counts) -> Tensor | None:
     """[P] what the SFT term adds to the coefficient of each token of the baseline responses; None for nothing."""
-    sft = section.sft
+    sft = settings.sft
     match sft:
         case NoSft():
             return None
         case SumSft():
-            return torch.full_like(length, sft.eta * section.beta) if sft.eta else None
+            return torch.full_like(length, sft.eta * settings.beta) if sft.eta else None
         case SequenceMeanSft():
             return sft.weight / length if sft.weight else None
         case TokenMeanSft():
@@ -179,7 +179,7 @@ def _sft_pull(section: PairsSection, length: Tensor, counts: Counts) -> Tensor |
 
 
 def pair_metrics(
-    section: PairsSection,
+    settings: PairsSection,
     pairs: PairIndex,
     logp: Tensor,
     ref: Tensor,
@@ -193,16 +193,16 @@ def pair_metrics(
     the policy finds the chosen responses less likely than the reference does.
     """
     w, l = pairs.chosen, pairs.rejected  # noqa: E741 - the papers' names
-    loss, log_ratio = preference_loss(section, difference), logp - ref
+    loss, log_ratio = preference_loss(settings, difference), logp - ref
     won = (difference > 0).double() + 0.5 * (difference == 0).double()  # ties, as before the first step, count half
     return {
         "pairs/loss": mean_of(loss + sft),
         "pairs/preference_loss": mean_of(loss),
         "pairs/sft_loss": mean_of(sft),
         "pairs/accuracy": mean_of(won),
-        "pairs/margin": mean_of(section.beta * difference),
-        "pairs/chosen_reward": mean_of(section.beta * log_ratio[w]),
-        "pairs/rejected_reward": mean_of(section.beta * log_ratio[l]),
+        "pairs/margin": mean_of(settings.beta * difference),
+        "pairs/chosen_reward": mean_of(settings.beta * log_ratio[w]),
+        "pairs/rejected_reward": mean_of(settings.beta * log_ratio[l]),
         "pairs/chosen_logp": mean_of(logp[w]),
         "pairs/rejected_logp": mean_of(logp[l]),
         "pairs/chosen_logp_per_token": mean_of(logp[w] / length[w]),

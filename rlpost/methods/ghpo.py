@@ -8,32 +8,32 @@ from rlpost.recipe.sections.guidance import HintGuidance
 from rlpost.teaching.verdict import is_right
 
 
-def is_wrong(value: float, section: HintGuidance) -> bool:
+def is_wrong(value: float, guidance: HintGuidance) -> bool:
     """Whether a known accuracy is wrong: not right, or, where the recipe says so, at most `wrong_at_most`."""
-    limit = section.wrong_at_most
-    return not is_right(value, section.threshold) if limit is None else value <= limit
+    limit = guidance.wrong_at_most
+    return not is_right(value, guidance.threshold) if limit is None else value <= limit
 
 
-def is_hard(accuracies: Sequence[float | None], section: HintGuidance) -> bool:
+def is_hard(accuracies: Sequence[float | None], guidance: HintGuidance) -> bool:
     """Whether every completion of the group is known to be wrong: the paper's sum_i f(a, o_i) = 0.
 
     A group with a completion whose accuracy is unknown (None) is not hard: unknown is not wrong.
     """
-    return bool(accuracies) and all(value is not None and is_wrong(value, section) for value in accuracies)
+    return bool(accuracies) and all(value is not None and is_wrong(value, guidance) for value in accuracies)
 
 
-def is_solved(accuracies: Sequence[float | None], section: HintGuidance) -> bool:
+def is_solved(accuracies: Sequence[float | None], guidance: HintGuidance) -> bool:
     """Whether a completion is known not to be wrong. Unknown is not solved either, so this is not the opposite of hard."""
-    return any(value is not None and not is_wrong(value, section) for value in accuracies)
+    return any(value is not None and not is_wrong(value, guidance) for value in accuracies)
 
 
-def level_ratios(section: HintGuidance, rollout: int, rollouts: int) -> tuple[float, ...]:
+def level_ratios(guidance: HintGuidance, rollout: int, rollouts: int) -> tuple[float, ...]:
     """The share of the solution that each level shows in rollout `rollout` (from 0) of `rollouts`; () for no hints."""
-    if rollout < section.cold_start:
+    if rollout < guidance.cold_start:
         return ()
     progress = min(1.0, rollout / max(1, rollouts - 1))
-    scale = 1.0 + (section.final_scale - 1.0) * progress
-    return tuple(ratio * scale for ratio in section.ratios) if scale > 0 else ()
+    scale = 1.0 + (guidance.final_scale - 1.0) * progress
+    return tuple(ratio * scale for ratio in guidance.ratios) if scale > 0 else ()
 
 
 def next_first_level(first: int, last: int, solved: bool) -> int:

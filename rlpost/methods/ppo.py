@@ -77,13 +77,13 @@ class RewardWhitening:
     Statistics take the new rewards in first, as in SAFE's code; give it those of all processes.
     """
 
-    def __init__(self, section: CriticSection) -> None:
-        self.section = section
+    def __init__(self, critic: CriticSection) -> None:
+        self.settings = critic
         self.moments = Moments()
 
     def __call__(self, reward: Tensor) -> Tensor:
         """Whitened rewards [S]; NaN (unknown) stays NaN and enters no statistic."""
-        match self.section.whiten_reward:
+        match self.settings.whiten_reward:
             case "none":
                 return reward
             case "scale":
@@ -91,7 +91,7 @@ class RewardWhitening:
             case "full":
                 center = True
             case _:
-                raise unknown_choice("critic.whiten_reward", self.section.whiten_reward)
+                raise unknown_choice("critic.whiten_reward", self.settings.whiten_reward)
         self.moments = self.moments + Moments.of(reward)
         return whiten(reward, self.moments, center=center)
 
@@ -126,7 +126,7 @@ class Estimate:
 
 
 def estimate(
-    section: CriticSection,
+    critic: CriticSection,
     reward: Tensor,
     value: Tensor,
     sequence: Tensor,
@@ -144,13 +144,13 @@ def estimate(
     value = value.to(reward.dtype)
     earned = token_rewards(reward, sequence, kl, kl_coefficient)
     completions = reward.numel()
-    if not section.per_token:
+    if not critic.per_token:
         target = sum_by(earned, sequence, completions)[sequence]
         advantage = target - value
     else:
-        gamma, lam = section.gamma, section.lam
+        gamma, lam = critic.gamma, critic.lam
         advantage = generalised_advantage(earned, value, sequence, completions, gamma=gamma, lam=lam)
-        value_lam = lam if section.value_lam is None else section.value_lam
+        value_lam = lam if critic.value_lam is None else critic.value_lam
         longer = advantage
         if value_lam != lam:
             longer = generalised_advantage(earned, value, sequence, completions, gamma=gamma, lam=value_lam)
@@ -159,30 +159,30 @@ def estimate(
     return Estimate(torch.where(known, advantage, zero), torch.where(known, target, zero), known)
 
 
-def counted(section: CriticSection, estimated: Estimate, sequence: Tensor) -> Tensor:
+def counted(critic: CriticSection, estimated: Estimate, sequence: Tensor) -> Tensor:
     """[N] bool: the tokens that statistics are taken over: known ones, one a completion where that has one value."""
-    if section.per_token:
+    if critic.per_token:
         return estimated.known
     first = torch.zeros_like(estimated.known)
     first[first_tokens(sequence)] = True
     return first & estimated.known
 
 
-def whiten_advantage(section: CriticSection, estimated: Estimate, moments: Moments) -> Tensor:
+def whiten_advantage(critic: CriticSection, estimated: Estimate, moments: Moments) -> Tensor:
     """[N] advantages with mean 0 and spread 1 over the rollout, whose `moments` (of all processes) are those of
     `estimated.advantage` where `counted`. Unknown ones stay 0."""
-    if not section.whiten_advantage:
+    if not critic.whiten_advantage:
         return estimated.advantage
     return torch.where(estimated.known, whiten(estimated.advantage, moments), torch.zeros_like(estimated.advantage))
 
 
-def value_weights(section: CriticSection, counts: Counts, known: Tensor) -> Tensor:
+def value_weights(critic: CriticSection, counts: Counts, known: Tensor) -> Tensor:
     """[M] weights of the value terms; over the whole optimizer step they add up to `loss.weight`, masks or not.
 
     One over all tokens, or over all completions where these have one value. `known` [M] bool: others get 0.
     """
-    number = counts.tokens if section.per_token else counts.sequences
-    return known.double() * (section.loss.weight / max(number, 1))
+    number = counts.tokens if critic.per_token else counts.sequences
+    return known.double() * (critic.loss.weight / max(number, 1))
 
 
 def explained_variance(target: Moments, error: Moments) -> float | None:
@@ -199,8 +199,8 @@ class ValueStatistics:
     error: Moments = field(default_factory=Moments)
 
     @classmethod
-    def of(cls, section: CriticSection, estimated: Estimate, value: Tensor, sequence: Tensor) -> ValueStatistics:
-        where = counted(section, estimated, sequence)
+    def of(cls, critic: CriticSection, estimated: Estimate, value: Tensor, sequence: Tensor) -> ValueStatistics:
+        where = counted(critic, estimated, sequence)
         target = estimated.target[where]
         error = target - value.to(target.dtype)[where]
         return cls(Moments.of(estimated.advantage[where]), Moments.of(target), Moments.of(error))
@@ -223,10 +223,10 @@ class ValueStatistics:
 
 
 def value_metrics(
-    section: CriticSection, coefficients: ValueCoefficients, values: Tensor, known: Tensor
+    critic: CriticSection, coefficients: ValueCoefficients, values: Tensor, known: Tensor
 ) -> dict[str, Metric]:
     """Of a micro-batch's values [M, H] during the update; M as in `known`."""
-    value = aggregate_values(section, values)
+    value = aggregate_values(critic, values)
     metrics: dict[str, Metric] = {
         "critic/loss": mean_of(coefficients.loss, known),
         "critic/value_mean": mean_of(value, known),

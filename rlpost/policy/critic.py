@@ -26,12 +26,12 @@ class ValueHead(nn.Module):
     Deterministic in `seed`. The last layers start at standard deviation 1 / sqrt(inputs + 1) (arXiv 2403.17031).
     """
 
-    def __init__(self, width: int, section: CriticSection, *, seed: int = 0) -> None:
+    def __init__(self, width: int, critic: CriticSection, *, seed: int = 0) -> None:
         super().__init__()
-        inner = round(section.hidden_share * width)
-        self.norm = nn.LayerNorm(width) if section.layer_norm else nn.Identity()
+        inner = round(critic.hidden_share * width)
+        self.norm = nn.LayerNorm(width) if critic.layer_norm else nn.Identity()
         with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the run's generator
-            self.heads = nn.ModuleList(_head(width, inner) for _ in range(section.heads))
+            self.heads = nn.ModuleList(_head(width, inner) for _ in range(critic.heads))
         generator = torch.Generator().manual_seed(seed)
         for head in self.heads:
             layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
@@ -53,9 +53,9 @@ class Critic(nn.Module):
     Meant to be a submodule of the policy, so that whatever shards or wraps the policy does the same to it.
     """
 
-    def __init__(self, section: CriticSection, head: ValueHead, trunk: PreTrainedModel | None = None) -> None:
+    def __init__(self, critic: CriticSection, head: ValueHead, trunk: PreTrainedModel | None = None) -> None:
         super().__init__()
-        self.section = section
+        self.settings = critic
         self.head = head
         self.trunk = trunk
 
@@ -74,8 +74,8 @@ class Critic(nn.Module):
             ).last_hidden_state
             picked = states_at(hidden, rows)
         else:
-            picked = scale_gradient(picked, self.section.trunk_gradient)
-        places = read_places(self.section, rows.sequence)
+            picked = scale_gradient(picked, self.settings.trunk_gradient)
+        places = read_places(self.settings, rows.sequence)
         return self.head(picked if places is None else functional.embedding(places, picked))
 
 
@@ -87,9 +87,9 @@ def states_at(hidden: Tensor, rows: TokenRows) -> Tensor:
     return functional.embedding(place, hidden.flatten(0, 1))
 
 
-def read_places(section: CriticSection, sequence: Tensor) -> Tensor | None:
+def read_places(critic: CriticSection, sequence: Tensor) -> Tensor | None:
     """Which of a view's N tokens [M] a value is read before; None: all of them."""
-    match section.level:
+    match critic.level:
         case "token":
             return None
         case "sequence":
@@ -97,7 +97,7 @@ def read_places(section: CriticSection, sequence: Tensor) -> Tensor | None:
         case "answer":
             return last_tokens(sequence)
         case _:
-            raise unknown_choice("critic.level", section.level)
+            raise unknown_choice("critic.level", critic.level)
 
 
 def scale_gradient(tensor: Tensor, share: float) -> Tensor:
@@ -109,7 +109,7 @@ def scale_gradient(tensor: Tensor, share: float) -> Tensor:
 
 
 def make_critic(
-    section: CriticSection,
+    critic: CriticSection,
     model: ModelSection,
     path: str,
     width: int,
@@ -123,15 +123,15 @@ def make_critic(
 
     Raises RecipeError naming `method.critic.path` where that model is missing or incomplete.
     """
-    match section.model:
+    match critic.model:
         case "trunk":
-            return Critic(section, ValueHead(width, section, seed=seed)).to(device)
+            return Critic(critic, ValueHead(width, critic, seed=seed)).to(device)
         case "separate":
             trunk = _load_trunk(model, path, device, longest)
-            head = ValueHead(trunk.config.get_text_config().hidden_size, section, seed=seed)
-            return Critic(section, head, trunk).to(device)
+            head = ValueHead(trunk.config.get_text_config().hidden_size, critic, seed=seed)
+            return Critic(critic, head, trunk).to(device)
         case _:
-            raise unknown_choice("critic.model", section.model)
+            raise unknown_choice("critic.model", critic.model)
 
 
 def _load_trunk(model: ModelSection, path: str, device: torch.device | str, longest: int | None) -> PreTrainedModel:

@@ -31,7 +31,7 @@ _RANDOM_SETTING = re.compile("drop|input_jitter_noise")
 
 
 def load_config(
-    section: ModelSection,
+    model: ModelSection,
     path: str,
     *,
     device: torch.device | str = "cpu",
@@ -50,7 +50,7 @@ def load_config(
     if path.startswith(("/", "./", "../", "~")) and not Path(path).expanduser().is_dir():
         raise RecipeError(f"{key}: there is no folder {path}; give a Hugging Face model name or an existing folder")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=section.trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise RecipeError(_cannot_load(path, error, key)) from error
     refuse_untrainable(config, key)
@@ -60,7 +60,7 @@ def load_config(
     ]:
         notes.append(f"model: {', '.join(random)} not applied in training, so that log-probs are exact")
     config._attn_implementation, note = choose_attention(
-        section.attention, config, device=device, layout=layout, longest=longest
+        model.attention, config, device=device, layout=layout, longest=longest
     )
     notes += filter(None, (note, rotary_note(config, longest)))
     return config, tuple(notes)
@@ -76,7 +76,7 @@ def _settings(tree: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def load_causal_lm(
-    section: ModelSection,
+    model: ModelSection,
     path: str,
     config: PreTrainedConfig,
     device: torch.device | str = "cpu",
@@ -85,7 +85,7 @@ def load_causal_lm(
     """The causal LM ready to be trained, on `device`, with a `ScoringLinear` as output layer. `longest` as in `load_config`."""
     from transformers import AutoModelForCausalLM
 
-    if section.attention == "flash_attention_2" and section.dtype == "float32" and section.autocast == "none":
+    if model.attention == "flash_attention_2" and model.dtype == "float32" and model.autocast == "none":
         raise RecipeError(
             "model.attention: flash_attention_2 needs 16-bit products; set model.autocast to bfloat16, or"
             " model.attention to sdpa"
@@ -98,10 +98,10 @@ def load_causal_lm(
             causal_lm = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
-                dtype=getattr(torch, section.dtype),
+                dtype=getattr(torch, model.dtype),
                 attn_implementation=config._attn_implementation,
-                trust_remote_code=section.trust_remote_code,
-                **loading_options(section, device),
+                trust_remote_code=model.trust_remote_code,
+                **loading_options(model, device),
                 **generation,
             )
     except torch.OutOfMemoryError:
@@ -109,7 +109,7 @@ def load_causal_lm(
     except Exception as error:  # of all kinds: the code is the model's own, and reads whatever its configuration says
         raise RecipeError(_cannot_load(path, error)) from error
     fix_frequencies(causal_lm, longest)
-    return prepare(causal_lm.to(device), gradient_checkpointing=section.gradient_checkpointing)
+    return prepare(causal_lm.to(device), gradient_checkpointing=model.gradient_checkpointing)
 
 
 def prepare(causal_lm: PreTrainedModel, *, gradient_checkpointing: bool = False) -> PreTrainedModel:

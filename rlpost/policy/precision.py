@@ -22,26 +22,26 @@ def has_bfloat16() -> bool:
     return any(bool(features.get(name)) for name in _CPU_FEATURES)
 
 
-def autocast_of(section: ModelSection) -> Literal["bfloat16", "none"]:
+def autocast_of(model: ModelSection) -> Literal["bfloat16", "none"]:
     """`model.autocast` with `auto` decided."""
-    match section.autocast:
+    match model.autocast:
         case "bfloat16" | "none":
-            return section.autocast
+            return model.autocast
         case "auto":
-            return "bfloat16" if section.dtype == "bfloat16" or has_bfloat16() else "none"
+            return "bfloat16" if model.dtype == "bfloat16" or has_bfloat16() else "none"
         case _:
-            raise unknown_choice("model.autocast", section.autocast)
+            raise unknown_choice("model.autocast", model.autocast)
 
 
-def sampler_dtype(section: VllmEngine) -> Literal["bfloat16", "float16", "float32"]:
+def sampler_dtype(engine: VllmEngine) -> Literal["bfloat16", "float16", "float32"]:
     """`rollout.engine.dtype` with `auto` decided."""
-    match section.dtype:
+    match engine.dtype:
         case "bfloat16" | "float16" | "float32":
-            return section.dtype
+            return engine.dtype
         case "auto":
             return "bfloat16" if has_bfloat16() else "float32"
         case _:
-            raise unknown_choice("rollout.engine.dtype", section.dtype)
+            raise unknown_choice("rollout.engine.dtype", engine.dtype)
 
 
 def decide_precision(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:

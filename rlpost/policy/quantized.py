@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-def loading_options(section: ModelSection, device: torch.device | str) -> dict[str, Any]:
+def loading_options(model: ModelSection, device: torch.device | str) -> dict[str, Any]:
     """What `from_pretrained` has to be told so that a model's linear layers are in 4 bits; nothing for other models.
 
     They are quantised tensor by tensor on `device`, so a GPU never holds the whole model. Raises RecipeError naming
     `model.lora.quantize` where bitsandbytes is missing.
     """
-    if not section.quantized:
+    if not model.quantized:
         return {}
-    return {"quantization_config": _configuration(section), "device_map": {"": str(device)}}
+    return {"quantization_config": _configuration(model), "device_map": {"": str(device)}}
 
 
-def _configuration(section: ModelSection) -> BitsAndBytesConfig:
+def _configuration(model: ModelSection) -> BitsAndBytesConfig:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise RecipeError(
             "model.lora.quantize needs the package bitsandbytes, which is not installed: `pip install rlpost[qlora]`, or "
@@ -39,7 +39,7 @@ def _configuration(section: ModelSection) -> BitsAndBytesConfig:
     from transformers import BitsAndBytesConfig
 
     # bitsandbytes multiplies in this precision, whatever autocast says.
-    compute = torch.bfloat16 if autocast_of(section) == "bfloat16" else getattr(torch, section.dtype)
+    compute = torch.bfloat16 if autocast_of(model) == "bfloat16" else getattr(torch, model.dtype)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",

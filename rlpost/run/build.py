@@ -99,12 +99,12 @@ def build_critic(recipe: Recipe, model_path: str, policy: Policy) -> Critic:
     """The critic as it begins; a checkpoint's is loaded with the optimizer."""
     from rlpost.policy.critic import make_critic
 
-    section = recipe.method.critic
-    assert section is not None
-    path = model_path if section.path is None else resolve_model_path(section.path)
+    critic = recipe.method.critic
+    assert critic is not None
+    path = model_path if critic.path is None else resolve_model_path(critic.path)
     width = policy.config.get_text_config().hidden_size
     longest = recipe.longest_sequence
-    return make_critic(section, recipe.model, path, width, device=policy.device, seed=recipe.seed, longest=longest)
+    return make_critic(critic, recipe.model, path, width, device=policy.device, seed=recipe.seed, longest=longest)
 
 
 def layout_for(policy: Policy, wanted: Layout, longest: int) -> tuple[Layout, str | None]:
@@ -120,9 +120,9 @@ def layout_for(policy: Policy, wanted: Layout, longest: int) -> tuple[Layout, st
 
 def load_reference(recipe: Recipe, path: str, device: torch.device) -> Policy:
     """A frozen copy of the original model."""
-    section = recipe.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
+    settings = recipe.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
     policy = load_policy(
-        section,
+        settings,
         path,
         device=device,
         temperature=recipe.rollout.temperature,
@@ -188,16 +188,16 @@ def sampling_settings(recipe: Recipe) -> SamplingSettings:
 def build_curvature(recipe: Recipe, policy: Policy, processes: Processes) -> CurvatureTracker | None:
     """The moments of the LM head's rows, for methods with a curvature mask."""
     vocabulary, width = policy.causal_lm.get_output_embeddings().weight.shape
-    section = recipe.learner
-    return make_tracker(recipe.method, vocabulary, width, betas=section.betas, eps=section.eps, device=processes.device)
+    learner = recipe.learner
+    return make_tracker(recipe.method, vocabulary, width, betas=learner.betas, eps=learner.eps, device=processes.device)
 
 
 def decided_probe(recipe: Recipe) -> ProbeSection | None:
     """What looks at a rollout's own log-probs, with its limit in nats; None also where other weights have sampled it."""
-    section = recipe.rollout.probe
-    if section is None or recipe.rollout.staleness:
+    probe = recipe.rollout.probe
+    if probe is None or recipe.rollout.staleness:
         return None
-    return section.model_copy(update={"max_mean_gap": level(section.max_mean_gap, precision(recipe))})
+    return probe.model_copy(update={"max_mean_gap": level(probe.max_mean_gap, precision(recipe))})
 
 
 def build_updater(
@@ -208,7 +208,7 @@ def build_updater(
     return Updater(
         learner=learner,
         method=method,
-        section=recipe.learner,
+        settings=recipe.learner,
         layout=layout,
         pad_id=pad_id,
         probe=decided_probe(recipe),

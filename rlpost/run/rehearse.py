@@ -142,32 +142,32 @@ def _cut(source: Source) -> Source:
     return source.model_copy(update={"limit": min(source.limit or SAMPLE, SAMPLE)})
 
 
-def _model(section: ModelSection, rehearsal: Rehearsal) -> bool:
+def _model(model: ModelSection, rehearsal: Rehearsal) -> bool:
     """Whether the model's configuration and tokenizer can be read here; says what is wrong with the folder."""
-    path = Path(section.path).expanduser()
-    if section.path.startswith("package:"):
-        return rehearsal.attempt(lambda: described_by(section.path)) is not None
+    path = Path(model.path).expanduser()
+    if model.path.startswith("package:"):
+        return rehearsal.attempt(lambda: described_by(model.path)) is not None
     if not path.is_dir():
         rehearsal.notes.append(
-            f"model.path={section.path} is a hub name: whether it is there, its tokenizer, its chat template and its context "
+            f"model.path={model.path} is a hub name: whether it is there, its tokenizer, its chat template and its context "
             "are checked when the run starts"
         )
         return False
-    if rehearsal.attempt(lambda: _causal_config(section)) is None:
+    if rehearsal.attempt(lambda: _causal_config(model)) is None:
         return False
     if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
         rehearsal.problems.append(
-            f"model.path={section.path}: this folder has no weights ({', '.join(_WEIGHTS[::2])}). Copy them there, or name "
+            f"model.path={model.path}: this folder has no weights ({', '.join(_WEIGHTS[::2])}). Copy them there, or name "
             "another model"
         )
     return True
 
 
-def _causal_config(section: ModelSection) -> object:
+def _causal_config(model: ModelSection) -> object:
     """The configuration of a local model that can be trained. Raises RecipeError."""
     from rlpost.policy.loading import load_config
 
-    return load_config(section, str(Path(section.path).expanduser()))[0]
+    return load_config(model, str(Path(model.path).expanduser()))[0]
 
 
 def _local_data(recipe: Recipe, rehearsal: Rehearsal) -> bool:

@@ -34,13 +34,13 @@ class SyncProbe:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        self.section = parts.recipe.rollout.probe
+        self.settings = parts.recipe.rollout.probe
         self._precision = precision(parts.recipe)
         self._exact = self._precision == "float32"
 
     def before(self, buffer: RolloutBuffer) -> Watched | None:
         """Called with a rollout that nothing was learned from yet: learner and engine hold the same weights. Collective."""
-        if self.section is None or buffer.step % self.section.every or not self.parts.recipe.samples:
+        if self.settings is None or buffer.step % self.settings.every or not self.parts.recipe.samples:
             return None
         by_signal = sorted(zip(buffer.groups, buffer.dead, strict=True), key=lambda pair: pair[1])  # dead groups last
         sequences = choose([group for group, _ in by_signal])
@@ -54,7 +54,7 @@ class SyncProbe:
         # In 16 bits the level alone speaks, and the next rollout's samples speak of it better, if these weights sample it.
         recipe = self.parts.recipe
         last = state.rollout + 1 >= recipe.learner.planned_rollouts or recipe.rollout.staleness > 0
-        if watched is None or self.section is None or not (self._exact or last):
+        if watched is None or self.settings is None or not (self._exact or last):
             return {}
         everyone = self.parts.processes.gather((watched.said, self._look(watched.sequences)))
         after = _joined([pair for _, pair in everyone])
@@ -62,7 +62,7 @@ class SyncProbe:
         result, measured = check_sync(
             _joined(before) if len(before) == len(everyone) else None,
             after,
-            limit=level(self.section.max_mean_gap, self._precision),
+            limit=level(self.settings.max_mean_gap, self._precision),
             exact=self._exact,
             when=f"Step {state.optimizer_step}",
         )
@@ -79,7 +79,7 @@ class SyncProbe:
             parts.processes,
             sequences,
             layout=updater.layout,
-            micro_batch_tokens=updater.section.micro_batch_tokens,
+            micro_batch_tokens=updater.settings.micro_batch_tokens,
             pad_id=updater.pad_id,
         )
 

@@ -58,8 +58,8 @@ def make_scorer(rewards: Sequence[Reward], scoring: ScoringSection, base: Path |
 
     parts: list[GroupScorer] = [scorer]
     try:
-        for _, section in models:
-            parts.append(RewardModel(section, max_failed_share=scoring.max_failed_share))
+        for _, settings in models:
+            parts.append(RewardModel(settings, max_failed_share=scoring.max_failed_share))
         return JoinedScorers(parts, [*functions, *(i for i, _ in models)])
     except BaseException:
         for part in parts:

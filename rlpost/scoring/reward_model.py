@@ -32,25 +32,25 @@ class RewardModel:
     never a substitute.
     """
 
-    def __init__(self, section: RewardModelSection, *, max_failed_share: float = 0.5) -> None:
+    def __init__(self, settings: RewardModelSection, *, max_failed_share: float = 0.5) -> None:
         """Loads model and tokenizer.
 
         Raises RewardError where either is missing, incomplete or of the wrong kind: there is no fallback.
         """
-        self.section = section
-        self.names: tuple[str, ...] = (section.name,)
+        self.settings = settings
+        self.names: tuple[str, ...] = (settings.name,)
         self.counts: dict[str, Counter[Outcome]] = {}
         self.slowest: dict[str, float] = {}
         self.logged: dict[str, float] = {}
         self._failures = FailureTally(max_failed_share)
-        self.device = _device(section.device)
-        self.tokenizer = _load_tokenizer(section)
-        self.model: PreTrainedModel | None = _load_model(section).to(self.device)
+        self.device = _device(settings.device)
+        self.tokenizer = _load_tokenizer(settings)
+        self.model: PreTrainedModel | None = _load_model(settings).to(self.device)
         rows = self.model.config.get_text_config().vocab_size
         self._unknown = frozenset(tokens_beyond(self.tokenizer, rows))
-        if section.text == "chat" and (problem := special_problem(self.tokenizer, rows)):
+        if settings.text == "chat" and (problem := special_problem(self.tokenizer, rows)):
             raise RewardError(
-                f"The reward model {section.path} does not know all of its tokenizer's tokens: {problem}."
+                f"The reward model {settings.path} does not know all of its tokenizer's tokens: {problem}."
             )
 
     def check(self, columns: Collection[str]) -> None:
@@ -67,7 +67,7 @@ class RewardModel:
         fitting = [
             i
             for i, ids in enumerate(token_ids)
-            if 0 < len(ids) <= self.section.max_tokens and self._unknown.isdisjoint(ids)
+            if 0 < len(ids) <= self.settings.max_tokens and self._unknown.isdisjoint(ids)
         ]
         values = dict(zip(fitting, self._run([token_ids[i] for i in fitting]), strict=True))
         scores = [self._score(values.get(i), ids) for i, ids in enumerate(token_ids)]
@@ -91,19 +91,19 @@ class RewardModel:
 
     def _encode(self, group: Group, i: int) -> list[int]:
         completion = group.completions[i]
-        match self.section.text:
+        match self.settings.text:
             case "plain":
                 return list(self.tokenizer(group.prompt.text + completion.text)["input_ids"])
             case "chat":
                 pass
             case _:
-                raise unknown_choice("rewards.text", self.section.text)
+                raise unknown_choice("rewards.text", self.settings.text)
         chat = [*map(dict, group.prompt.messages), {"role": "assistant", "content": completion.text}]
         try:
             text = self.tokenizer.apply_chat_template(chat, tokenize=False)
         except Exception as error:  # jinja's own errors: a template may refuse roles, or an order of them
             raise RewardError(
-                f"The chat template of the reward model {self.section.path} refuses the conversation of prompt "
+                f"The chat template of the reward model {self.settings.path} refuses the conversation of prompt "
                 f"{group.prompt.id} ({type(error).__name__}: {error}). Use prompts of a form that it knows, or `text: plain`."
             ) from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -111,20 +111,20 @@ class RewardModel:
     @torch.inference_mode()
     def _run(self, token_ids: Sequence[list[int]]) -> list[float]:
         if self.model is None:
-            raise RewardError(f"The reward model {self.section.path} was closed before it was asked to score.")
+            raise RewardError(f"The reward model {self.settings.path} was closed before it was asked to score.")
         pad = self.model.config.get_text_config().pad_token_id
         # transformers finds a text's end by its padding token; without one it takes one text at a time.
         # One at a time too where rotary frequencies would be chosen by the longest text of a batch.
         alone = pad is None or length_dependent_rope(self.model.config) is not None
-        budget = 1 if alone else self.section.batch_tokens
+        budget = 1 if alone else self.settings.batch_tokens
         values = [0.0] * len(token_ids)
         for stack in stack_rows([len(ids) for ids in token_ids], budget):
             try:
                 scores = self._forward([token_ids[i] for i in stack.rows], stack.width, pad or 0)
             except torch.OutOfMemoryError as error:
                 raise RewardError(
-                    f"The reward model {self.section.path} ran out of memory on {self.device} with {len(stack.rows)} texts of "
-                    f"{stack.width} tokens. Lower its batch_tokens ({self.section.batch_tokens}), or give it another device."
+                    f"The reward model {self.settings.path} ran out of memory on {self.device} with {len(stack.rows)} texts of "
+                    f"{stack.width} tokens. Lower its batch_tokens ({self.settings.batch_tokens}), or give it another device."
                 ) from error
             for i, value in zip(stack.rows, scores.tolist(), strict=True):
                 values[i] = value
@@ -140,12 +140,12 @@ class RewardModel:
             seen[row, : len(text)] = 1
         logits = self.model(input_ids=ids.to(self.device), attention_mask=seen.to(self.device)).logits
         # Some models' own code returns [R] scores: one output without its dimension.
-        scores = logits if logits.ndim == 1 else logits[:, self.section.label or 0]
+        scores = logits if logits.ndim == 1 else logits[:, self.settings.label or 0]
         return scores.float().cpu()
 
     def _score(self, value: float | None, ids: Sequence[int]) -> Score:
         if value is None:
-            detail = f"{len(ids)} tokens, more than max_tokens={self.section.max_tokens}" if ids else "no text"
+            detail = f"{len(ids)} tokens, more than max_tokens={self.settings.max_tokens}" if ids else "no text"
             if unknown := self._unknown.intersection(ids):
                 names = self.tokenizer.convert_ids_to_tokens(sorted(unknown))
                 detail = f"tokens that the reward model does not know, though its tokenizer does: {', '.join(names)}"
@@ -160,7 +160,7 @@ class RewardModel:
             tally.clear()
         if tally.too_many(name, failed, len(scores)):
             raise RewardError(
-                f"The reward model {self.section.path} could not score {tally.kinds[name].total()} of {tally.samples[name]} "
+                f"The reward model {self.settings.path} could not score {tally.kinds[name].total()} of {tally.samples[name]} "
                 f"completions, more than scoring.max_failed_share={tally.max_failed_share:g} allows. For example: "
                 f"{failed[0].detail}."
             )
@@ -180,57 +180,58 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _load_tokenizer(section: RewardModelSection) -> PreTrainedTokenizerBase:
+def _load_tokenizer(settings: RewardModelSection) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(section.path, trust_remote_code=section.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(settings.path, trust_remote_code=settings.trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise _cannot_load(section, error, "tokenizer") from error
-    if section.text == "chat" and not tokenizer.chat_template:
+        raise _cannot_load(settings, error, "tokenizer") from error
+    if settings.text == "chat" and not tokenizer.chat_template:
         raise RewardError(
-            f"The reward model {section.path} has no chat template, so it is not known how it was shown conversations. Use "
+            f"The reward model {settings.path} has no chat template, so it is not known how it was shown conversations. Use "
             "`text: plain` if it takes bare text, or add the template to its tokenizer."
         )
     return tokenizer
 
 
-def _load_model(section: RewardModelSection) -> PreTrainedModel:
+def _load_model(settings: RewardModelSection) -> PreTrainedModel:
     from safetensors import SafetensorError
     from transformers import AutoModelForSequenceClassification
 
     from rlpost.policy.loading import without_progress_bars
 
-    options: dict[str, Any] = {"dtype": getattr(torch, section.dtype), "trust_remote_code": section.trust_remote_code}
+    options: dict[str, Any] = {"dtype": getattr(torch, settings.dtype), "trust_remote_code": settings.trust_remote_code}
     try:
         with without_progress_bars():
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                section.path, output_loading_info=True, **options
+                settings.path, output_loading_info=True, **options
             )
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise _cannot_load(section, error, "model") from error
+        raise _cannot_load(settings, error, "model") from error
     if report["missing_keys"]:  # transformers would fill them with random numbers, and only warn
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise RewardError(
-            f"{section.path} is no reward model: it lacks the weights {missing}, which would be made up at random. Name a "
+            f"{settings.path} is no reward model: it lacks the weights {missing}, which would be made up at random. Name a "
             "model that was saved as a sequence classifier."
         )
     outputs = int(model.config.num_labels)
-    if section.label is None and outputs != 1:
+    if settings.label is None and outputs != 1:
         raise RewardError(
-            f"The reward model {section.path} has {outputs} outputs. Say with `label` (0 to {outputs - 1}) which is the reward."
+            f"The reward model {settings.path} has {outputs} outputs. Say with `label` (0 to {outputs - 1}) which is the "
+            "reward."
         )
-    if section.label is not None and section.label >= outputs:
+    if settings.label is not None and settings.label >= outputs:
         raise RewardError(
-            f"The reward model {section.path} has {outputs} outputs, so `label` can be at most {outputs - 1}, not "
-            f"{section.label}."
+            f"The reward model {settings.path} has {outputs} outputs, so `label` can be at most {outputs - 1}, not "
+            f"{settings.label}."
         )
     return model.eval().requires_grad_(False)
 
 
-def _cannot_load(section: RewardModelSection, error: Exception, what: str) -> RewardError:
+def _cannot_load(settings: RewardModelSection, error: Exception, what: str) -> RewardError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return RewardError(
-        f"The {what} of the reward model {section.path} cannot be loaded ({type(error).__name__}: {first}). Give a folder in "
+        f"The {what} of the reward model {settings.path} cannot be loaded ({type(error).__name__}: {first}). Give a folder in "
         "Hugging Face layout, or a name that this machine can download. Nothing is trained without it: there is no fallback."
     )

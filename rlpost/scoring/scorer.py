@@ -69,8 +69,8 @@ class Scorer:
         self.scoring = scoring
         self.functions: tuple[RewardFunction, ...] = tuple(load_reward(r.function, base) for r in rewards)
         self.names = _names(self.sections, self.functions)
-        for section, function in zip(self.sections, self.functions, strict=True):
-            check_arguments(function, section.arguments)
+        for settings, function in zip(self.sections, self.functions, strict=True):
+            check_arguments(function, settings.arguments)
         self.counts: dict[str, Counter[Outcome]] = {}
         self.slowest: dict[str, float] = {}
         self.logged: dict[str, float] = {}
@@ -81,8 +81,8 @@ class Scorer:
 
     def check(self, columns: Collection[str]) -> None:
         """Raises RewardError if a function needs a keyword that neither `columns` nor its arguments provide."""
-        for section, function in zip(self.sections, self.functions, strict=True):
-            check_signature(function, columns, section.arguments)
+        for settings, function in zip(self.sections, self.functions, strict=True):
+            check_signature(function, columns, settings.arguments)
 
     def score(self, groups: Sequence[Group], step: int = 0, max_steps: int = 0, *, more: bool = False) -> list[Group]:
         """The same groups in the same order, with `scores` filled in.
@@ -126,9 +126,9 @@ class Scorer:
 
     def _jobs(self, r: int, groups: Sequence[Group], state: TrainerState) -> Iterator[Task]:
         """The calls of reward r as jobs, each with the places that its calls' verdicts go to."""
-        section, function = self.sections[r], self.functions[r]
+        settings, function = self.sections[r], self.functions[r]
         calls, places, first = [], [], 0
-        for samples in _split(groups, section.call):
+        for samples in _split(groups, settings.call):
             calls.append(self._call(r, samples, state))
             places.append([(first + i, r) for i in range(len(samples))])
             first += len(samples)
@@ -138,14 +138,14 @@ class Scorer:
 
     def _call(self, r: int, samples: Sequence[Sample], state: TrainerState) -> Call:
         """One call of reward r."""
-        section = self.sections[r]
+        settings = self.sections[r]
         return Call(
             reward=r,
             size=len(samples),
-            keywords=keywords(self.functions[r], samples, section.arguments, section.completions),
-            deadline_s=section.deadline_s * len(samples),
+            keywords=keywords(self.functions[r], samples, settings.arguments, settings.completions),
+            deadline_s=settings.deadline_s * len(samples),
             state=state,
-            guarded=section.completions == "auto",
+            guarded=settings.completions == "auto",
         )
 
     def _replies(self, jobs: Sequence[Task]) -> Iterator[tuple[list[Place], Reply]]:

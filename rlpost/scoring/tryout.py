@@ -53,7 +53,7 @@ def try_reward(
     from rlpost.scoring.scorer import Scorer
 
     lines, groups = zip(*_read_samples(samples_path), strict=True)
-    section = RewardSection(
+    settings = RewardSection(
         function=spec,
         arguments=dict(arguments or {}),
         deadline_s=deadline_s,
@@ -62,7 +62,7 @@ def try_reward(
         timeout_score=timeout_score,
     )
     columns = set.intersection(*(set(group.prompt.columns) for group in groups))
-    with Scorer([section], ScoringSection(workers=1, max_failed_share=1.0), samples_path.parent) as scorer:
+    with Scorer([settings], ScoringSection(workers=1, max_failed_share=1.0), samples_path.parent) as scorer:
         scorer.check(columns)
         scored = scorer.score(groups)
     return [

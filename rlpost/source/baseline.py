@@ -30,8 +30,8 @@ Tokens = tuple[int, ...]
 
 def lacks_baselines(recipe: Recipe, sets: PairSets) -> bool:
     """Whether the method learns from the initial model's responses and a pair has none of its own."""
-    section = recipe.method.pairs
-    wanted = section is not None and recipe.data.has_pairs and section.from_initial
+    pairs = recipe.method.pairs
+    wanted = pairs is not None and recipe.data.has_pairs and pairs.from_initial
     return wanted and any(pair.baseline is None for pair in (*sets.train, *sets.held_out))
 
 

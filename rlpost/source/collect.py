@@ -98,12 +98,12 @@ class Collector:
 
     def _refill(self, groups: list[Group]) -> tuple[list[Group], dict[str, float]]:
         """DAPO's dynamic sampling: prompts whose completions all earned the same are replaced by the next ones."""
-        parts, section = self.parts, self.parts.recipe.method.dynamic_sampling
-        if not section.enabled:
+        parts, dynamic_sampling = self.parts, self.parts.recipe.method.dynamic_sampling
+        if not dynamic_sampling.enabled:
             return groups, {}
         weights = tuple(r.weight for r in parts.recipe.rewards)
         places, rounds, replaced = own_places(parts.recipe, parts.processes), 0, 0
-        while rounds < section.max_rounds:
+        while rounds < dynamic_sampling.max_rounds:
             own = list(compress(places, zero_variance_groups(groups, weights, parts.recipe.method)))
             equal = sorted(place for part in parts.processes.gather(own) for place in part)
             if not equal:

@@ -48,15 +48,15 @@ class PairSource:
     def evaluate(self) -> tuple[float, dict[str, float]]:
         """Accuracy, margins and log-probs of the held-out pairs under the policy as it is."""
         parts = self.parts
-        section = parts.recipe.method.pairs
-        assert section is not None  # the rules ask for it
+        settings = parts.recipe.method.pairs
+        assert settings is not None  # the rules ask for it
         pairs, processes = self._held_out(), parts.processes
         own = list(range(processes.rank, len(pairs), processes.world))
         buffer = self._open([pairs[i] for i in own], 1, 0)
         if self._held_out_table is None:
             self._held_out_table = self._build_table(pairs, "held-out")
         buffer.ref_logp = self._held_out_table.take(own)
-        metrics = judge_pairs(section, parts.learner.policy, buffer, parts.updater.rows(buffer, None), processes)
+        metrics = judge_pairs(settings, parts.learner.policy, buffer, parts.updater.rows(buffer, None), processes)
         return metrics["accuracy"], metrics
 
     def bookmark(self) -> Callable[[], None]:
@@ -89,8 +89,8 @@ class PairSource:
 
     def _open(self, pairs: Sequence[Pair], minibatches: int, rollout: int) -> RolloutBuffer:
         """This process's pairs as a buffer; collective."""
-        section = self.parts.recipe.method.pairs
-        initial = section is not None and section.from_initial
+        settings = self.parts.recipe.method.pairs
+        initial = settings is not None and settings.from_initial
         return open_pairs(
             [pair_group(pair) for pair in pairs],
             [pair.baseline if initial else None for pair in pairs],

@@ -30,10 +30,10 @@ class SampledSource:
 
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
-        section = parts.recipe.rollout
+        rollout = parts.recipe.rollout
         self.rollouts: Collects = InTurn(parts)
-        if section.staleness:
-            self.rollouts = Ahead(parts, section.staleness, in_flight=section.in_flight)
+        if rollout.staleness:
+            self.rollouts = Ahead(parts, rollout.staleness, in_flight=rollout.in_flight)
         self.teacher = Teacher(parts.recipe, parts.tokenizer, parts.learner.policy.context_window, parts.processes)
         self.hint_levels: dict[str, int] = {}  # by prompt id: GHPO's memory of hard prompts
         self.crashes: dict[str, Any] = {}  # of the reward: a `CrashState` as plain numbers

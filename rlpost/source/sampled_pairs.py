@@ -73,11 +73,11 @@ class SampledPairSource:
 
     def _pair(self, group: Group) -> Group | None:
         """(chosen, rejected) of a group; None where no completion earned enough more than another."""
-        section = self.parts.recipe.method.pairs
-        assert section is not None
+        pairs = self.parts.recipe.method.pairs
+        assert pairs is not None
         weights = tuple(r.weight for r in self.parts.recipe.rewards)
         rewards = [group.reward(i, weights) for i in range(len(group.completions))]
-        sides = best_and_worst(rewards, [c.token_ids for c in group.completions], section.min_gap)
+        sides = best_and_worst(rewards, [c.token_ids for c in group.completions], pairs.min_gap)
         if not sides:
             return None
         return Group(group.prompt, tuple(group.completions[i] for i in sides), tuple(group.scores[i] for i in sides))

@@ -25,7 +25,7 @@ class Gated:
 
 
 def gate(
-    groups: Sequence[Group], section: Gate, *, accuracy_rewards: Sequence[bool], rollout: int, read: Read
+    groups: Sequence[Group], settings: Gate, *, accuracy_rewards: Sequence[bool], rollout: int, read: Read
 ) -> Gated:
     """HPT's decision (arXiv 2509.04419 eq. 10) or a relative's, for every scored group.
 
@@ -33,12 +33,12 @@ def gate(
     and is counted. A demonstration is always learned under the bare question, also where the samples had a hint.
     """
     by_group = [accuracies(group, accuracy_rewards) for group in groups]
-    wanted = [route(section, values, rollout) for values in by_group]
+    wanted = [route(settings, values, rollout) for values in by_group]
     asked = [i for i, r in enumerate(wanted) if r.demonstration]
     ids = dict(zip(asked, read([groups[i].prompt for i in asked]), strict=True))
     routes = tuple(r.dropped if i in ids and ids[i] is None else r for i, r in enumerate(wanted))
     rows = tuple(_row(group, ids.get(i)) for i, group in enumerate(groups))
-    solved = [right_of_known(values, section.threshold) for values in by_group]
+    solved = [right_of_known(values, settings.threshold) for values in by_group]
     size, demonstrated = float(len(groups)), [r for r in routes if r.demonstration]
     metrics: dict[str, Metric] = {
         "gate/sft_share": Mean(float(sum(not r.samples for r in demonstrated)), size),

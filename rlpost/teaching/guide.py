@@ -32,7 +32,7 @@ class Guided:
 
 def guide(
     groups: Sequence[Group],
-    section: HintGuidance,
+    guidance: HintGuidance,
     *,
     sample: Sample,
     score: Score,
@@ -50,8 +50,8 @@ def guide(
     the samples of its last hint. Escalation begins only for groups whose completions are all known to be wrong. It then goes on
     until a completion is right: an unknown one does not end it.
     """
-    ratios = level_ratios(section, rollout, rollouts)
-    run = _Escalation(list(groups), section, accuracy_rewards)
+    ratios = level_ratios(guidance, rollout, rollouts)
+    run = _Escalation(list(groups), guidance, accuracy_rewards)
     first = {i: min(memory.get(groups[i].prompt.id, 1), max(1, len(ratios))) for i in run.hard}
     for level, ratio in enumerate(ratios, start=1):
         asked = [i for i in run.unsolved() if first[i] <= level]
@@ -60,30 +60,30 @@ def guide(
         chosen = [(i, prompt) for i, prompt in zip(asked, prompts, strict=True) if prompt is not None]
         if chosen:
             sampled = sample([prompt for _, prompt in chosen], SEED_LEVEL + level)
-            run.replace([i for i, _ in chosen], _judge(sampled, section, score), level)
+            run.replace([i for i, _ in chosen], _judge(sampled, guidance, score), level)
     return Guided(
-        groups=_conditioned(run.groups, run.levels, section),
+        groups=_conditioned(run.groups, run.levels, guidance),
         levels=run.levels,
-        metrics=run.metrics(groups, len(section.ratios)),
-        first_levels=_first_levels(run, first, memory) if section.memory and ratios else {},
+        metrics=run.metrics(groups, len(guidance.ratios)),
+        first_levels=_first_levels(run, first, memory) if guidance.memory and ratios else {},
     )
 
 
 class _Escalation:
     """The groups of one process while levels are tried."""
 
-    def __init__(self, groups: list[Group], section: HintGuidance, accuracy_rewards: Sequence[bool]) -> None:
-        self.groups, self.section, self.accuracy_rewards = groups, section, accuracy_rewards
+    def __init__(self, groups: list[Group], guidance: HintGuidance, accuracy_rewards: Sequence[bool]) -> None:
+        self.groups, self.settings, self.accuracy_rewards = groups, guidance, accuracy_rewards
         self.levels = [0] * len(groups)
         self.asked: set[int] = set()  # groups for which a hint was wanted
         by_group = [accuracies(group, accuracy_rewards) for group in groups]
-        self.hard = [i for i, values in enumerate(by_group) if is_hard(values, section)]
-        self.unknown = sum(not is_hard(values, section) and not is_solved(values, section) for values in by_group)
+        self.hard = [i for i, values in enumerate(by_group) if is_hard(values, guidance)]
+        self.unknown = sum(not is_hard(values, guidance) and not is_solved(values, guidance) for values in by_group)
         self._counted: dict[str, Metric] = {}
 
     def solved(self, i: int) -> bool:
         """Whether a completion of group i is right, as far as guidance is concerned."""
-        return is_solved(accuracies(self.groups[i], self.accuracy_rewards), self.section)
+        return is_solved(accuracies(self.groups[i], self.accuracy_rewards), self.settings)
 
     def unsolved(self) -> list[int]:
         """Which hard groups nothing has solved yet. One whose hinted samples are wrong or unknown is not solved."""
@@ -96,7 +96,7 @@ class _Escalation:
         self._counted[f"guidance/groups_level_{level}"] = Total(float(len(places)))
         tokens = sum(len(c.token_ids) for group in sampled for c in group.completions)
         self._counted[f"guidance/tokens_level_{level}"] = Total(float(tokens))
-        self._counted[f"guidance/accuracy_level_{level}"] = accuracy_of(sampled, self.section, self.accuracy_rewards)
+        self._counted[f"guidance/accuracy_level_{level}"] = accuracy_of(sampled, self.settings, self.accuracy_rewards)
 
     def metrics(self, before: Sequence[Group], levels: int) -> dict[str, Metric]:
         """Shares and counts of one process's groups. The same names whatever happened, so that curves have no gaps."""
@@ -107,9 +107,9 @@ class _Escalation:
             "guidance/unknown_share": Mean(float(self.unknown), all_),
             "guidance/unsolved_share": Mean(float(len(unsolved)), all_),
             "guidance/no_hint": Total(float(sum(self.levels[i] == 0 for i in self.asked))),
-            "guidance/accuracy_without_hints": accuracy_of(before, self.section, self.accuracy_rewards),
+            "guidance/accuracy_without_hints": accuracy_of(before, self.settings, self.accuracy_rewards),
             "guidance/hint_tokens": Mean(float(sum(_hint_tokens(self.groups[i]) for i in hinted)), float(len(hinted))),
-            **trained_metrics(self.groups, self.levels, self.section, self.accuracy_rewards),
+            **trained_metrics(self.groups, self.levels, self.settings, self.accuracy_rewards),
         }
         for level in range(1, levels + 1):
             solved = sum(self.levels[i] == level and i not in unsolved for i in hinted)
@@ -119,22 +119,22 @@ class _Escalation:
 
 
 def trained_metrics(
-    groups: Sequence[Group], levels: Sequence[int], section: HintGuidance, accuracy_rewards: Sequence[bool]
+    groups: Sequence[Group], levels: Sequence[int], guidance: HintGuidance, accuracy_rewards: Sequence[bool]
 ) -> dict[str, Metric]:
     """What one process's groups that are trained on are like; `levels` has the level that each was sampled at."""
     hinted = [group for group, level in zip(groups, levels, strict=True) if level]
     unhinted = [group for group, level in zip(groups, levels, strict=True) if not level]
     return {
         "guidance/hinted_share": Mean(float(len(hinted)), float(len(groups))),
-        "guidance/accuracy_trained": accuracy_of(groups, section, accuracy_rewards),
-        "guidance/accuracy_trained_hinted": accuracy_of(hinted, section, accuracy_rewards),
-        "guidance/accuracy_trained_unhinted": accuracy_of(unhinted, section, accuracy_rewards),
+        "guidance/accuracy_trained": accuracy_of(groups, guidance, accuracy_rewards),
+        "guidance/accuracy_trained_hinted": accuracy_of(hinted, guidance, accuracy_rewards),
+        "guidance/accuracy_trained_unhinted": accuracy_of(unhinted, guidance, accuracy_rewards),
     }
 
 
-def accuracy_of(groups: Iterable[Group], section: HintGuidance, accuracy_rewards: Sequence[bool]) -> Mean:
+def accuracy_of(groups: Iterable[Group], guidance: HintGuidance, accuracy_rewards: Sequence[bool]) -> Mean:
     """As evaluation computes it: the mean over groups of the share of right completions among those that are known."""
-    tallies = [right_of_known(accuracies(group, accuracy_rewards), section.threshold) for group in groups]
+    tallies = [right_of_known(accuracies(group, accuracy_rewards), guidance.threshold) for group in groups]
     shares = [right / known for right, known in tallies if known]
     return Mean(math.fsum(shares), float(len(shares)))
 
@@ -143,9 +143,9 @@ def _hint_tokens(group: Group) -> int:
     return len(group.prompt.token_ids) - len(group.prompt.bare.token_ids)
 
 
-def _judge(sampled: Sequence[Group], section: HintGuidance, score: Score) -> list[Group]:
+def _judge(sampled: Sequence[Group], guidance: HintGuidance, score: Score) -> list[Group]:
     """Scores the samples: what was sampled, or the assistant's whole turn, the hint included."""
-    if not section.judges_turn:
+    if not guidance.judges_turn:
         return list(score(sampled))
     turns = [
         replace(g, completions=tuple(replace(c, text=g.prompt.hint + c.text) for c in g.completions)) for g in sampled
@@ -153,11 +153,11 @@ def _judge(sampled: Sequence[Group], section: HintGuidance, score: Score) -> lis
     return [replace(g, scores=turn.scores) for g, turn in zip(sampled, score(turns), strict=True)]
 
 
-def _conditioned(groups: Sequence[Group], levels: Sequence[int], section: HintGuidance) -> list[Group]:
+def _conditioned(groups: Sequence[Group], levels: Sequence[int], guidance: HintGuidance) -> list[Group]:
     """The groups, each with the prompt under which its completions are learned: the hinted one that they were sampled from, or,
     in ablations (`guidance.condition`), the bare question."""
     last = max(levels, default=0)
-    kept = {"hinted": 0, "question": last + 1, "released": last}[section.condition]
+    kept = {"hinted": 0, "question": last + 1, "released": last}[guidance.condition]
     return [
         _under_bare_prompt(group) if 0 < level < kept else group for group, level in zip(groups, levels, strict=True)
     ]

@@ -50,14 +50,14 @@ class Teacher:
         self, groups: list[Group], *, sample: Sample, score: Score, rollout: int, memory: Mapping[str, int]
     ) -> Teaching:
         """The groups after GHPO's escalation. `sample` and `score` are local to the process."""
-        section, hinter = self.recipe.method.guidance, self.hinter
-        if section is None or hinter is None:
+        guidance, hinter = self.recipe.method.guidance, self.hinter
+        if guidance is None or hinter is None:
             return Teaching(groups)
 
         def escalate() -> Guided:
             return guide(
                 groups,
-                section,
+                guidance,
                 sample=sample,
                 score=score,
                 hint=hinter,
@@ -74,21 +74,21 @@ class Teacher:
 
     def refilled(self, before: Teaching, groups: list[Group]) -> Teaching:
         """With dynamic sampling's `groups` in the places of flat ones, and the figures of what is trained on of these."""
-        section = self.recipe.method.guidance
-        if section is None:
+        guidance = self.recipe.method.guidance
+        if guidance is None:
             return replace(before, groups=groups)
         old = zip(groups, before.groups, before.levels, strict=True)
         levels = tuple(level if new is before else 0 for new, before, level in old)
-        own = trained_metrics(groups, levels, section, self.accuracy_rewards)
+        own = trained_metrics(groups, levels, guidance, self.accuracy_rewards)
         metrics = values(merge(self.processes.gather(own)))
         return replace(before, groups=groups, levels=levels, metrics=before.metrics | metrics)
 
     def gate(self, groups: Sequence[Group], rollout: int) -> tuple[Gated | None, dict[str, float]]:
         """Where the groups go, and the gate's metrics over all processes; (None, {}) without a gate."""
-        section = self.recipe.method.gate
-        if section is None:
+        settings = self.recipe.method.gate
+        if settings is None:
             return None, {}
-        gated = gate(groups, section, accuracy_rewards=self.accuracy_rewards, rollout=rollout, read=self.reader)
+        gated = gate(groups, settings, accuracy_rewards=self.accuracy_rewards, rollout=rollout, read=self.reader)
         return gated, values(merge(self.processes.gather(gated.metrics)))
 
 

@@ -29,16 +29,16 @@ class WandbTracker:
     """
 
     def __init__(
-        self, run: RunDirectory, section: WandbSection, config: Mapping[str, Any], note: Callable[[str], None]
+        self, run: RunDirectory, settings: WandbSection, config: Mapping[str, Any], note: Callable[[str], None]
     ) -> None:
         self._state_file = run.path / "wandb" / "run.json"
         self._note = note
         self._run: Any = None
         self._synced_later = False
         self._state = _read_state(self._state_file)
-        mode = os.environ.get("WANDB_MODE") or section.mode
+        mode = os.environ.get("WANDB_MODE") or settings.mode
         if mode in ("online", "offline"):
-            self._guarded("start", lambda: self._start(run, section, config, mode))
+            self._guarded("start", lambda: self._start(run, settings, config, mode))
         elif mode not in MODES:
             note(f"WANDB_MODE={mode} is none of {', '.join(MODES)}: the run goes on without W&B.")
 
@@ -91,19 +91,19 @@ class WandbTracker:
         elif self._synced_later:
             self._note(f"W&B was off line. Send this run: wandb sync {path}")
 
-    def _start(self, run: RunDirectory, section: WandbSection, config: Mapping[str, Any], mode: str) -> None:
+    def _start(self, run: RunDirectory, settings: WandbSection, config: Mapping[str, Any], mode: str) -> None:
         import wandb
 
         self._write_state()
         if mode == "online":
-            reason = self._init_online(wandb, run, section, config)
+            reason = self._init_online(wandb, run, settings, config)
             if reason is None:
                 self._note(f"W&B: {self._run.url}")
                 return
             if wandb.run is None:
                 wandb.teardown()  # a failed start keeps the run's id occupied in W&B's background process
             self._synced_later = True
-        self._run = self._init(wandb, run, section, config, "offline")
+        self._run = self._init(wandb, run, settings, config, "offline")
         if mode == "online":
             self._note(
                 f"W&B is not reachable ({reason}); the run goes on and is recorded off line. Send it later: "
@@ -111,26 +111,26 @@ class WandbTracker:
             )
 
     def _init_online(
-        self, wandb: Any, run: RunDirectory, section: WandbSection, config: Mapping[str, Any]
+        self, wandb: Any, run: RunDirectory, settings: WandbSection, config: Mapping[str, Any]
     ) -> str | None:
         """Starts an online run; the reason in one line when that fails. Never asks for a key at the terminal."""
         try:
             if not wandb.login(prompt=False, verify=False):
                 return "not logged in"
-            self._run = self._init(wandb, run, section, config, "online")
+            self._run = self._init(wandb, run, settings, config, "online")
         except Exception as error:
             return f"{type(error).__name__}: {error}".splitlines()[0][:160]
         return None
 
-    def _init(self, wandb: Any, run: RunDirectory, section: WandbSection, config: Mapping[str, Any], mode: str) -> Any:
+    def _init(self, wandb: Any, run: RunDirectory, settings: WandbSection, config: Mapping[str, Any], mode: str) -> Any:
         started = wandb.init(
             mode=mode,
             id=self.id,
             resume="allow",
             name=run.name,
-            project=section.project,
-            entity=section.entity,
-            tags=list(section.tags) or None,
+            project=settings.project,
+            entity=settings.entity,
+            tags=list(settings.tags) or None,
             dir=str(run.path),
             config=dict(config),
             # The console belongs to rlpost, and W&B must neither write over it nor copy it.
