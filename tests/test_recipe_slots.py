@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from method_cases import method
@@ -13,6 +14,7 @@ from rlpost.recipe.plan.describe import make_plan, print_plan
 from rlpost.recipe.plan.slots import slot_sections, slots_in_force
 from rlpost.recipe.sections.base import Section
 from rlpost.recipe.sections.describe import describe_settings
+from rlpost.recipe.sections.masks import Mask
 from rlpost.recipe.sections.method import MethodSection, describe_order
 from rlpost.recipe.sections.presets import preset_names
 
@@ -47,7 +49,8 @@ def test_every_setting_of_a_slot_in_force_is_printed_with_its_origin(preset, tmp
             assert found, (path, line)
             assert origin == "default" or f"({origin})" in line, (path, line)
     if "correction" in slots_in_force(loaded.recipe.method):
-        assert "min 0.25 (command line)" in printed and "outside [0.25, 2]" in printed
+        most = loaded.recipe.method.correction.max
+        assert "min 0.25 (command line)" in printed and f"outside [0.25, {most:g}]" in printed
 
 
 def test_a_mask_is_printed_with_its_limits() -> None:
@@ -94,3 +97,11 @@ def test_a_preset_is_named_where_presets_are_listed(name) -> None:
     assert named(readme, name) or variant, (
         f"give `{name}` a row in README.md's table of methods, or name it as a variant"
     )
+
+
+def test_every_mask_stands_in_the_table_of_masks() -> None:
+    page = (ROOT / "docs" / "methods" / "grpo.md").read_text()
+    table = page[page.index("## Masks") :]
+    for section in get_args(get_args(Mask)[0]):
+        name = section.model_fields["type"].default
+        assert f"`{name}`" in table, f"give `{name}` a row in the table of masks in docs/methods/grpo.md"

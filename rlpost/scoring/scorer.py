@@ -249,7 +249,8 @@ def _split(groups: Sequence[Group], call: Literal["sample", "group", "batch"]) -
 
 
 def _job(calls: Sequence[Call], function: RewardFunction) -> Job:
-    """Async calls have a deadline in their event loop, so the hard one, for code that blocks the loop, is later."""
+    """Calls that one process makes one after another, and the seconds after which that process is killed. The event loop of an
+    async function ends a call at its deadline by itself, so the process is killed later, for code that blocks the loop."""
     longest = max(call.deadline_s for call in calls)
     return Job(tuple(calls), longest + max(1.0, 0.5 * longest) if function.is_async else longest)
 

@@ -28,7 +28,7 @@ class AdvantageSection(Section):
     and scale each alone and add the results times their weights and coefficients; or, with GDPO (arXiv 2601.05242), divide
     that sum by its standard deviation over the batch as well."""
     eps: NonNegativeFloat = 1e-4
-    """Added to the standard deviation; 0 is allowed: where rewards do not differ, nothing is divided."""
+    """Added to what is divided by; 0 is allowed: where rewards do not differ, nothing is divided."""
     unbiased: bool = True
     """Standard deviation with n - 1 (as TRL and verl compute it) rather than n."""
 
@@ -99,7 +99,8 @@ class CorrectionSection(Section):
     level: Literal["token", "sequence"] = "token"
     """One weight per token, or one per completion (the product over its tokens)."""
     action: Literal["truncate", "mask", "none"] = "truncate"
-    """Weights above `max`: cut to it, or the tokens dropped; none: no correction at all."""
+    """truncate: weights above `max` become `max`. mask: tokens whose weight is above `max` or below `min` are dropped. none: no
+    correction at all."""
     max: PositiveFloat = 2.0
     """Upper limit of the weight."""
     min: NonNegativeFloat = 0.0
