@@ -235,10 +235,11 @@ def test_logprobs_score_given_tokens(saved, engine):
 def test_loaded_weights_are_used_and_copied(saved, engine, tmp_path):
     _, other, _ = tiny(tmp_path, seed=1)
     before = engine.sample(requests(), SETTINGS)
-    engine.load_weights(iter(other.named_parameters()))  # the tied head is left out
+    engine.load_weights(iter(other.named_parameters()), 7)  # the tied head is left out
     assert engine.logprobs([(5, 6, 7, 8)])[0] == pytest.approx(direct(other, (5, 6, 7, 8)), abs=1e-4)
     after = engine.sample(requests(), SETTINGS)
     assert after != before
+    assert all(c.versions == ((7, len(c.token_ids)),) for c in after), "every token knows the weights that sampled it"
     with torch.no_grad():
         other.model.norm.weight.zero_()
     assert engine.sample(requests(), SETTINGS) == after, "the engine must hold its own copy"

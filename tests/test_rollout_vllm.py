@@ -179,8 +179,10 @@ def test_probe_passes_and_sees_other_weights(saved, engine, tmp_path):
 
     _, other, _ = tiny(tmp_path, seed=1)
     before = engine.sample(requests(), SETTINGS)
-    engine.load_weights(other.named_parameters())
-    assert engine.sample(requests(), SETTINGS) != before
+    engine.load_weights(other.named_parameters(), 7)
+    after = engine.sample(requests(), SETTINGS)
+    assert after != before
+    assert all(c.versions == ((7, len(c.token_ids)),) for c in after), "every token knows the weights that sampled it"
     with pytest.raises(RolloutError, match="did not reach the engine"):
         check(compare(learner, engine.logprobs(sequences)), 0.5, step=1, earlier=good)
     assert compare([direct(other, s) for s in sequences], engine.logprobs(sequences)).max_gap < 1e-3

@@ -50,6 +50,7 @@ class TransformersRolloutEngine:
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._max_model_len = max_model_len
+        self._version = 0  # as long as it has the weights of its files
         self._eos = _end_tokens(model, tokenizer)
         self._decoding: type[CachedDecoding | WholeDecoding] = self._choose_decoding()
         _note_slowness()
@@ -189,7 +190,8 @@ class TransformersRolloutEngine:
         if stop is not None and stop in text:
             text = text[: text.index(stop) + len(stop)]
         finish: Literal["stop", "length"] = "stop" if ended or stop is not None else "length"
-        return Completion(tuple(row.tokens), tuple(row.logprobs), text, finish)
+        versions = ((self._version, len(row.tokens)),) if row.tokens else ()
+        return Completion(tuple(row.tokens), tuple(row.logprobs), text, finish, versions)
 
     def _text(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
@@ -216,6 +218,7 @@ class TransformersRolloutEngine:
             target.copy_(tensor)
         if missing := self._names.missing(seen):
             raise RolloutError(incomplete(missing, "the rollout engine"))
+        self._version = version
 
     @torch.inference_mode()
     def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:

@@ -74,6 +74,7 @@ class VllmRolloutEngine:
         self._max_model_len, self._ends = max_model_len, tuple(ends)
         self._on_cpu = device.split(":")[0] == "cpu"
         self._asleep = False
+        self._version = 0  # as long as it has the weights of its files
         self._sleeps = section.sleep and not self._on_cpu
         self._check(section, model_path)
         for key, value in _ENVIRONMENT.items():
@@ -163,7 +164,7 @@ class VllmRolloutEngine:
                 [_sampling_params(request, settings, self._ends) for request in requests],
                 use_tqdm=False,
             )
-            completions = [_completion(output.outputs[0]) for output in outputs]
+            completions = [_completion(output.outputs[0], self._version) for output in outputs]
             if self._sleeps:
                 self._llm.sleep(level=1)
                 self._asleep = True
@@ -198,6 +199,7 @@ class VllmRolloutEngine:
             raise RolloutError(incomplete(missing, "vLLM"))
         if unreached:
             raise RolloutError(not_replaced(unreached))
+        self._version = version
 
     def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
         """For each sequence of n tokens the n - 1 log-probs (nats, temperature 1) of its tokens 1..n-1."""
@@ -269,7 +271,7 @@ def _sampling_params(request: SamplingRequest, settings: SamplingSettings, ends:
     )
 
 
-def _completion(output: Any) -> Completion:
+def _completion(output: Any, version: int) -> Completion:
     tokens = tuple(output.token_ids)
     logprobs = tuple(entry[token].logprob for token, entry in zip(tokens, output.logprobs, strict=True))
     if output.finish_reason not in ("stop", "length"):
@@ -278,4 +280,4 @@ def _completion(output: Any) -> Completion:
             "`rollout.engine.max_sequences`, or give the KV cache more memory."
         )
     finish: Literal["stop", "length"] = output.finish_reason
-    return Completion(tokens, logprobs, output.text, finish)
+    return Completion(tokens, logprobs, output.text, finish, ((version, len(tokens)),) if tokens else ())
