@@ -13,6 +13,7 @@ from rlpost.policy.family import choose_attention
 from rlpost.policy.loading import load_config
 from rlpost.policy.model import load_policy
 from rlpost.policy.rows import build_rows
+from rlpost.policy.verify import verify_policy
 from rlpost.recipe.load import load_recipe
 from rlpost.recipe.plan.describe import make_plan
 from rlpost.recipe.rules.check import Setting, check
@@ -67,7 +68,13 @@ def test_the_choice_reaches_the_model_and_the_notes(tmp_path, monkeypatch):
     policy = load_policy(section(), path)
     assert policy.config._attn_implementation == "sdpa" and policy.notes == () and not raised
     # Loaded on the host for a GPU, as under ZeRO-3: nothing is compiled for the host.
+    seen = []
+    monkeypatch.setattr(
+        "rlpost.policy.model.verify_policy",
+        lambda policy, layout: (seen.append(policy.config._attn_implementation), verify_policy(policy, layout)),
+    )
     away = load_policy(section(), path, runs_on=torch.device("cuda"))
+    assert seen == ["eager"]
     assert away.config._attn_implementation == "flex_attention" and away.device.type == "cpu" and raised
     assert (
         load_policy(section(), path, layout="sorted", runs_on=torch.device("cuda")).config._attn_implementation

@@ -10,6 +10,8 @@ from conftest import save_tiny_model
 
 from rlpost.errors import RecipeError
 from rlpost.recipe.load import load_recipe
+from rlpost.recipe.rules.check import Setting, check
+from rlpost.recipe.rules.rollout import has_fp8_cache
 from rlpost.recipe.sections.rollout import SpeculativeSection, VllmEngine
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings
 from rlpost.rollout.remote.arguments import server_arguments
@@ -50,7 +52,17 @@ def test_a_server_on_a_cpu_refuses_what_a_cpu_cannot(write_recipe, tmp_path, mon
         serve(loaded, host="127.0.0.1", port=1, say=print)
 
 
+def test_an_fp8_cache_needs_a_cpu_that_can(write_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loaded = load_recipe(write_recipe(tmp_path, {"rollout.engine": {"type": "vllm", "kv_cache_dtype": "fp8"}}))
+    for able, problems in (({"avx2": True}, 1), ({"avx512_f": True}, 0), ({"amx_tile": True}, 0), ({}, 1)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        said = [line for line in check(loaded.recipe, Setting(1, tmp_path)) if "kv_cache_dtype" in line]
+        assert len(said) == problems and all("AVX-512 or AMX" in line for line in said)
+
+
 @pytest.mark.engine
+@pytest.mark.skipif(not has_fp8_cache(), reason="vLLM has no 8-bit cache for this CPU, and the recipe is refused")
 def test_an_fp8_cache_on_a_cpu_gives_true_logprobs_of_coarser_attention(tmp_path):
     """Sampler and scoring agree on them, a sync goes through, and the gap stays within the probe's level."""
     from rlpost.rollout.vllm_engine import VllmRolloutEngine

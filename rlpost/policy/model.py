@@ -205,7 +205,7 @@ def load_policy(
         notes=notes,
     )
     rows_layout, _ = choose_layout(config, layout, config._attn_implementation, longest)
-    with plain_attention(config):
+    with plain_attention(policy.config):  # not the one that was asked with: transformers may have copied it
         verify_policy(policy, rows_layout)
     policy.notes += tuple(filter(None, (generation_options(path)[1], unwritable(causal_lm))))
     if model.quantized:

@@ -52,7 +52,7 @@ def passed_on_problems(r: Recipe, engine: VllmEngine) -> Iterator[str]:
             f"{key}.quantization={engine.quantization} with {key}.sleep=true: new weights cannot be loaded over quantised ones "
             "that were asleep; nobody has tried it. Leave one of them out"
         )
-    if (engine.speculative is not None or engine.quantization != "none") and engine.where != "server":
+    if (engine.speculative is not None or engine.in_eight_bits) and engine.where != "server":
         import torch  # a second or two, and only for recipes that need the answer
 
         if not torch.cuda.is_available():
@@ -69,8 +69,21 @@ def no_cpu(engine: VllmEngine) -> Iterator[str]:
     if engine.quantization != "none":
         yield (
             f"rollout.engine.quantization={engine.quantization} needs a CUDA GPU: vLLM 0.32 has no such layers for a CPU. "
-            "Set it to none; rollout.engine.kv_cache_dtype=fp8 works"
+            "Set it to none; rollout.engine.kv_cache_dtype=fp8 works where the CPU has AVX-512 or AMX"
         )
+    if engine.kv_cache_dtype != "auto" and not has_fp8_cache():
+        yield (
+            f"rollout.engine.kv_cache_dtype={engine.kv_cache_dtype} needs a CUDA GPU, or a CPU with AVX-512 or AMX. This "
+            "one has neither: set it to auto"
+        )
+
+
+def has_fp8_cache() -> bool:
+    """Whether vLLM's attention on this CPU reads a cache of 8-bit numbers."""
+    import torch
+
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_f") or able.get("amx_tile"))
 
 
 def sync_problems(r: Recipe, _: Setting) -> Iterator[str]:
