@@ -117,11 +117,11 @@ def evaluate(
     world_size: int = 1,
     gather: Callable[[list[Group]], list[Group]] = list,
 ) -> EvaluationResult:
-    """Samples, scores and judges up to `section.prompts` held-out prompts; greedy with one completion a prompt.
+    """Samples, scores and judges up to `evaluation.prompts` held-out prompts; greedy with one completion a prompt.
 
     `weights` and `accuracy_rewards` have one entry per reward function. With several processes each takes every
     `world_size`-th prompt, and `gather` returns the groups of all of them; all processes get the same result.
-    Raises RecipeError when nothing could come of it: no accuracy reward, or a k above `section.samples`.
+    Raises RecipeError when nothing could come of it: no accuracy reward, or a k above `evaluation.samples`.
     """
     _check(prompts, evaluation, accuracy_rewards)
     chosen = select_prompts(prompts, evaluation.prompts)
@@ -134,7 +134,7 @@ def evaluate(
 
 
 def sampling_settings(evaluation: EvaluationSection, rollout: RolloutSection) -> SamplingSettings:
-    """As in training, but greedy when `section.samples` is 1, else at the evaluation's own temperature."""
+    """As in training, but greedy when `evaluation.samples` is 1, else at the evaluation's own temperature."""
     if evaluation.samples == 1:
         return SamplingSettings(rollout.max_completion_tokens, temperature=0.0, stop=rollout.stop)
     return SamplingSettings(

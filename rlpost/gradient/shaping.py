@@ -12,7 +12,7 @@ from rlpost.recipe.sections.method import MethodSection, OverlongSection
 def overlong_share(overlong: OverlongSection, lengths: Tensor, max_completion_tokens: int) -> Tensor:
     """How far into its buffer a completion is, in DAPO's soft overlong punishment (arXiv 2503.14476 eq. 13), [S] float64.
 
-    0 up to L_max - L_cache tokens, then linear, 1 from L_max on; L_cache is the share `section.buffer` of L_max =
+    0 up to L_max - L_cache tokens, then linear, 1 from L_max on; L_cache is the share `overlong.buffer` of L_max =
     `max_completion_tokens`.
     """
     cache = overlong.buffer * max_completion_tokens
@@ -21,7 +21,7 @@ def overlong_share(overlong: OverlongSection, lengths: Tensor, max_completion_to
 
 
 def overlong_penalty(overlong: OverlongSection, lengths: Tensor, max_completion_tokens: int) -> Tensor:
-    """The penalty >= 0 to subtract, [S] float64: `section.penalty` times `overlong_share`."""
+    """The penalty >= 0 to subtract, [S] float64: `overlong.penalty` times `overlong_share`."""
     return overlong.penalty * overlong_share(overlong, lengths, max_completion_tokens)
 
 

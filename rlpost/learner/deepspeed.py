@@ -26,18 +26,18 @@ class DeepSpeedLearner:
     """`deepspeed.initialize` called directly: under a DeepSpeed configuration accelerate's own wrapper does not see the
     processes of a CPU run. Gradient accumulation is ours (the loop knows which micro-batch is the last)."""
 
-    def __init__(self, policy: Policy, section: LearnerSection, processes: Processes) -> None:
+    def __init__(self, policy: Policy, learner: LearnerSection, processes: Processes) -> None:
         self._deepspeed = import_deepspeed()
         self.policy = policy
         policy.maximum = processes.maximum  # ZeRO gathers and reduces in the passes: no process may make fewer of them
         self.processes = processes
-        self._section = section
+        self._settings = learner
         # Of what is trained: float32 adapters on frozen bfloat16 weights are not to be rounded to bfloat16.
         trained = next(p for p in policy.parameters() if p.requires_grad)
-        config = zero_config(section, trained.dtype, launcher_settings())
+        config = zero_config(learner, trained.dtype, launcher_settings())
         critic = policy.critic
         optimizer = make_optimizer(  # before the weights lose their shapes
-            section,
+            learner,
             policy.parameters(),
             () if critic is None else critic.parameters(),
         )
@@ -47,14 +47,14 @@ class DeepSpeedLearner:
                 # Tensor by tensor, from where the model was loaded: the accelerator never holds the whole of it.
                 self._deepspeed.zero.Init(module=policy, config_dict_or_path=config)
                 _move_buffers(policy, processes.device)
-            with _state_on_host(section, optimizer):
+            with _state_on_host(learner, optimizer):
                 self._engine, *_ = self._deepspeed.initialize(
                     model=policy,
                     optimizer=optimizer,
                     config=config,
                     dist_init_required=False,
                 )
-        if section.offload is not None:
+        if learner.offload is not None:
             policy.notes += self._engine.optimizer.notes
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -66,8 +66,8 @@ class DeepSpeedLearner:
         self._engine.backward(loss * self.processes.world, scale_wrt_gas=False)
 
     def step(self, index: int, *, scale: float = 1.0, critic_only: bool = False) -> StepReport:
-        rate = scale * learning_rate(self._section, index)
-        critic = critic_rate(self._section, self.policy, index, scale)
+        rate = scale * learning_rate(self._settings, index)
+        critic = critic_rate(self._settings, self.policy, index, scale)
         set_learning_rate(self._engine.optimizer.param_groups, rate, critic, critic_only=critic_only)
         before = self._engine.skipped_steps
         self._engine.step()
@@ -80,7 +80,7 @@ class DeepSpeedLearner:
 
     @contextmanager
     def parked(self) -> Iterator[None]:
-        if self._section.offload is None or not self._section.offload.park:
+        if self._settings.offload is None or not self._settings.offload.park:
             yield
             return
         self._engine.optimizer.park()
@@ -140,13 +140,13 @@ class DeepSpeedLearner:
         return self._deepspeed.zero.GatheredParameters(list(parameters), enabled=self.stage == 3)
 
 
-def _state_on_host(section: LearnerSection, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
+def _state_on_host(learner: LearnerSection, optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
     """Around `deepspeed.initialize`: puts `learner.offload` into effect."""
-    if section.offload is None:
+    if learner.offload is None:
         return nullcontext()
     from rlpost.offload.zero3 import host_state  # imports DeepSpeed
 
-    return host_state(section.offload, optimizer)
+    return host_state(learner.offload, optimizer)
 
 
 def check_shards(folder: Path, world: int, now: int, stage: int) -> None:
@@ -215,7 +215,7 @@ def zero_section(launcher: Mapping[str, str]) -> dict[str, Any]:
     return zero
 
 
-def zero_config(section: LearnerSection, dtype: torch.dtype, launcher: Mapping[str, str]) -> dict[str, Any]:
+def zero_config(learner: LearnerSection, dtype: torch.dtype, launcher: Mapping[str, str]) -> dict[str, Any]:
     """DeepSpeed's configuration from the launch file and the recipe.
 
     A `deepspeed_config_file` in the launch file is taken as it is, except for what the recipe says: batch sizes,
@@ -230,7 +230,7 @@ def zero_config(section: LearnerSection, dtype: torch.dtype, launcher: Mapping[s
         **config,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": section.max_grad_norm or 0.0,
+        "gradient_clipping": learner.max_grad_norm or 0.0,
         "zero_optimization": zero,
         # Master weights in float32; a step with a gradient that is not finite is skipped, as DeepSpeed does in float32.
         "bf16": {"enabled": bf16, "check_grad_overflow": True},

@@ -14,7 +14,7 @@ from rlpost.recipe.sections.learner import LearnerSection
 
 def learning_rate(learner: LearnerSection, step: int, peak: float | None = None) -> float:
     """The learning rate of optimizer step `step` (counted from 0): linear warm-up, then the schedule. `peak` replaces
-    `section.learning_rate`, for what follows the same schedule at another rate.
+    `learner.learning_rate`, for what follows the same schedule at another rate.
 
     A pure function of the step, so that nothing about it has to be saved. The first warm-up step has rate peak / warmup,
     not zero: a step that does nothing would waste a rollout.

@@ -70,8 +70,8 @@ class Updater:
         rows = self.rows(buffer, minibatch)
         decision = None if self.actor_critic is None else self.actor_critic.begin_step()
         context = self.context(optimizer_step, decision)
-        mask = None if self.curvature is None else CurvatureStep(self.curvature, context)
-        parts = self._accumulate(buffer, rows, minibatch, context, mask)
+        curvature_step = None if self.curvature is None else CurvatureStep(self.curvature, context)
+        parts = self._accumulate(buffer, rows, minibatch, context, curvature_step)
         metrics = values(merge(self.learner.processes.gather(merge(parts))))
         if self.probe is not None and buffer.updates_done == 0 and buffer.step % self.probe.every == 0:
             if "mismatch/mean_abs_gap" not in metrics and self.method.pairs is None:
@@ -85,10 +85,10 @@ class Updater:
         if self.actor_critic is not None:
             self.actor_critic.end_step(metrics)
             metrics |= {} if decision is None else decision.metrics
-        if mask is not None and report.skipped:
-            mask.forget()
-        elif mask is not None:
-            metrics |= mask.finish(self.learner.policy, self.learner.processes)
+        if curvature_step is not None and report.skipped:
+            curvature_step.forget()
+        elif curvature_step is not None:
+            metrics |= curvature_step.finish(self.learner.policy, self.learner.processes)
         buffer.updates_done += 1
         metrics["optimizer/grad_norm"] = report.grad_norm
         metrics["optimizer/learning_rate"] = report.learning_rate
@@ -171,7 +171,7 @@ class Updater:
         rows: list[TokenRows],
         minibatch: int,
         context: StepContext,
-        mask: CurvatureStep | None,
+        curvature_step: CurvatureStep | None,
     ) -> list[dict[str, Metric]]:
         processes = self.learner.processes
         arrays = buffer.arrays(processes.device)
@@ -188,10 +188,10 @@ class Updater:
                 continue
             view, group_tokens = arrays.view(batch, output)
             counts = replace(buffer.counts[minibatch], prompt_tokens=group_tokens)
-            if mask is None:
+            if curvature_step is None:
                 coefficients = compute_coefficients(self.method, view, counts, context=context)
             else:
-                coefficients = mask.coefficients(self.method, batch, view, counts)
+                coefficients = curvature_step.coefficients(self.method, batch, view, counts)
             loss = coefficient_loss(coefficients, output.logp, output.entropy)
             of_critic: dict[str, Metric] = {}
             if output.values is not None and self.method.critic is not None:

@@ -25,7 +25,7 @@ from rlpost.recipe.sections.preference import NoSft, PairsSection, SequenceMeanS
 
 
 def preference_loss(settings: PairsSection, difference: Tensor) -> Tensor:
-    """[P] f(h) of the differences h [P] of log-ratios (nats; per token where `section.normalised`).
+    """[P] f(h) of the differences h [P] of log-ratios (nats; per token where `settings.normalised`).
 
     sigmoid: -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), e the label smoothing (DPO eq. 7; cDPO); hinge:
     max(0, 1 - beta h); ipo: (h - 1 / (2 beta))^2 (arXiv 2310.12036 eq. 17).

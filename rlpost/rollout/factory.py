@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 
 def make_engine(
-    section: VllmEngine | TransformersEngine,
+    engine_settings: VllmEngine | TransformersEngine,
     model: ModelSection,
     model_path: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -40,24 +40,24 @@ def make_engine(
     is a torch device ("cpu", "cuda", "cuda:1"); `place` is this process among others, by default the only one; `in_flight`:
     weights may change while another thread samples. Raises RolloutError when the engine cannot start.
     """
-    if not isinstance(section, VllmEngine | TransformersEngine):
-        raise unknown_choice("rollout.engine", section)
-    if isinstance(section, VllmEngine):
+    if not isinstance(engine_settings, VllmEngine | TransformersEngine):
+        raise unknown_choice("rollout.engine", engine_settings)
+    if isinstance(engine_settings, VllmEngine):
         served = Served(model_path, max_model_len, seed, model.trust_remote_code, device.split(":")[0] == "cpu")
-        engine = _vllm(section, served, end_ids(tokenizer), device, place or Place(), in_flight=in_flight)
+        engine = _vllm(engine_settings, served, end_ids(tokenizer), device, place or Place(), in_flight=in_flight)
         if engine is not None:
             return engine
         _log.warning(
             "vLLM IS NOT INSTALLED: sampling with transformers instead, ten or more times slower. Install "
             "`rlpost[cuda]` or `rlpost[cpu]`, or silence this with rollout.engine.type=transformers."
         )
-        section = TransformersEngine(dtype="bfloat16" if section.dtype == "bfloat16" else "float32")
+        engine_settings = TransformersEngine(dtype="bfloat16" if engine_settings.dtype == "bfloat16" else "float32")
     from rlpost.rollout.transformers_engine import TransformersRolloutEngine
 
     return TransformersRolloutEngine.from_path(
         model_path,
         tokenizer,
-        section,
+        engine_settings,
         max_model_len=max_model_len,
         device=device,
         attention=model.attention,
@@ -66,10 +66,10 @@ def make_engine(
 
 
 def _vllm(
-    section: VllmEngine, served: Served, ends: Sequence[int], device: str, place: Place, *, in_flight: bool
+    engine_settings: VllmEngine, served: Served, ends: Sequence[int], device: str, place: Place, *, in_flight: bool
 ) -> RolloutEngine | None:
     """vLLM where the recipe wants it; None where it is wanted in this process and is not installed."""
-    match section.where:
+    match engine_settings.where:
         case "colocated":
             if importlib.util.find_spec("vllm") is None:
                 return None
@@ -78,7 +78,7 @@ def _vllm(
 
             return VllmRolloutEngine(
                 served.model_path,
-                section,
+                engine_settings,
                 max_model_len=served.max_model_len,
                 seed=served.seed,
                 device=device,
@@ -88,6 +88,6 @@ def _vllm(
         case "worker" | "server":
             from rlpost.rollout.remote.make import make_remote_engine
 
-            return make_remote_engine(section, served, ends, place, in_flight=in_flight)
+            return make_remote_engine(engine_settings, served, ends, place, in_flight=in_flight)
         case _:
-            raise unknown_choice("rollout.engine.where", section.where)
+            raise unknown_choice("rollout.engine.where", engine_settings.where)

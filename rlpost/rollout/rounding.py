@@ -30,15 +30,15 @@ KEPT_WHOLE = (".e_score_correction_bias", ".gate.weight", ".router.weight", ".A_
 """Ends of names of small tensors that vLLM holds in float32 in some models: they are sent as they are, and the engine casts."""
 
 
-def with_rounding(engine: RolloutEngine, section: SyncSection, seed: int) -> RolloutEngine:
+def with_rounding(engine: RolloutEngine, sync: SyncSection, seed: int) -> RolloutEngine:
     """The engine, taking weights as `rollout.sync.rounding` says. `seed`: the run's."""
-    match section.rounding:
+    match sync.rounding:
         case "nearest":
             return engine  # its own cast
         case "stochastic":
             return RoundedEngine(engine, seed)
         case _:
-            raise unknown_choice("rollout.sync.rounding", section.rounding)
+            raise unknown_choice("rollout.sync.rounding", sync.rounding)
 
 
 class RoundedEngine:

@@ -60,7 +60,7 @@ class TransformersRolloutEngine:
         cls,
         model_path: str,
         tokenizer: PreTrainedTokenizerBase,
-        section: TransformersEngine,
+        engine_settings: TransformersEngine,
         *,
         max_model_len: int,
         device: str = "cpu",
@@ -77,7 +77,7 @@ class TransformersRolloutEngine:
             config = AutoConfig.from_pretrained(model_path, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(
                 model_path,
-                dtype=getattr(torch, section.dtype),
+                dtype=getattr(torch, engine_settings.dtype),
                 attn_implementation=sampler_attention(attention, config),
                 trust_remote_code=trust_remote_code,
                 **loading_options(model_path)[0],
@@ -91,7 +91,7 @@ class TransformersRolloutEngine:
                 f"The transformers rollout engine cannot load its copy of {model_path!r} on {device}: {error}. Check "
                 "`model.path`, or set `rollout.engine.dtype=bfloat16` if memory is short."
             ) from error
-        return cls(model, tokenizer, batch_size=section.batch_size, max_model_len=max_model_len)
+        return cls(model, tokenizer, batch_size=engine_settings.batch_size, max_model_len=max_model_len)
 
     @torch.inference_mode()
     def sample(self, requests: Sequence[SamplingRequest], settings: SamplingSettings) -> list[Completion]:

@@ -58,7 +58,7 @@ class VllmRolloutEngine:
     def __init__(
         self,
         model_path: str,
-        section: VllmEngine,
+        engine_settings: VllmEngine,
         *,
         max_model_len: int,
         seed: int,
@@ -75,65 +75,65 @@ class VllmRolloutEngine:
         self._on_cpu = device.split(":")[0] == "cpu"
         self._asleep = False
         self._version = 0  # as long as it has the weights of its files
-        self._sleeps = section.sleep and not self._on_cpu
-        self._check(section, model_path)
+        self._sleeps = engine_settings.sleep and not self._on_cpu
+        self._check(engine_settings, model_path)
         for key, value in _ENVIRONMENT.items():
             os.environ.setdefault(key, value)
         import torch
 
         self._made_group = not torch.distributed.is_initialized()
-        section = section.model_copy(update={"dtype": sampler_dtype(section)})
+        engine_settings = engine_settings.model_copy(update={"dtype": sampler_dtype(engine_settings)})
         # With eager execution on CPU nothing is worth compiling: what vLLM compiles regardless costs 20 s at the start.
-        self._eager = self._on_cpu if section.eager is None else section.eager
+        self._eager = self._on_cpu if engine_settings.eager is None else engine_settings.eager
         config = load_config(model_path, trust_remote_code)
         if not self._eager and is_borrowed(config):
-            if section.eager is False:
+            if engine_settings.eager is False:
                 raise RolloutError(
                     f"`rollout.engine.eager=false` is not possible with model type {config.model_type}: vLLM has no code of "
                     "its own for it and compiles transformers', the learner's too. Leave the key out, or set it to true."
                 )
             self._eager = True
         with self._guarded(), memory_binding_kept(), process_group_kept(), transformers_classes_kept(config):
-            options = self._options(section, seed, trust_remote_code) | _generation_options(model_path)
-            self._llm = _start(model_path, section, options)
+            options = self._options(engine_settings, seed, trust_remote_code) | _generation_options(model_path)
+            self._llm = _start(model_path, engine_settings, options)
             self._whole = all(self._llm.collective_rpc(report_whole_distribution))
             self._llm.collective_rpc(keep_generators)
         self._names = checkpoint_names(config, trust_remote_code)
 
     @staticmethod
-    def _check(section: VllmEngine, model_path: str) -> None:
+    def _check(engine_settings: VllmEngine, model_path: str) -> None:
         if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
             raise RolloutError(
                 f"vLLM cannot start {model_path!r} inside the learner's process while the environment variable "
                 "VLLM_ENABLE_V1_MULTIPROCESSING is not 0: weights could not be handed over. Unset it, or set it to 0."
             )
-        if section.tensor_parallel != 1:
+        if engine_settings.tensor_parallel != 1:
             raise RolloutError(
-                f"`rollout.engine.tensor_parallel={section.tensor_parallel}` is not possible in a colocated engine: "
+                f"`rollout.engine.tensor_parallel={engine_settings.tensor_parallel}` is not possible in a colocated engine: "
                 "each process drives one GPU. Set it to 1 and start one process per GPU."
             )
 
-    def _options(self, section: VllmEngine, seed: int, trust_remote_code: bool) -> dict[str, Any]:
-        memory: dict[str, Any] = {"gpu_memory_utilization": section.memory_fraction}
+    def _options(self, engine_settings: VllmEngine, seed: int, trust_remote_code: bool) -> dict[str, Any]:
+        memory: dict[str, Any] = {"gpu_memory_utilization": engine_settings.memory_fraction}
         if self._on_cpu:  # the fraction would be one of the machine's whole memory, taken by every process
-            memory["kv_cache_memory_bytes"] = int(section.kv_cache_gib * 2**30)
+            memory["kv_cache_memory_bytes"] = int(engine_settings.kv_cache_gib * 2**30)
             # Whole blocks only are shared by the requests of a group. vLLM's default on CPU is 128 tokens, so that every
             # completion's prompt would be computed anew; 32 is the least its CPU attention takes.
             memory["block_size"] = 32
         if self._sleeps:
             memory["enable_sleep_mode"] = True
         return {
-            "dtype": section.dtype,
+            "dtype": engine_settings.dtype,
             "enforce_eager": self._eager,
             "max_model_len": self._max_model_len,
-            "max_num_seqs": section.max_sequences,
+            "max_num_seqs": engine_settings.max_sequences,
             "seed": seed,
             "trust_remote_code": trust_remote_code,
             "logprobs_mode": "processed_logprobs",
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
             **memory,
-            **passed_on(section),
+            **passed_on(engine_settings),
         }
 
     @contextlib.contextmanager
@@ -244,7 +244,7 @@ def _generation_options(model_path: str) -> dict[str, Any]:
     return {"generation_config": "vllm"} if loading_options(model_path)[0] else {}
 
 
-def _start(model_path: str, section: VllmEngine, options: dict[str, Any]) -> LLM:
+def _start(model_path: str, engine_settings: VllmEngine, options: dict[str, Any]) -> LLM:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -252,7 +252,7 @@ def _start(model_path: str, section: VllmEngine, options: dict[str, Any]) -> LLM
 
             return LLM(model=model_path, **options)
     except (ImportError, OSError, ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
-        raise explain_startup(error, model_path, section, options["max_model_len"]) from error
+        raise explain_startup(error, model_path, engine_settings, options["max_model_len"]) from error
 
 
 def _sampling_params(request: SamplingRequest, settings: SamplingSettings, ends: Sequence[int] = ()) -> Any:

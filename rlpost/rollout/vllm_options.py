@@ -8,14 +8,14 @@ from typing import Any
 from rlpost.recipe.sections.rollout import VllmEngine
 
 
-def passed_on(section: VllmEngine) -> dict[str, Any]:
+def passed_on(engine_settings: VllmEngine) -> dict[str, Any]:
     """vLLM's own options, by the names of its Python interface; without those that are as vLLM has them."""
     options: dict[str, Any] = {}
-    if section.kv_cache_dtype != "auto":
-        options["kv_cache_dtype"] = section.kv_cache_dtype
-    if section.quantization != "none":
-        options["quantization"] = section.quantization
-    if (guess := section.speculative) is not None:
+    if engine_settings.kv_cache_dtype != "auto":
+        options["kv_cache_dtype"] = engine_settings.kv_cache_dtype
+    if engine_settings.quantization != "none":
+        options["quantization"] = engine_settings.quantization
+    if (guess := engine_settings.speculative) is not None:
         options["speculative_config"] = {
             "method": guess.method,
             "num_speculative_tokens": guess.tokens,

@@ -120,9 +120,9 @@ def layout_for(policy: Policy, wanted: Layout, longest: int) -> tuple[Layout, st
 
 def load_reference(recipe: Recipe, path: str, device: torch.device) -> Policy:
     """A frozen copy of the original model."""
-    settings = recipe.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
+    model = recipe.model.model_copy(update={"lora": None, "gradient_checkpointing": False})
     policy = load_policy(
-        settings,
+        model,
         path,
         device=device,
         temperature=recipe.rollout.temperature,
@@ -188,8 +188,8 @@ def sampling_settings(recipe: Recipe) -> SamplingSettings:
 def build_curvature(recipe: Recipe, policy: Policy, processes: Processes) -> CurvatureTracker | None:
     """The moments of the LM head's rows, for methods with a curvature mask."""
     vocabulary, width = policy.causal_lm.get_output_embeddings().weight.shape
-    learner = recipe.learner
-    return make_tracker(recipe.method, vocabulary, width, betas=learner.betas, eps=learner.eps, device=processes.device)
+    adamw = recipe.learner
+    return make_tracker(recipe.method, vocabulary, width, betas=adamw.betas, eps=adamw.eps, device=processes.device)
 
 
 def decided_probe(recipe: Recipe) -> ProbeSection | None:

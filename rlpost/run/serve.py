@@ -35,14 +35,14 @@ def serve(loaded: LoadedRecipe, *, host: str, port: int, say: Callable[[str], No
     import torch
 
     recipe, _ = decide_precision(loaded.recipe)
-    section = recipe.rollout.engine
-    if not isinstance(section, VllmEngine):
+    engine_settings = recipe.rollout.engine
+    if not isinstance(engine_settings, VllmEngine):
         raise RecipeError(
-            f"`rlpost serve` needs rollout.engine.type=vllm; {loaded.path} has {section.type}, which samples inside the "
-            "learner. Change it, or leave the server out."
+            f"`rlpost serve` needs rollout.engine.type=vllm; {loaded.path} has {engine_settings.type}, which samples inside "
+            "the learner. Change it, or leave the server out."
         )
     on_cpu = not torch.cuda.is_available()
-    if on_cpu and (problems := list(no_cpu(section))):
+    if on_cpu and (problems := list(no_cpu(engine_settings))):
         raise RecipeError(f"{loaded.path}: {'; '.join(problems)}.")
     served = Served(
         resolve_model_path(recipe.model.path),
@@ -52,36 +52,38 @@ def serve(loaded: LoadedRecipe, *, host: str, port: int, say: Callable[[str], No
         on_cpu=on_cpu,
     )
     log = recipe.run_dir / "rollout" / f"serve_{port}.log"
-    process = server_process(section, served, log=log, address=f"{host}:{port}")
+    process = server_process(engine_settings, served, log=log, address=f"{host}:{port}")
     signal.signal(signal.SIGTERM, _stop)
     try:
-        _keep_alive(process, section, served, say)
+        _keep_alive(process, engine_settings, served, say)
     except KeyboardInterrupt:
         say("Ended.")
     finally:
         process.end()
 
 
-def _keep_alive(process: ServerProcess, section: VllmEngine, served: Served, say: Callable[[str], None]) -> None:
+def _keep_alive(
+    process: ServerProcess, engine_settings: VllmEngine, served: Served, say: Callable[[str], None]
+) -> None:
     restarts = 0
     while True:
         say(f"Starting vLLM with {served.model_path} (its log: {process.log})")
         try:
-            start(process, section, served)
+            start(process, engine_settings, served)
         except RolloutError:
             if restarts == 0:
                 raise
         else:
             say(f"Ready: rollout.engine.where=server 'rollout.engine.urls=[{process.address}]'. Ctrl-C ends it.")
-            while process.alive and answers(process.address, deadline_s=section.deadline_s):
+            while process.alive and answers(process.address, deadline_s=engine_settings.deadline_s):
                 time.sleep(_PING_EVERY_S)
-        if restarts >= section.restarts:
+        if restarts >= engine_settings.restarts:
             raise EngineLost(
                 f"The rollout server at {process.address} was lost {restarts + 1} times, and "
-                f"rollout.engine.restarts={section.restarts}. Its log says why: {process.log}"
+                f"rollout.engine.restarts={engine_settings.restarts}. Its log says why: {process.log}"
             )
         restarts += 1
-        say(f"The server is lost; restart {restarts} of {section.restarts}.")
+        say(f"The server is lost; restart {restarts} of {engine_settings.restarts}.")
 
 
 def _stop(*_: object) -> None:

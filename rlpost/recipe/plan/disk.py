@@ -50,12 +50,12 @@ def checkpoint_room(recipe: Recipe, size: ModelSize, *, zero_stage: int = 0) -> 
 
 def _critic(recipe: Recipe, policy: ModelSize, width: int) -> int:
     """A critic of its own: weights and moments. A head on the policy's trunk is too small to count."""
-    section = recipe.method.critic
-    if section is None or section.model != "separate":
+    critic = recipe.method.critic
+    if critic is None or critic.model != "separate":
         return 0
     size: ModelSize | None = policy
-    if section.path is not None:
-        size, _ = find_model_size(recipe.model.model_copy(update={"path": section.path}))
+    if critic.path is not None:
+        size, _ = find_model_size(recipe.model.model_copy(update={"path": critic.path}))
     return 0 if size is None else 3 * width * size.parameters
 
 

@@ -180,17 +180,17 @@ def _curvature(recipe: Recipe, size: ModelSize) -> list[MemoryLine]:
 
 def _critic(recipe: Recipe, policy: ModelSize, processes: int, stage: int) -> list[MemoryLine]:
     """The critic's weights, gradients and AdamW state, and what a model of its own keeps for its backward pass."""
-    section = recipe.method.critic
-    if section is None:
+    critic = recipe.method.critic
+    if critic is None:
         return []
     size: ModelSize | None = policy
-    if section.path is not None:
-        size, _source = find_model_size(recipe.model.model_copy(update={"path": section.path}))
+    if critic.path is not None:
+        size, _source = find_model_size(recipe.model.model_copy(update={"path": critic.path}))
     if size is None:
-        return [MemoryLine("critic", 0, f"unknown: {section.path} is not on this machine")]
-    inner = round(section.hidden_share * size.hidden)
-    head = section.heads * (size.hidden * (inner or 1) + inner)
-    own = size.parameters if section.model == "separate" else 0
+        return [MemoryLine("critic", 0, f"unknown: {critic.path} is not on this machine")]
+    inner = round(critic.hidden_share * size.hidden)
+    head = critic.heads * (size.hidden * (inner or 1) + inner)
+    own = size.parameters if critic.model == "separate" else 0
     width = _BYTES[recipe.model.dtype]
     count = own * 4 * width + head * 16
     share = processes if stage >= 3 else 1

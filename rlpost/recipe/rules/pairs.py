@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 def pair_problems(r: Recipe, _: Setting) -> Iterator[str]:
     """Whether data and method agree, and whether a pair fits into one micro-batch."""
-    section = r.method.pairs
-    if r.data.has_pairs and section is None:
+    pairs = r.method.pairs
+    if r.data.has_pairs and pairs is None:
         yield (
             f"data.train is of type preference, but method.preset={r.method.preset} does not learn from pairs. Use preset "
             "dpo, rpo or rpo_average, or give method.pairs"
@@ -27,9 +27,9 @@ def pair_problems(r: Recipe, _: Setting) -> Iterator[str]:
             f"data.eval is of type {r.data.eval.type}, but data.train of type {r.data.train.type}: both must hold pairs, or "
             "both prompts. Change one of them"
         )
-    if section is not None:
-        yield from _fit(r, section)
-        yield from (_offline(r, section) if r.data.has_pairs else _online(r, section))
+    if pairs is not None:
+        yield from _fit(r, pairs)
+        yield from (_offline(r, pairs) if r.data.has_pairs else _online(r, pairs))
 
 
 def layout_in_use(r: Recipe) -> tuple[str, str | None]:
@@ -46,9 +46,9 @@ def layout_in_use(r: Recipe) -> tuple[str, str | None]:
     return choose_layout(config, wanted, "sdpa" if attention == "auto" else attention, r.longest_sequence)
 
 
-def _fit(r: Recipe, section: PairsSection) -> Iterator[str]:
+def _fit(r: Recipe, pairs: PairsSection) -> Iterator[str]:
     prompt, response = r.data.max_prompt_tokens, r.rollout.max_completion_tokens
-    sides = 3 if section.baseline == "initial" else 2
+    sides = 3 if pairs.baseline == "initial" else 2
     tree, rows = prompt + sides * response, sides * (prompt + response)
     if r.learner.micro_batch_tokens >= rows:  # the larger of the two: whatever the layout, a pair fits
         return
@@ -62,14 +62,14 @@ def _fit(r: Recipe, section: PairsSection) -> Iterator[str]:
         )
 
 
-def _offline(r: Recipe, section: PairsSection) -> Iterator[str]:
+def _offline(r: Recipe, pairs: PairsSection) -> Iterator[str]:
     if r.rollout.temperature != 1:
         yield (
             f"rollout.temperature={r.rollout.temperature:g} with pairs from a data set: log-probs would be those of another "
             "distribution. Set it to 1"
         )
     for key, source in (("data.train", r.data.train), ("data.eval", r.data.eval)):
-        if section.baseline == "chosen" and isinstance(source, PreferenceSource) and source.baseline is not None:
+        if pairs.baseline == "chosen" and isinstance(source, PreferenceSource) and source.baseline is not None:
             yield (
                 f"{key}.baseline={source.baseline}, but method.pairs.baseline=chosen does not learn from these responses. Set "
                 f"method.pairs.baseline=initial, or {key}.baseline to null"
@@ -88,10 +88,10 @@ def describe_baseline(r: Recipe) -> str | None:
     )
 
 
-def _online(r: Recipe, section: PairsSection) -> Iterator[str]:
+def _online(r: Recipe, pairs: PairsSection) -> Iterator[str]:
     if r.rollout.completions_per_prompt < 2:
         yield "rollout.completions_per_prompt=1 with method.pairs: a pair needs two completions of a prompt. Sample at least 2"
-    if section.baseline == "initial":
+    if pairs.baseline == "initial":
         yield (
             "method.pairs.baseline=initial needs a preference data set with such responses, but data.train is of type "
             f"{r.data.train.type}. Use method.pairs.baseline=chosen"

@@ -26,7 +26,7 @@ _LAUNCHER = (
 
 def server_arguments(
     model_path: str,
-    section: VllmEngine,
+    engine_settings: VllmEngine,
     *,
     max_model_len: int,
     seed: int,
@@ -39,23 +39,24 @@ def server_arguments(
 
     The same options as in process (`rlpost.rollout.vllm_engine`), so that the same requests give the same tokens.
     """
-    eager = on_cpu if section.eager is None else section.eager
+    eager = on_cpu if engine_settings.eager is None else engine_settings.eager
     arguments = [
         model_path,
-        *("--dtype", section.dtype, "--max-model-len", str(max_model_len), "--seed", str(seed)),
-        *("--max-num-seqs", str(section.max_sequences), "--logprobs-mode", "processed_logprobs"),
-        *("--gpu-memory-utilization", str(section.memory_fraction)),
-        *("--tensor-parallel-size", str(section.tensor_parallel), "--data-parallel-size", str(section.replicas)),
+        *("--dtype", engine_settings.dtype, "--max-model-len", str(max_model_len), "--seed", str(seed)),
+        *("--max-num-seqs", str(engine_settings.max_sequences), "--logprobs-mode", "processed_logprobs"),
+        *("--gpu-memory-utilization", str(engine_settings.memory_fraction)),
+        *("--tensor-parallel-size", str(engine_settings.tensor_parallel)),
+        *("--data-parallel-size", str(engine_settings.replicas)),
         *("--weight-transfer-config", json.dumps({"backend": "rlpost_files"})),
         *("--worker-extension-cls", "rlpost.rollout.remote.worker.Extension"),
         *("--enable-scale-out", "--disable-log-stats", "--disable-uvicorn-access-log"),
     ]
-    arguments += as_arguments(passed_on(section))
+    arguments += as_arguments(passed_on(engine_settings))
     arguments += ["--enforce-eager"] if eager else []
     arguments += ["--trust-remote-code"] if trust_remote_code else []
     arguments += ["--generation-config", generation_config] if generation_config else []
     if on_cpu:
-        arguments += ["--kv-cache-memory-bytes", str(int(section.kv_cache_gib * 2**30)), "--block-size", "32"]
+        arguments += ["--kv-cache-memory-bytes", str(int(engine_settings.kv_cache_gib * 2**30)), "--block-size", "32"]
     if address.startswith("unix:"):
         return [*arguments, "--uds", address.removeprefix("unix:")]
     host, _, port = address.rpartition(":")
@@ -63,7 +64,7 @@ def server_arguments(
 
 
 def server_environment(
-    section: VllmEngine, *, on_cpu: bool, deadline_s: float, devices: tuple[int, ...] = ()
+    engine_settings: VllmEngine, *, on_cpu: bool, deadline_s: float, devices: tuple[int, ...] = ()
 ) -> dict[str, str]:
     """The environment of the server: the learner's without what is the learner's own. A user's own settings win."""
     environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
@@ -74,14 +75,14 @@ def server_environment(
         "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(max(1, int(deadline_s))),
     }
     if on_cpu:
-        cores = section.cores or tuple(sorted(os.sched_getaffinity(0)))
+        cores = engine_settings.cores or tuple(sorted(os.sched_getaffinity(0)))
         defaults = {
             **defaults,
             "TORCHDYNAMO_DISABLE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the server is pinned as a whole, to `rollout.engine.cores`
             "OMP_WAIT_POLICY": "passive",
         }
-        if section.cores:
+        if engine_settings.cores:
             environment["OMP_NUM_THREADS"] = str(len(cores))
         else:
             defaults = {**defaults, "OMP_NUM_THREADS": str(len(cores))}

@@ -54,7 +54,7 @@ class RemoteEngine:
     def __init__(
         self,
         servers: Sequence[Server],
-        section: VllmEngine,
+        engine_settings: VllmEngine,
         names: WeightNames,
         *,
         vocabulary: int,
@@ -65,7 +65,8 @@ class RemoteEngine:
         in_flight: bool = False,
     ) -> None:
         """`names`: of the weights that every sync must bring. `files`: in the process that hands weights over."""
-        self.servers, self._section, self._names, self._place, self._files = servers, section, names, place, files
+        self.servers, self._settings = servers, engine_settings
+        self._names, self._place, self._files = names, place, files
         self._vocabulary, self._max_model_len, self._ends = vocabulary, max_model_len, tuple(ends)
         self._in_flight = in_flight
         self._versions = ["default"]  # of the weights, oldest first; vLLM's word for those that it started with
@@ -188,13 +189,13 @@ class RemoteEngine:
 
     def _wait_for_servers(self) -> None:
         """Before the first sync: learner and servers may have been started at the same time."""
-        until, told = time.monotonic() + self._section.start_s, False
+        until, told = time.monotonic() + self._settings.start_s, False
         while absent := [s for s in self.servers if s.process is None and not answers(s.address, deadline_s=5)]:
             if time.monotonic() > until:
                 return  # those that are there go on; none at all is an error of the sync
             if not told:
                 _log.warning(
-                    "Waiting for %s, %g s at most", " and ".join(s.name for s in absent), self._section.start_s
+                    "Waiting for %s, %g s at most", " and ".join(s.name for s in absent), self._settings.start_s
                 )
                 told = True
             time.sleep(2)
@@ -256,7 +257,7 @@ class RemoteEngine:
 
     def _replace(self) -> None:
         """Starts the worker again, as often as may be, with the weights that it had. Raises EngineLost when none lives."""
-        while not self._closed and not self._living() and self.restarts < self._section.restarts:
+        while not self._closed and not self._living() and self.restarts < self._settings.restarts:
             worker = next((s for s in self.servers if s.process is not None and s.refused is None), None)
             if worker is None:
                 break
@@ -270,7 +271,7 @@ class RemoteEngine:
                     "so, vLLM cannot replace this model's weights while it runs: use `rollout.engine.type=transformers`."
                 )
             raise EngineLost(
-                f"No rollout server is left ({why}). {self.restarts} of rollout.engine.restarts={self._section.restarts} "
+                f"No rollout server is left ({why}). {self.restarts} of rollout.engine.restarts={self._settings.restarts} "
                 "restarts were used. What was learned is saved: mend the server and start the same command again with "
                 "resume=auto."
             )
@@ -279,7 +280,7 @@ class RemoteEngine:
         """One more process for a worker that is lost; it may be lost again at once."""
         assert server.process is not None
         self.restarts += 1
-        _log.warning("%s is replaced (%d of %d)", server.name, self.restarts, self._section.restarts)
+        _log.warning("%s is replaced (%d of %d)", server.name, self.restarts, self._settings.restarts)
         try:
             server.process.start()
         except ServerLost as error:
@@ -296,7 +297,7 @@ class RemoteEngine:
             _log.warning("%s is lost: %s", server.name, why)
 
     def _client(self, server: Server) -> Client:
-        return Client(server.address, deadline_s=self._section.deadline_s)
+        return Client(server.address, deadline_s=self._settings.deadline_s)
 
     async def _round(self, job: Job[Any]) -> None:
         """Every open request of the job, until all are answered or no server is left."""
@@ -345,7 +346,7 @@ class RemoteEngine:
 
     async def _heartbeat(self, lane: Lane) -> None:
         """Asks the engine, through all of its processes, whether it lives and works, for as long as it is waited for."""
-        deadline, steps, at = self._section.deadline_s, -1, time.monotonic()
+        deadline, steps, at = self._settings.deadline_s, -1, time.monotonic()
         while lane.open:
             await asyncio.sleep(deadline / _HEARTBEATS)
             try:

@@ -26,36 +26,36 @@ from rlpost.rollout.vllm_versions import check_version
 
 
 def make_remote_engine(
-    section: VllmEngine, served: Served, ends: Sequence[int], place: Place, *, in_flight: bool = False
+    engine_settings: VllmEngine, served: Served, ends: Sequence[int], place: Place, *, in_flight: bool = False
 ) -> RemoteEngine:
     """The engine of this process. `ends`: tokens that end a completion beside the tokenizer's and the generation
     configuration's. Raises RolloutError when a worker cannot start."""
     config = load_config(served.model_path, served.trust_remote_code)
     names = checkpoint_names(config, served.trust_remote_code)
-    section = section.model_copy(update={"dtype": sampler_dtype(section)})
+    engine_settings = engine_settings.model_copy(update={"dtype": sampler_dtype(engine_settings)})
 
     def new_files() -> WeightFiles:
-        return WeightFiles(weights_folder(section.weights_folder, 4 * names.size()))
+        return WeightFiles(weights_folder(engine_settings.weights_folder, 4 * names.size()))
 
     files: WeightFiles | None
-    match section.where:
+    match engine_settings.where:
         case "worker":
             files = new_files()
             try:
-                servers = [_worker(section, served, place, files)]
+                servers = [_worker(engine_settings, served, place, files)]
             except BaseException:
                 files.close()
                 raise
         case "server":
             files = new_files() if place.rank == 0 else None
-            servers = [Server(url) for url in section.urls]
+            servers = [Server(url) for url in engine_settings.urls]
         case "colocated":
             raise ValueError("A colocated engine is made by `rlpost.rollout.factory`.")
         case _:
-            raise unknown_choice("rollout.engine.where", section.where)
+            raise unknown_choice("rollout.engine.where", engine_settings.where)
     return RemoteEngine(
         servers,
-        section,
+        engine_settings,
         names,
         vocabulary=config.get_text_config().vocab_size,
         max_model_len=served.max_model_len,
@@ -66,34 +66,34 @@ def make_remote_engine(
     )
 
 
-def _worker(section: VllmEngine, served: Served, place: Place, files: WeightFiles) -> Server:
+def _worker(engine_settings: VllmEngine, served: Served, place: Place, files: WeightFiles) -> Server:
     """This process's own server, started."""
     process = server_process(
-        section,
+        engine_settings,
         served,
-        devices=() if served.on_cpu else own_devices(section, place.local_rank),
+        devices=() if served.on_cpu else own_devices(engine_settings, place.local_rank),
         log=(place.logs or Path(tempfile.mkdtemp(prefix="rlpost-logs-"))) / f"vllm_{place.rank}.log",
         remove=files.folder,
     )
-    start(process, section, served)
+    start(process, engine_settings, served)
     return Server(process.address, process)
 
 
-def own_devices(section: VllmEngine, local_rank: int) -> tuple[int, ...]:
+def own_devices(engine_settings: VllmEngine, local_rank: int) -> tuple[int, ...]:
     """The GPUs of the worker of a node's learner process number `local_rank`. Raises RolloutError when there are too few."""
-    needed = section.tensor_parallel * section.replicas
-    devices = section.devices[local_rank * needed : (local_rank + 1) * needed]
+    needed = engine_settings.tensor_parallel * engine_settings.replicas
+    devices = engine_settings.devices[local_rank * needed : (local_rank + 1) * needed]
     if len(devices) < needed:
         raise RolloutError(
             f"rollout.engine.where=worker: the worker of learner process {local_rank} of this node needs {needed} GPUs of its "
-            f"own, and rollout.engine.devices={list(section.devices)} has none left for it. Name tensor_parallel x replicas "
-            "GPUs for each learner process, none of which a learner uses."
+            f"own, and rollout.engine.devices={list(engine_settings.devices)} has none left for it. Name tensor_parallel x "
+            "replicas GPUs for each learner process, none of which a learner uses."
         )
     return devices
 
 
 def server_process(
-    section: VllmEngine,
+    engine_settings: VllmEngine,
     served: Served,
     *,
     log: Path,
@@ -112,7 +112,7 @@ def server_process(
     return ServerProcess(
         lambda where: server_arguments(
             served.model_path,
-            section,
+            engine_settings,
             max_model_len=served.max_model_len,
             seed=served.seed,
             on_cpu=served.on_cpu,
@@ -120,18 +120,20 @@ def server_process(
             address=where,
             generation_config=options,
         ),
-        server_environment(section, on_cpu=served.on_cpu, deadline_s=section.deadline_s, devices=devices),
-        cores=section.cores,
+        server_environment(
+            engine_settings, on_cpu=served.on_cpu, deadline_s=engine_settings.deadline_s, devices=devices
+        ),
+        cores=engine_settings.cores,
         log=log,
         remove=remove,
-        start_s=section.start_s,
+        start_s=engine_settings.start_s,
         address=address,
     )
 
 
-def start(process: ServerProcess, section: VllmEngine, served: Served) -> None:
+def start(process: ServerProcess, engine_settings: VllmEngine, served: Served) -> None:
     """Starts a server for the first time. Raises RolloutError, with the recipe key to change, when it cannot."""
     try:
         process.start()
     except ServerLost as error:
-        raise explain_startup(error, served.model_path, section, served.max_model_len) from error
+        raise explain_startup(error, served.model_path, engine_settings, served.max_model_len) from error
