@@ -239,8 +239,8 @@ class RemoteEngine:
             server.fresh, server.refused = False, None
 
     def _all(self, bodies: Sequence[dict[str, Any]], read: Callable[[Any, int], T]) -> list[T]:
-        """What `read` makes of the reply to each of `bodies`, in their order. A lost worker is replaced. Raises EngineLost when no
-        server is left."""
+        """What `read` makes of the reply to each of `bodies`, in their order. A lost worker is replaced. Raises EngineLost
+        when no server is left."""
         job = Job(bodies, read)
         while job.open:
             if not self._living():
