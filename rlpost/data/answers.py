@@ -38,15 +38,17 @@ class AnswerFault(DataError):
 class Form:
     """What a template writes around an answer to conversations of one kind."""
 
-    opens: str  # the end of the prompt that the template wrote for the answer's sake, such as `<|im_start|>assistant\n`
-    before: (
-        str | None
-    )  # what a past answer has in front of it behind that; None: a past answer does not continue the prompt
-    behind: str  # everything behind a past answer
-    end: str  # as much of it as the model itself is to write
-    thinking: str = (
-        ""  # the tag of the thinking that the template opens for the answer and leaves open, such as <think>
-    )
+    opens: str
+    """The end of a prompt that is there for the answer's sake, such as `<|im_start|>assistant\\n`."""
+    before: str | None
+    """What stands between the prompt and a past answer. None: a conversation with a past answer does not begin with the
+    prompt's text, or does not show the answer."""
+    behind: str
+    """Everything that stands behind a past answer."""
+    end: str
+    """The part of `behind` that the model itself is to write."""
+    thinking: str = ""
+    """The tag, such as <think>, of thinking that the template opens for the answer and does not close; empty for none."""
 
 
 @dataclass(slots=True)
@@ -65,8 +67,9 @@ class Answers:
     def whole(self, prompt: str, chat: Chat, answer: str, row: str, options: Mapping[str, Any] | None = None) -> str:
         """What follows a prompt's text where `answer` is learned as the answer to it, its end included.
 
-        A template that changes an answer (strips it, say) is followed where a past answer continues the prompt as it is
-        sampled from; where it does not (thinking is dropped from past turns), the answer stands as it is.
+        The answer is written as the template writes past answers (stripped, say), where a conversation with a past answer
+        begins with the prompt as it is sampled from and keeps the answer whole. Else (some templates drop the thinking of past
+        turns) the answer stands as it is.
         Raises AnswerFault for an answer with an end inside, or with thinking where the template has closed it.
         """
         if self.template is None:
@@ -212,7 +215,7 @@ class Answers:
 
 
 def _continued(text: str, form: Form) -> str:
-    """A text without the beginning of its thinking, where the template has written that already."""
+    """An answer without the beginning of its thinking, where the template has written that at the prompt's end already."""
     opened = list(_THINK.finditer(form.opens))
     closed = _THOUGHT.search(form.opens)
     if not opened and closed is None:

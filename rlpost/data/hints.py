@@ -116,8 +116,10 @@ def _atoms(text: str) -> list[tuple[int, int]]:
 
 
 def _arguments_end(text: str, place: int, arguments: int) -> int:
-    """Where the arguments of a command that begin at `place` end, `arguments` of which may lie behind a space or be one
-    character or command without braces."""
+    """Where a command's arguments end; `place` is where the command's name ends.
+
+    Brackets that follow at once always belong to the command. The first `arguments` arguments may also stand behind a space,
+    or be a single character or command without braces."""
     taken = 0
     while place < len(text):
         begin = _SPACES.match(text, place).end() if taken < arguments else place  # type: ignore[union-attr]

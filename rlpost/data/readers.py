@@ -132,7 +132,7 @@ class _Inexact(ValueError):
 
 
 def _fraction(text: str) -> float:
-    """The 64-bit float that a number names; refused where that is another number."""
+    """The 64-bit float that a number names. Raises _Inexact where the float has another value than the number."""
     value = float(text)
     if len(text) < DOUBLE_DIGITS and "e" not in text and "E" not in text:
         return value
@@ -145,7 +145,7 @@ def _fraction(text: str) -> float:
 
 
 def _same(text: str, value: float) -> bool:
-    """Whether a decimal number is a float's value, as far as that many digits can tell."""
+    """Whether a decimal number is the value of this float, as far as DOUBLE_DIGITS digits can tell."""
     if not math.isfinite(value):
         return False
     exact = Decimal(text)

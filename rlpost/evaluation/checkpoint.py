@@ -89,8 +89,8 @@ def verify(
 
 def greedily(recipe: Recipe) -> Recipe:
     """The same evaluation with one greedy answer a prompt."""
-    settings = recipe.evaluation.model_copy(update={"samples": 1, "k": (1,)})
-    return recipe.model_copy(update={"evaluation": settings})
+    evaluation = recipe.evaluation.model_copy(update={"samples": 1, "k": (1,)})
+    return recipe.model_copy(update={"evaluation": evaluation})
 
 
 def report(

@@ -65,9 +65,9 @@ def _judge(
     pad_id: int,
     processes: Processes,
 ) -> dict[str, float]:
-    settings = recipe.method.pairs
-    assert settings is not None  # the rules ask for it
-    initial = settings.from_initial
+    preference = recipe.method.pairs
+    assert preference is not None  # the rules ask for it
+    initial = preference.from_initial
     buffer = open_pairs(
         [pair_group(pairs[i]) for i in own],
         [pairs[i].baseline if initial else None for i in own],
@@ -85,4 +85,4 @@ def _judge(
     else:
         reference = load_reference(recipe, model_path, processes.device)
         buffer.ref_logp = token_logprobs(reference, rows, buffer.tokens)
-    return judge_pairs(settings, policy, buffer, rows, processes)
+    return judge_pairs(preference, policy, buffer, rows, processes)

@@ -90,7 +90,7 @@ def log_bins(values: Tensor) -> Tensor:
 
 
 def upper_edge(place: float) -> float:
-    """The value at the upper end of bin `place`, and in between for a place between two bins; 0 for bin 0."""
+    """The value at the upper end of bin `place`; between two bins' ends for a fractional `place`; 0 for bin 0."""
     return 0.0 if place <= 0 else 10.0 ** (LOWEST_DECADE + place / BINS_PER_DECADE)
 
 
@@ -100,7 +100,7 @@ def log_histogram(values: Tensor) -> Tensor:
 
 
 def histogram_quantile(counts: Tensor, q: float) -> float | None:
-    """The smallest bin's upper edge that at least the share `q` of the counted values lies below; None for no values."""
+    """The upper edge of the lowest bin such that it and those below hold the share `q` of the values; None for no values."""
     total = float(counts.sum())
     if not total:
         return None

@@ -20,7 +20,8 @@ class StepContext:
     optimizer_step: int  # how many steps were taken before this one
     seed: int = 0  # of the run; random masks depend on (seed, optimizer_step, token_index)
     later_rates: Sequence[float] = ()  # learning rates of the optimizer steps after this one; for calibrated limits
-    # d score / d (W h): the model's logit scale over the sampling temperature; or, of capped logits, that of scores [n, k]
+    # d score / d (W h), with W h what the LM head computes: the model's logit scale over the sampling temperature. Of capped
+    # logits it depends on the scores: then a function of scores [n, k].
     logit_slope: float | Callable[[Tensor], Tensor | float] = 1.0
     kl_coefficient: float | None = None  # of KL in the loss, from a controller; None: the recipe's
     curvature: CurvaturePredictor | None = None  # for methods with a curvature mask (see rlpost.methods.capo)

@@ -162,9 +162,9 @@ def weigh_tokens(
     buffer.token_advantage = whiten_advantage(critic, estimated, statistics.advantage).float()
     buffer.target, buffer.known = estimated.target.float(), estimated.known
     buffer.advantage = mean_by(buffer.token_advantage, sequence, len(lengths))
-    buffer.dead = (False,) * len(buffer.groups)  # every completion has values to be learned
+    buffer.dead = (False,) * len(buffer.groups)  # no group is dead: the critic learns from every completion
     size = merge(processes.gather({"advantage/mean_abs": mean_of(buffer.token_advantage.abs(), estimated.known)}))
-    buffer.metrics |= {**statistics.metrics(), **metric_values(size)}  # in place of what the rewards looked like
+    buffer.metrics |= {**statistics.metrics(), **metric_values(size)}  # replaces figures of advantages without a critic
 
 
 def critic_loss(

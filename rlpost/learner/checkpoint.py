@@ -74,7 +74,7 @@ class CheckpointStore:
             logging.getLogger(__name__).warning("%s", error)
 
     def newest(self) -> Path | None:
-        """The newest checkpoint, complete or not: a folder has its name only once it was complete."""
+        """The newest checkpoint. It was complete when its folder got this name; whether it still is, is not looked at."""
         return next(reversed(self._all()), None)
 
     def recover(self) -> None:
@@ -103,9 +103,11 @@ class CheckpointStore:
         return target
 
     def set_aside_after(self, step: int) -> None:
-        """Renames later checkpoints: of a run resumed from an earlier one they are another future, not the newest.
+        """Renames the checkpoints of later steps: a run that goes on from an earlier one makes these steps again, and must not
+        take the old ones for its newest.
 
-        The newest first: a run killed in here goes on from one that all the rest of the run's files still know.
+        The newest is renamed first, and metrics and completions are cut after all of them. So a run that is killed in between
+        goes on from a checkpoint whose metrics and completions are all still there.
         """
         for path in reversed(self._all()):
             if int(path.name.removeprefix("step_")) > step:

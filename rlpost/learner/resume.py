@@ -33,7 +33,8 @@ def read_counters(path: Path) -> dict[str, Any]:
 
 
 def counters_or_offer(path: Path) -> dict[str, Any]:
-    """The same; where the checkpoint is damaged the error names the newest older one that is whole, as the key to type."""
+    """As `read_counters`; the error about a damaged checkpoint also names the newest older one that is whole, as the key to
+    type."""
     try:
         return read_counters(path)
     except CheckpointError as error:
@@ -73,7 +74,7 @@ def saved_recipe(path: Path, counters: Mapping[str, Any]) -> Mapping[str, Any] |
 
 
 def found_changes(path: Path, counters: Mapping[str, Any], recipe: Recipe) -> list[Change]:
-    """What the recipe says otherwise than the one that saved the checkpoint `path`."""
+    """The keys whose values differ between the recipe and the one that saved the checkpoint `path`."""
     saved = saved_recipe(path, counters)
     if saved is None:
         return []
@@ -81,7 +82,7 @@ def found_changes(path: Path, counters: Mapping[str, Any], recipe: Recipe) -> li
 
 
 def _same_place(change: Change) -> bool:
-    """Whether a model's path is only written otherwise than before."""
+    """Whether the change is only another way to write the path of the same model."""
     if change.key != "model.path":
         return False
     before, now = Path(change.before).expanduser(), Path(change.now).expanduser()

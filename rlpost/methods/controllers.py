@@ -49,9 +49,9 @@ class Observation:
 class Decision:
     """What the coming optimizer step does about KL."""
 
-    # Both are derivatives of the penalty with respect to this step's KL. The penalty is a function of a moving average of KL.
-    coefficient: float  # the penalty's derivative with respect to its argument, as if that were this step's KL itself
-    literal: float  # the same times the share that this step's KL has in the average: small, and what the formula says
+    # The penalty is a function of KL's moving average, and both numbers are its derivative with respect to this step's KL.
+    coefficient: float  # as if the average were this step's KL itself
+    literal: float  # as the formula has it: times the share that this step's KL has in the average, which is small
     penalty: float  # the penalty's value: all that the released code adds to its loss
     step_scale: float = 1.0  # the brake's share of the learning rate
     metrics: dict[str, float] = field(default_factory=dict)
@@ -234,8 +234,8 @@ class KlController:
 
 def to_dict(state: State) -> dict[str, Any]:
     """A state as plain numbers, lists and dicts (JSON can hold it; -inf is written as None)."""
-    fields = asdict(state)
-    return {k: list(v) if isinstance(v, tuple) else None if v == -math.inf else v for k, v in fields.items()}
+    values = asdict(state)
+    return {k: list(v) if isinstance(v, tuple) else None if v == -math.inf else v for k, v in values.items()}
 
 
 def from_dict(settings: Controller, values: Mapping[str, Any]) -> State:

@@ -67,7 +67,8 @@ def _curvature_rejects(
 def _rejects(
     mask: Mask, place: int, view: TokenView, counted: Tensor, predicted: Tensor, context: StepContext
 ) -> Tensor:
-    """[N] bool: what one mask rejects, the `place`-th of its type, from 0: two random masks do not draw alike."""
+    """[N] bool: what one mask rejects. `place` numbers the masks of one type from 0: two random masks must not draw the same
+    numbers."""
     match mask:
         case CurvatureMask():
             return predicted

@@ -84,9 +84,9 @@ class MomentRows:
         return step.div_(size).mul_(hidden[:, None]).sum(-1).mul_(scale)
 
     def unit(self, ahead: int = 0) -> float:
-        """Size of the next step of a row without history, in learning rates: c(t) of the method's page; 1 for large t.
+        """How large Adam's next step of a row without history is, in learning rates: c(t) on the method's page; 1 for large t.
 
-        `ahead`: of the step so many updates later.
+        `ahead`: asks about the step that comes so many updates later.
         """
         (b1, b2), t = self.betas, self.steps + 1 + ahead
         return ((1 - b1) / (1 - b1**t)) / ((1 - b2) / (1 - b2**t)) ** 0.5

@@ -147,9 +147,12 @@ CRASH_DECAY, CRASH_FACTOR, CRASH_FALL, CRASH_WAIT = 0.98, 3.0, 0.1, 20
 
 @dataclass(frozen=True, slots=True)
 class CrashState:
-    """Counts crashes: a rollout's mean reward falls more than 3 standard deviations (of mean rewards around their moving
-    average, decay 0.98) below that average; apart from them, falls by more than 0.1. Either lasts, and is counted once,
-    until a reward is above its line again. One that comes back at once is counted like one that never does."""
+    """Counts two kinds of collapse of a rollout's mean reward, against the moving average of mean rewards (decay 0.98).
+
+    A crash: it is more than 3 standard deviations (of mean rewards around that average) below the average. A fall: it is more
+    than 0.1 below the average. Each is counted when it begins, and lasts until a mean reward is above its line again; one that
+    lasts for a single rollout counts like one that never ends.
+    """
 
     seen: int = 0
     average: float = 0.0

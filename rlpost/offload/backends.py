@@ -28,9 +28,9 @@ def run_in_order(program: Program) -> None:
 def run_adversary(program: Program, seed: int) -> None:
     """Any order that lanes and waits allow, drawn from `seed`, part by part: copies are torn.
 
-    Lanes have priorities in a random order, which is drawn anew about twice in a run: of what nothing orders, one comes as
-    early and the other as late as it can (Burckhardt et al., A Randomized Scheduler with Probabilistic Guarantees of Finding
-    Bugs, ASPLOS 2010). Raises RuntimeError for a program that waits in a circle.
+    Lanes have priorities in a random order, which is drawn anew about twice in a run. So of two operations that nothing orders,
+    one comes as early as it can and the other as late (Burckhardt et al., A Randomized Scheduler with Probabilistic Guarantees
+    of Finding Bugs, ASPLOS 2010). Raises RuntimeError for a program that waits in a circle.
     """
     drawn = random.Random(seed)
     waiting = {lane: [i for i, op in enumerate(program.ops) if op.lane == lane][::-1] for lane in LANES}
@@ -197,8 +197,9 @@ class _Broken(Exception):
 class Running:
     """A program under way: a thread a lane. Those of host lanes compute, those of an accelerator's lanes issue.
 
-    An operation of the accelerator waits for another's event on its stream; one of the host waits for it in its thread. What
-    a host lane computes is waited for by the thread that issues what needs it, so no other lane is held up.
+    Where an operation of the accelerator waits for another one there, its stream waits; an operation of the host waits in its
+    lane's thread. Where an operation of the accelerator needs what the host computes, the thread that issues it waits: that
+    holds up its own lane and no other.
     """
 
     def __init__(self, program: Program, device: Device, pause: Callable[[Lane], None] | None = None) -> None:

@@ -79,7 +79,7 @@ def timeline(
 
 
 def predict(parameters: int, way: Way, rates: Rates, *, piece_size: int, gradient_bytes: int = 4) -> Predicted:
-    """What an update of `parameters` by one process takes. A machine without a gain from interleaving shows it here."""
+    """The seconds and bytes that an update of `parameters` by one process takes. Where interleaving gains nothing, it shows."""
     pieces = max(1, min(PIECES, -(-parameters // piece_size)))
     resident = int(way.resident * parameters)
     piece = min(piece_size, parameters)

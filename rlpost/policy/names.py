@@ -89,8 +89,10 @@ class WeightNames:
         ]
 
     def _loaded_as(self, name: str) -> tuple[str, str | None]:
-        """Which of the module's tensors a checkpoint's becomes (of several the first), and the source of the conversion that
-        makes it, if one does. As `from_pretrained`: a name that leads nowhere by the rules may be the module's own."""
+        """The name of the module's tensor that a checkpoint's tensor `name` becomes (the first, where it becomes several), and
+        the source pattern of the conversion that it goes through (None: of none).
+
+        As in `from_pretrained`, a name that the rules lead to no tensor of the module may be the module's own."""
         target, source = self._forward.rename(name, self._model.base_model_prefix, self._like)
         if target not in self._like and name in self._like:
             return name, None
@@ -135,7 +137,7 @@ class _Rules:
     def rename(
         self, name: str, prefix: str | None = None, known: dict[str, Tensor] | None = None
     ) -> tuple[str, str | None]:
-        """The new name, and the source of the conversion that has to make the tensor, if one has."""
+        """The new name, and the source pattern of the conversion that the tensor has to go through (None: through none)."""
         from transformers.core_model_loading import rename_source_key
 
         if not self._renamings and not self._converters and prefix is None:

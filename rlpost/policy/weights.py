@@ -106,7 +106,8 @@ def weight_names(causal_lm: PreTrainedModel, held: Mapping[str, Held] | None = N
 
 
 def _without_wrappers(name: str) -> str:
-    """peft puts a layer, or a parameter's owner once for every parameter it adapts, into a wrapper's `base_layer`."""
+    """The name without peft's wrappers, each of which holds what it wraps as `base_layer`. A layer has one of them; a module
+    whose parameters are adapted one by one has one for each, nested."""
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
@@ -127,7 +128,7 @@ def _adapters(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 
 def _adapter_parameters(layer: nn.Module) -> list[nn.Parameter]:
-    """A layer's own: a wrapper of parameters may hold another one."""
+    """The adapter's own parameters, without those of another wrapper inside it."""
     return [
         parameter
         for name, parameter in layer.named_parameters()

@@ -30,9 +30,9 @@ class Effect(IntEnum):
 
 NONE, LATER, ROLLOUT, RUN = Effect
 
-# By section; a list's items are `*`. A section that has several types is listed with the keys of all of them. An optional
-# section, and a list, is also a key of the section in which it stands. That key's decision holds where the optional section
-# appears or goes, or the list changes its length.
+# By section; `*` stands for the items of a list. A section that has several types is listed with the keys of all of them.
+# A section that may be left out, and a list, also counts as a key of the section around it. The decision about that key is for
+# the change in which the section is added or removed, or the list becomes longer or shorter.
 DECISIONS: dict[str, dict[Effect, str]] = {
     "": {NONE: "name output_dir resume overwrite", ROLLOUT: "rewards", RUN: "seed"},
     # A template is in the prompts' tokens, which are compared with those of the start (as all of `data`).

@@ -50,7 +50,7 @@ class TransformersRolloutEngine:
         self._tokenizer = tokenizer
         self._batch_size = batch_size
         self._max_model_len = max_model_len
-        self._version = 0  # as long as it has the weights of its files
+        self._version = 0  # optimizer steps that made its weights; 0: those of its files
         self._eos = _end_tokens(model, tokenizer)
         self._decoding: type[CachedDecoding | WholeDecoding] = self._choose_decoding()
         _note_slowness()

@@ -2,7 +2,8 @@
 
 Why the level is not one number: float32 engines were measured 1e-5 nats from the learner, bfloat16 ones some 0.02. A limit wide
 enough for both lets a float32 engine sample with a whole attention layer off. Why there is a slope, too: at a learning rate of
-1e-6 a skipped sync is a few thousandths of a nat, which only what it did *not* move gives away.
+1e-6 a skipped sync leaves the two a few thousandths of a nat apart, which proves nothing by itself; that the learner's
+log-probs have moved and the engine's have not, does.
 """
 
 from __future__ import annotations

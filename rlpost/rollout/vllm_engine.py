@@ -74,7 +74,7 @@ class VllmRolloutEngine:
         self._max_model_len, self._ends = max_model_len, tuple(ends)
         self._on_cpu = device.split(":")[0] == "cpu"
         self._asleep = False
-        self._version = 0  # as long as it has the weights of its files
+        self._version = 0  # optimizer steps that made its weights; 0: those of its files
         self._sleeps = engine_settings.sleep and not self._on_cpu
         self._check(engine_settings, model_path)
         for key, value in _ENVIRONMENT.items():

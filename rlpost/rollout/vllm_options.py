@@ -9,7 +9,7 @@ from rlpost.recipe.sections.rollout import VllmEngine
 
 
 def passed_on(engine_settings: VllmEngine) -> dict[str, Any]:
-    """vLLM's own options, by the names of its Python interface; without those that are as vLLM has them."""
+    """vLLM's own options, by the names of its Python interface; those that have vLLM's default are left out."""
     options: dict[str, Any] = {}
     if engine_settings.kv_cache_dtype != "auto":
         options["kv_cache_dtype"] = engine_settings.kv_cache_dtype
@@ -26,7 +26,7 @@ def passed_on(engine_settings: VllmEngine) -> dict[str, Any]:
 
 
 def as_arguments(options: dict[str, Any]) -> list[str]:
-    """The same for the command line of a server."""
+    """Such options as arguments of a server's command line."""
     arguments = []
     for name, value in options.items():
         arguments += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]

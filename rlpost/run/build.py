@@ -154,7 +154,7 @@ def max_model_len(recipe: Recipe) -> int:
 def start_engine(
     recipe: Recipe, model_path: str, tokenizer: PreTrainedTokenizerBase, processes: Processes
 ) -> RolloutEngine:
-    """The rollout engine; several CPU processes take turns with their threads by having one each."""
+    """This process's rollout engine, which takes weights as `rollout.sync.rounding` says."""
     from rlpost.rollout.factory import make_engine
     from rlpost.rollout.place import Place
     from rlpost.rollout.rounding import with_rounding
@@ -187,13 +187,14 @@ def sampling_settings(recipe: Recipe) -> SamplingSettings:
 
 def build_curvature(recipe: Recipe, policy: Policy, processes: Processes) -> CurvatureTracker | None:
     """The moments of the LM head's rows, for methods with a curvature mask."""
-    vocabulary, width = policy.causal_lm.get_output_embeddings().weight.shape
+    rows, width = policy.causal_lm.get_output_embeddings().weight.shape
     adamw = recipe.learner
-    return make_tracker(recipe.method, vocabulary, width, betas=adamw.betas, eps=adamw.eps, device=processes.device)
+    return make_tracker(recipe.method, rows, width, betas=adamw.betas, eps=adamw.eps, device=processes.device)
 
 
 def decided_probe(recipe: Recipe) -> ProbeSection | None:
-    """What looks at a rollout's own log-probs, with its limit in nats; None also where other weights have sampled it."""
+    """The settings of the probe of a rollout's own samples, its limit in nats. None: there is no probe, or the samples come
+    from other weights than those that the learner has when it begins to learn from them (`rollout.staleness`)."""
     probe = recipe.rollout.probe
     if probe is None or recipe.rollout.staleness:
         return None

@@ -118,8 +118,8 @@ def load_checkpoint(path: Path, parts: Parts, source: Source) -> RunState:
 
 
 def bookmark(source: Source, actor_critic: ActorCritic | None) -> Callable[[], None]:
-    """What goes back to where the run stands now, before a rollout is drawn. A critic's whitening and a controller see the
-    rewards of every rollout, so they go back, too."""
+    """Called before a rollout is drawn. Gives a function that goes back to where the run stands now: source, and what a
+    critic's whitening and a controller keep of the rewards of every rollout."""
     source_back = source.bookmark()
     critic = None if actor_critic is None else actor_critic.state_dict()
 

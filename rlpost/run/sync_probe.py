@@ -51,7 +51,8 @@ class SyncProbe:
     def after(self, state: RunState) -> dict[str, float]:
         """Called after the sync; metrics. Raises RolloutError when it did not bring the learner's weights. Collective."""
         watched, state.watched = state.watched, None
-        # In 16 bits the level alone speaks, and the next rollout's samples speak of it better, if these weights sample it.
+        # In 16 bits only the size of the gap can be judged. The next rollout's own samples are more, and show it better, unless
+        # this is the last rollout, or other weights sample the next one.
         recipe = self.parts.recipe
         last = state.rollout + 1 >= recipe.learner.planned_rollouts or recipe.rollout.staleness > 0
         if watched is None or self.settings is None or not (self._exact or last):

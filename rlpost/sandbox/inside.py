@@ -72,7 +72,7 @@ def _read(reader: int, deadline: float, limit: int) -> "bytes | None":
 
 
 def _ended(pid: int, deadline: float) -> bool:
-    """Whether it ends in time. It stays to be waited for, so that its number is nobody else's."""
+    """Whether it ends in time. It is not waited for yet, so that no other process can get its number."""
     while time.monotonic() < deadline:
         if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return True

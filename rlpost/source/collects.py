@@ -27,7 +27,7 @@ class Collects(Protocol):
     """Where a `SampledSource` gets its groups from. All calls are collective."""
 
     def collect(self, rollout: int, memory: Mapping[str, int]) -> Collected:
-        """Rollout number `rollout`, waited for."""
+        """Rollout number `rollout`; waits until it is made."""
         ...
 
     def ahead(self, rollout: int, memory: Mapping[str, int]) -> None:
@@ -43,11 +43,11 @@ class Collects(Protocol):
         ...
 
     def bookmark(self) -> Callable[[], None]:
-        """Called before `collect`; what it gives undoes that: the same rollout is then collected again."""
+        """Called before `collect`. Gives a function that undoes the `collect`: the same rollout is then collected again."""
         ...
 
     def position(self) -> dict[str, Any]:
-        """The prompt sampler's state before all that is not learned from yet, as plain JSON."""
+        """The prompt sampler's state before everything that was not learned from yet, as plain JSON."""
         ...
 
     def kept(self) -> Any:

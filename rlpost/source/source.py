@@ -34,7 +34,7 @@ class Source(Protocol):
         ...
 
     def bookmark(self) -> Callable[[], None]:
-        """Called before `next`; what it gives undoes that: the same rollout is then drawn again."""
+        """Called before `next`. Gives a function that undoes the `next`: the same rollout is then drawn again."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def is_right(value: float, threshold: float) -> bool:
     return value >= threshold - ROUNDING
 
 
-def right_of_known(accuracies: Sequence[float | None], threshold: float) -> tuple[int, int]:
-    """(right completions, completions of known accuracy) among a group's accuracies (None: unknown)."""
-    known = [value for value in accuracies if value is not None]
+def right_of_known(values: Sequence[float | None], threshold: float) -> tuple[int, int]:
+    """(right completions, completions of known accuracy), where `values` are the completions' accuracies (None: unknown)."""
+    known = [value for value in values if value is not None]
     return sum(is_right(value, threshold) for value in known), len(known)

@@ -28,7 +28,7 @@ def kl_advice(r: Recipe, _: Setting) -> Iterator[str]:
 
 
 def critic_advice(r: Recipe, setting: Setting) -> Iterator[str]:
-    """DeepSpeed scales all gradients together."""
+    """Where the critic's own limit on gradients does nothing: DeepSpeed clips all gradients together."""
     critic, limit = r.method.critic, r.learner.max_grad_norm
     if setting.zero_stage and critic is not None and critic.max_grad_norm not in (None, limit):
         yield (

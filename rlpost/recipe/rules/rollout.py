@@ -39,7 +39,8 @@ def engine_problems(r: Recipe, _: Setting) -> Iterator[str]:
 
 
 def passed_on_problems(r: Recipe, engine: VllmEngine) -> Iterator[str]:
-    """What of vLLM's own options cannot be had. Where servers are on other machines, those say so (`no_cpu`)."""
+    """Which of vLLM's own options cannot be used. What a CPU lacks is asked about this machine only; of servers
+    elsewhere `rlpost serve` asks it."""
     key, rollout = "rollout.engine", r.rollout
     if engine.speculative is not None and (rollout.top_p < 1 or rollout.top_k > 0):
         yield (
@@ -123,7 +124,7 @@ def sync_problems(r: Recipe, _: Setting) -> Iterator[str]:
 
 
 def placement_problems(engine: VllmEngine) -> Iterator[str]:
-    """The same of vLLM alone."""
+    """What is wrong with where vLLM runs and what it runs on, whatever the rest of the recipe says."""
     key, where = "rollout.engine", f"rollout.engine.where={engine.where}"
     match engine.where:
         case "colocated":

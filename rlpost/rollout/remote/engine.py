@@ -75,7 +75,7 @@ class RemoteEngine:
         self.restarts = 0
         self._closed = False
         self._calls = itertools.count()
-        self._first = True  # sync
+        self._first = True  # no sync has come yet
 
     @property
     def version(self) -> str:
@@ -239,7 +239,8 @@ class RemoteEngine:
             server.fresh, server.refused = False, None
 
     def _all(self, bodies: Sequence[dict[str, Any]], read: Callable[[Any, int], T]) -> list[T]:
-        """What is read of the replies to all bodies, in their order, by as many servers as it takes."""
+        """What `read` makes of the reply to each of `bodies`, in their order. A lost worker is replaced. Raises EngineLost
+        when no server is left."""
         job = Job(bodies, read)
         while job.open:
             if not self._living():
@@ -256,7 +257,9 @@ class RemoteEngine:
         return [server for server in self.servers if server.lost is None and not (server.fresh and held)]
 
     def _replace(self) -> None:
-        """Starts the worker again, as often as may be, with the weights that it had. Raises EngineLost when none lives."""
+        """Starts a lost worker again, at most `rollout.engine.restarts` times in the run, and gives it the weights that it had.
+
+        Raises EngineLost when no server is left."""
         while not self._closed and not self._living() and self.restarts < self._settings.restarts:
             worker = next((s for s in self.servers if s.process is not None and s.refused is None), None)
             if worker is None:
@@ -306,8 +309,8 @@ class RemoteEngine:
             lanes = [Lane(server, await stack.enter_async_context(self._client(server))) for server in living]
             beats = [asyncio.create_task(self._heartbeat(lane)) for lane in lanes]
             try:
-                # So that what is computed together does not depend on what was sampled before; where others sample from the
-                # same server, that cannot be had, and salts alone keep old prefixes away.
+                # Prefixes that are cached from earlier calls would change which tokens are computed together, and so how they
+                # are rounded. Where others use the same server they cannot be removed: salts keep them from being used.
                 own = [lane for lane in lanes if lane.server.process is not None and not self._in_flight]
                 await asyncio.gather(*(self._forget(lane) for lane in own))
                 await asyncio.gather(*(self._one(job, number, lanes) for number in job.open))
@@ -323,7 +326,9 @@ class RemoteEngine:
             self._give_up(lane, str(error))
 
     async def _one(self, job: Job[Any], number: int, lanes: Sequence[Lane]) -> None:
-        """One request, by the server with the fewest; by another when that one is lost. Left open when none is left."""
+        """Has one request answered, by the server with the fewest under way; where that one is lost, by another.
+
+        The request stays open when no server is left."""
         while living := [lane for lane in lanes if lane.open]:
             lane = min(living, key=lambda lane: lane.running)
             lane.running += 1

@@ -19,9 +19,11 @@ class Server:
     def __init__(self, address: str, process: ServerProcess | None = None) -> None:
         self.address, self.process = address, process
         self.lost: str | None = None  # why it is not to be asked
-        self.life = 0  # how often it has come back: what is said of an earlier life does not count
+        self.life = 0  # how often it has come back; what a call learned of an earlier life says nothing of this one
         self.fresh = True  # whether it has taken no weights yet
-        self.refused: str | None = None  # the weights, when it was fresh: another process would refuse them, too
+        self.refused: str | None = (
+            None  # why it refused the weights when it was fresh: a new process would refuse them, too
+        )
 
     @property
     def name(self) -> str:

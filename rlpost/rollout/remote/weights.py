@@ -45,7 +45,7 @@ def _prefix() -> str:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes what processes of this machine left that were killed together with whoever watched them."""
+    """Removes the folders of learners that were killed together with the process that should have removed them."""
     for left in folder.glob(f"{glob.escape(_prefix())}*"):
         pid = left.name.removeprefix(_prefix()).partition("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
@@ -60,7 +60,7 @@ class WeightFiles:
         self.files: list[tuple[Path, list[str]]] = []  # with the names in each
 
     def write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Replaces what was there. A sharded learner gathers one tensor at a time: so many are held as fill a file."""
+        """Replaces the files. Tensors come one at a time (a sharded learner gathers each); as many are held as fill a file."""
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
@@ -92,7 +92,7 @@ class WeightFiles:
 
 
 def _buckets(weights: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """Files that hold whole tensors. A layer may end in the next file: what the servers read, they copy."""
+    """The tensors of each file. A tensor is never cut; a layer's may be in two files, for servers copy what they read."""
     bucket: dict[str, Tensor] = {}
     size = 0
     for name, tensor in weights:
