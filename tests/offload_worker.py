@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -32,17 +33,25 @@ OFFLOADS = {
     "interleaved": {"type": "interleaved", "piece_size": 1000},
     "interleaved, small": {"type": "interleaved", "piece_size": 64, "gpu_of": 2, "every": 3},
     "streamed, parked": {"type": "streamed", "piece_size": 640},
+    "resident": {"type": "resident", "piece_size": 1000},
+    "state parked": {"type": "parked", "piece_size": 640},
+    "a share resident": {"type": "interleaved", "piece_size": 640, "gpu_of": 1, "every": 3, "resident": 0.4},
+    "a share resident, parked": {"type": "interleaved", "piece_size": 192, "gpu_of": 1, "every": 2, "resident": 0.7},
+    "interleaved, small, parked": {"type": "interleaved", "piece_size": 64, "gpu_of": 2, "every": 3},
+    "interleaved, parked": {"type": "interleaved", "piece_size": 1000},
+    "resident, parked": {"type": "resident", "piece_size": 1000},
     "all on the CPU": {"type": "interleaved", "piece_size": 5000, "gpu_of": 0},
-}
-FEW = ("streamed", "streamed, parked", "interleaved")  # in bfloat16 and with a critic
+}  # "parked" in a name: before every step
+FEW = ("streamed", "streamed, parked", "interleaved", "state parked", "a share resident, parked")  # in bfloat16 and with a critic
 SHORT = {  # in the short test, which `make test` runs: (offload, backend) by precision
     "float32": (
         ("streamed, parked", "in order"),
         ("interleaved, small", "in order"),
         ("interleaved, small", "adversary"),
+        ("state parked", "in order"),
     ),
-    "bfloat16": (("streamed", "in order"), ("interleaved", "lanes")),
-    "critic": (("interleaved", "adversary"),),
+    "bfloat16": (("streamed", "in order"), ("interleaved", "lanes"), ("a share resident, parked", "in order")),
+    "critic": (("interleaved", "adversary"), ("a share resident", "lanes")),
 }
 BACKENDS = {
     "in order": lambda program, number: run_in_order(program),
@@ -51,12 +60,25 @@ BACKENDS = {
 }
 
 
-def combinations(name: str, steps: int) -> list[tuple[str, str]]:
+RELAY = (  # who takes the long run's legs: each begins from the checkpoint that the one before it left
+    ("streamed, parked", "in order"),
+    (None, "in order"),
+    ("interleaved, small, parked", "adversary"),
+    ("a share resident, parked", "in order"),
+    ("state parked", "in order"),
+    (None, "in order"),
+    ("resident, parked", "in order"),
+    ("interleaved, parked", "lanes"),
+)
+
+
+def combinations(name: str, every: bool) -> list[tuple[str, str]]:
     """(offload, backend) of all that are compared with plain ZeRO-3."""
-    if steps < 100:
+    if not every:
         return list(SHORT[name])
     offloads = OFFLOADS if name == "float32" else FEW
-    return [(o, b) for o in offloads for b in (BACKENDS if o.startswith("interleaved") else ("in order",))]
+    many = ("interleaved", "a share")
+    return [(o, b) for o in offloads for b in (BACKENDS if o.startswith(many) else ("in order",))]
 
 
 def section(offload: dict | None, dtype: str, steps: int) -> LearnerSection:
@@ -89,6 +111,8 @@ def backend(name: str) -> None:
 def flat_state(learner) -> dict[str, torch.Tensor]:
     """This process's shard: master weights, moments, weights, and the number of steps."""
     optimizer = learner._engine.optimizer
+    if hasattr(optimizer, "update"):
+        optimizer.update.bring_home()
     flats = optimizer.fp32_partitioned_groups_flat
     names = ("exp_avg", "exp_avg_sq")
     found = {n: torch.cat([optimizer.optimizer.state[f][n].reshape(-1).float() for f in flats]) for n in names}
@@ -113,7 +137,40 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> li
     return [n for n in first if not torch.equal(first[n].view(torch.uint8), second[n].view(torch.uint8))]
 
 
-def compare(path: str, folder: Path, processes: Processes, name: str, dtype: str, steps: int, critic: bool) -> dict:
+def relay(path: str, folder: Path, processes: Processes, dtype: str, steps: int) -> dict:
+    """A run of plain ZeRO-3, and the same run handed on from one way to the next, parked before every step."""
+    plain_section = section(None, dtype, steps)
+    plain = make(path, processes, dtype, None, steps)
+    expected, wanted, legs = [], [], []
+    bounds = [steps * i // len(RELAY) for i in range(len(RELAY) + 1)]
+    for first, last in pairwise(bounds):
+        expected.append(worker.run(plain, first=first, last=last, section=plain_section))
+        wanted.append(flat_state(plain))
+    checkpoint, ours = folder, make(path, processes, dtype, OFFLOADS[RELAY[0][0]], steps)
+    for leg, ((way, how), (first, last)) in enumerate(zip(RELAY, pairwise(bounds), strict=True)):
+        backend(how)
+        offload = None if way is None else OFFLOADS[way]
+        own = section(offload, dtype, steps)
+        if leg:
+            ours = DeepSpeedLearner(worker.policy(str(checkpoint), dtype), own, processes)
+            ours.load(checkpoint, world=processes.world)
+        run = partial(worker.run if way is None else run_parked, ours)
+        metrics = run(first=first, last=last, section=own)
+        same = {"metrics": repr(metrics) == repr(expected[leg]), "state": equal(flat_state(ours), wanted[leg])}
+        legs.append({"way": way, "backend": how, "processes": processes.gather(same)})
+        checkpoint = folder / f"{dtype}-{leg}"
+        save(ours, checkpoint, processes)
+    steps_taken = [step for part in expected for step in part]
+    skipped = [i for i, step in enumerate(steps_taken) if step["skipped"]]
+    rates = len({step["learning_rate"] for step in steps_taken})
+    micro_batches = [step["micro_batches"] for step in steps_taken]
+    return {"legs": legs, "skipped": skipped, "rates": rates, "micro_batches": [min(micro_batches), max(micro_batches)],
+            "groups": len(ours._engine.optimizer.param_groups), "steps": len(steps_taken)}  # fmt: skip
+
+
+def compare(
+    path: str, folder: Path, processes: Processes, name: str, dtype: str, steps: int, critic: bool, every: bool
+) -> dict:
     """Plain ZeRO-3 and every offload; a run saved in the middle by either is taken up by the other."""
     method = worker.ACTOR_CRITIC if critic else worker.METHOD
     plain = make(path, processes, dtype, None, steps, critic)
@@ -124,7 +181,7 @@ def compare(path: str, folder: Path, processes: Processes, name: str, dtype: str
     expected += worker.run(plain, first=MIDDLE, last=steps, method=method, section=plain_section)
     wanted = flat_state(plain)
     found = {}
-    for offload_name, backend_name in combinations(name, steps):
+    for offload_name, backend_name in combinations(name, every):
         offload = OFFLOADS[offload_name]
         backend(backend_name)
         ours = make(path, processes, dtype, offload, steps, critic)
@@ -146,12 +203,14 @@ def compare(path: str, folder: Path, processes: Processes, name: str, dtype: str
 
 def run_parked(learner, *, first: int, last: int, **settings) -> list[dict]:
     """As `zero_worker.run`, parked before every step; what a freed buffer held is overwritten with garbage meanwhile."""
-    found, flat = [], learner._engine.optimizer.flat
+    found, optimizer = [], learner._engine.optimizer
+    flat = optimizer.flat
+    state = (flat.p, flat.m, flat.v) if optimizer.offload.type == "parked" else optimizer.update.abroad
     for step in range(first, last):
         with learner.parked():
-            sizes = [buffer.untyped_storage().nbytes() for buffer in (flat.weights, flat.gradients)]
-            assert sizes == [0, 0]
-            garbage = [torch.full_like(flat.p, float("nan")) for _ in range(3)]
+            sizes = [buffer.untyped_storage().nbytes() for buffer in (flat.weights, flat.gradients, *state)]
+            assert not any(sizes)
+            garbage = [torch.full((flat.p.numel(),), float("nan")) for _ in range(6)]
         del garbage
         found += worker.run(learner, first=step, last=step + 1, **settings)
     return found
@@ -195,19 +254,25 @@ def from_the_start(path: str, folder: Path, processes: Processes) -> list[bool]:
     return processes.gather(same and not equal(flat_state(ours), flat_state(plain)))
 
 
-def main(path: str, folder: Path, steps: int) -> None:
+def main(path: str, folder: Path, steps: int, mode: str) -> None:
     faulthandler.dump_traceback_later(float(os.environ.get("DEADLINE", "540")), exit=True)
     torch.set_num_threads(1)
     processes = Processes()
     worker.launch_settings(3, False, folder)
     results = {}
-    for name, dtype, critic in (
-        ("float32", "float32", False),
-        ("bfloat16", "bfloat16", False),
-        ("critic", "float32", True),
-    ):
-        results[name] = compare(path, folder, processes, name, dtype, steps, critic)
-    results["from the start"] = from_the_start(path, folder, processes)
+    if mode == "relay":
+        for dtype in ("float32", "bfloat16"):
+            results[dtype] = relay(path, folder, processes, dtype, steps)
+            if processes.is_main:
+                print(json.dumps(results[dtype]), flush=True)
+    else:
+        for name, dtype, critic in (
+            ("float32", "float32", False),
+            ("bfloat16", "bfloat16", False),
+            ("critic", "float32", True),
+        ):
+            results[name] = compare(path, folder, processes, name, dtype, steps, critic, mode == "every")
+        results["from the start"] = from_the_start(path, folder, processes)
     if processes.is_main:
         (folder / "results.json").write_text(json.dumps(results))
     processes.close()
@@ -215,4 +280,4 @@ def main(path: str, folder: Path, steps: int) -> None:
 
 if __name__ == "__main__":
     with ends_at_once():
-        main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+        main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -34,6 +34,7 @@ from rlpost.run.ending import ends_at_once
 
 STEPS = 8  # optimizer steps, two to a rollout
 NAN_STEP, EMPTY_STEP = 3, 4
+NAN_EVERY = 64  # long runs have such a step again
 SECTION = LearnerSection(
     steps=4,
     minibatches=2,
@@ -76,7 +77,7 @@ def rollout(step: int, rank: int, world: int) -> RolloutBuffer:
         minibatch_step = 2 * step + place // 2
         dead.append(minibatch_step == EMPTY_STEP or (step == 0 and place == 1))
         advantage = [0.0] * 4 if dead[-1] else [draw.gauss(0.0, 1.0) for _ in completions]
-        advantages.append([float("nan")] * 4 if minibatch_step == NAN_STEP and place == 3 else advantage)
+        advantages.append([float("nan")] * 4 if minibatch_step % NAN_EVERY == NAN_STEP and place == 3 else advantage)
     counts = tuple(
         Counts(sum(len(c.token_ids) for g in groups[2 * m : 2 * m + 2] for c in g.completions), 8, 2, None, 16)
         for m in range(2)

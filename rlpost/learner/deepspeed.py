@@ -144,6 +144,8 @@ def _state_on_host(learner: LearnerSection, optimizer: torch.optim.Optimizer) ->
     """Around `deepspeed.initialize`: puts `learner.offload` into effect."""
     if learner.offload is None:
         return nullcontext()
+    if section.offload.type == "auto":
+        raise RuntimeError("learner.offload.type=auto is settled before the learner is made (rlpost.run.offload)")
     from rlpost.offload.zero3 import host_state  # imports DeepSpeed
 
     return host_state(learner.offload, optimizer)

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlpost.errors import RecipeError
 from rlpost.offload.arithmetic import Arithmetic, Hyper, OwnArithmetic, Step, TorchArithmetic
 from rlpost.offload.backends import CudaDevice, run_in_order, run_on_lanes
-from rlpost.offload.layout import Piece
+from rlpost.offload.layout import UNIT, Piece
 from rlpost.offload.program import Parts, Program, build_update
 from rlpost.offload.races import races
 
@@ -24,9 +24,9 @@ _PORTABLE = 1  # cudaHostRegisterPortable: for every CUDA context of the process
 class FlatState:
     """What a process holds, each a vector of its N elements in one order."""
 
-    p: Tensor  # float32 master weights, on the host
-    m: Tensor  # float32 first moments, on the host
-    v: Tensor  # float32 second moments, on the host
+    p: Tensor  # float32 master weights; they and the moments lie on the host, or all on the accelerator (see `Update`)
+    m: Tensor  # float32 first moments
+    v: Tensor  # float32 second moments
     weights: Tensor  # on the accelerator, in the model's precision
     gradients: Tensor  # on the accelerator, in the precision in which micro-batches are added up
 
@@ -46,6 +46,10 @@ class Update:
     The arithmetic is torch's fused AdamW on both sides, or another one that is given. On a CPU the bits are those of one call
     on the whole vector, whatever the pieces, where they are updated, and the order. torch's kernel for CUDA may round otherwise
     than the CPU's, so there the bits depend on which pieces are updated where.
+
+    Resident pieces are updated on the accelerator without a copy over the link. Where all are resident, `state` itself may lie
+    there. Where some are, each has its own copy there, which is the newest between updates: `bring_home` writes it to the host,
+    where checkpoints look for it, and `take_up` reads it from there.
     """
 
     def __init__(
@@ -64,8 +68,15 @@ class Update:
         self.state, self.pieces, self.step = state, pieces, StepSetting()
         self._cuda = state.weights.is_cuda
         on_gpu = max((piece.size for piece in pieces if piece.on_gpu), default=0)
-        on_cpu = max((piece.size for piece in pieces if not piece.on_gpu), default=0)
+        on_cpu = max((piece.size for piece in pieces if piece.where == "cpu"), default=0)
         device = state.weights.device
+        self._residents = [piece for piece in pieces if piece.where == "resident"]
+        self._abroad: list[Tensor] = []  # p, m, v of all resident pieces, end to end, where they do not lie in `state`
+        self._at: dict[int, int] = {}  # a resident piece's start -> where it begins there
+        if len(self._residents) < len(pieces):
+            self._at = dict(zip((r.start for r in self._residents), _starts(self._residents), strict=True))
+            self._abroad = [torch.empty(sum(r.size + UNIT for r in self._residents), device=device) for _ in range(3)]
+            self.take_up()
         self._staging = [[torch.empty(on_gpu, device=device) for _ in range(3)] for _ in range(sets)]
         self._gradients = [host_vector(on_cpu, state.gradients.dtype, pinned=self._cuda) for _ in range(ring)]
         self._weights = [host_vector(on_cpu, state.weights.dtype, pinned=self._cuda) for _ in range(ring)]
@@ -83,11 +94,33 @@ class Update:
         else:
             run_in_order(self.program)  # all lanes are the same cores
 
+    def bring_home(self) -> None:
+        """The host's state becomes the newest, that of resident pieces too."""
+        for piece in self._residents if self._abroad else ():
+            for home, there in zip(self._home(piece), self._resident(piece), strict=True):
+                home.copy_(there)
+
+    def take_up(self) -> None:
+        """Resident pieces become what the host's state says."""
+        for piece in self._residents if self._abroad else ():
+            for home, there in zip(self._home(piece), self._resident(piece), strict=True):
+                there.copy_(home)
+
+    @property
+    def abroad(self) -> Sequence[Tensor]:
+        """The accelerator's own copies of what is resident."""
+        return self._abroad
+
+    def step_resident(self, piece: Piece) -> Parts:
+        return self._step_on_accelerator(piece, *self._resident(piece))
+
     def fetch(self, piece: Piece, slot: int) -> Parts:
         return _copies(zip(self._staged(piece, slot), self._home(piece), strict=True))
 
     def step_on_gpu(self, piece: Piece, slot: int) -> Parts:
-        p, m, v = self._staged(piece, slot)
+        return self._step_on_accelerator(piece, *self._staged(piece, slot))
+
+    def _step_on_accelerator(self, piece: Piece, p: Tensor, m: Tensor, v: Tensor) -> Parts:
         gradients, weights = (x[piece.start : piece.stop] for x in (self.state.gradients, self.state.weights))
         if isinstance(self._arithmetic, OwnArithmetic):  # which writes them in the same pass
             return [lambda: self._adamw(piece, p, m, v, gradients, weights)]
@@ -114,6 +147,13 @@ class Update:
         part, state = slice(piece.start, piece.stop), self.state
         return state.p[part], state.m[part], state.v[part]
 
+    def _resident(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor]:
+        if not self._abroad:
+            return self._home(piece)
+        at = self._at[piece.start]
+        p, m, v = (x[at : at + piece.size] for x in self._abroad)
+        return p, m, v
+
     def _staged(self, piece: Piece, slot: int) -> tuple[Tensor, Tensor, Tensor]:
         p, m, v = (x[: piece.size] for x in self._staging[slot])
         return p, m, v
@@ -126,6 +166,15 @@ class Update:
         hyper = Hyper(float(group["lr"]), tuple(group["betas"]), group["eps"], group["weight_decay"])
         step = Step(self.step.number, self.step.factor, (hyper,))
         self._arithmetic.update(p, m, v, gradients, weights, step, 0)
+
+
+def _starts(pieces: Sequence[Piece]) -> list[int]:
+    """Where each begins if they lie end to end, each at a multiple of the unit that torch's kernel needs."""
+    starts, at = [], 0
+    for piece in pieces:
+        starts.append(at)
+        at += -(-piece.size // UNIT) * UNIT
+    return starts
 
 
 def host_vector(n: int, dtype: torch.dtype, *, pinned: bool) -> Tensor:

@@ -2,12 +2,14 @@
 
 Gradients are reduced, scattered and added up as DeepSpeed does it, on the accelerator; overflow, norm and loss scale are its
 own, too. What is replaced is the loop over sub-groups: it is recorded, and the program of `rlpost.offload.update` takes the
-step. Master weights and moments are three flat vectors on the host, of which DeepSpeed's and torch's own tensors are views:
-checkpoints and `deepspeed.utils.safe_get_*` read and write the state itself.
+step. Master weights and moments are three flat vectors, on the host or on the accelerator (`resident`, `parked`), of which
+DeepSpeed's and torch's own tensors are views: checkpoints and `deepspeed.utils.safe_get_*` read and write the state itself. Only
+where a share of `interleaved` is resident must `bring_home` come first; saving and parking do it.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,13 +25,13 @@ from rlpost.offload.arithmetic import make_arithmetic
 from rlpost.offload.known import refuse_unknown
 from rlpost.offload.layout import cut
 from rlpost.offload.update import FlatState, StepSetting, Update, host_vector
-from rlpost.recipe.sections.offload import NOTHING_GAINED, Offload
+from rlpost.recipe.sections.offload import NOTHING_GAINED, SettledOffload
 
 
 class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
-    """ZeRO-3 whose optimizer state lies on the host and is updated by a program."""
+    """ZeRO-3 whose optimizer state lies where `offload` says and is updated by a program."""
 
-    offload: Offload
+    offload: SettledOffload
     device: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,7 +45,7 @@ class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
             raise RuntimeError(
                 f"ZeRO-3 holds {weights.numel()} weights and {gradients.numel()} gradients for {n} of its state"
             )
-        p, m, v = (host_vector(n, torch.float32, pinned=weights.is_cuda) for _ in range(3))
+        p, m, v = (self._vector(n, weights.device) for _ in range(3))
         m.zero_()
         v.zero_()
         self.flat = FlatState(p, m, v, weights, gradients)
@@ -57,12 +59,21 @@ class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
             self.offload.piece_size,
             gpu_of=self.offload.gpu_of,
             every=self.offload.every,
+            resident=self.offload.resident,
         )
         arithmetic, trouble = make_arithmetic(self.offload.arithmetic)
         nothing = None if weights.is_cuda else NOTHING_GAINED
         self.notes = tuple(filter(None, (trouble, nothing)))  # for the user
         self.update = Update(self.flat, pieces, arithmetic=arithmetic)
         self.parked = False
+        self.updated_s: float | None = None  # how long the last update took; None: nothing was updated since it was asked for
+        self._host: list[torch.Tensor] = []  # where the accelerator's p, m and v lie while it is parked
+
+    def _vector(self, n: int, device: torch.device) -> torch.Tensor:
+        """A vector of the state, where it is at home."""
+        if self.offload.state_on == "accelerator":
+            return torch.empty(n, device=device)
+        return host_vector(n, torch.float32, pinned=device.type == "cuda")
 
     def _sub_groups(self) -> Iterator[tuple[torch.Tensor, slice]]:
         """DeepSpeed's float32 tensor of each sub-group, and its elements in the flat vectors."""
@@ -111,10 +122,23 @@ class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
         self._recorded = []
         states = [self.optimizer.state[flat] for flat, _ in self._sub_groups()]
         number = int(states[0]["step"]) + 1
-        self.update.run(StepSetting(number, float(self._factor), self.optimizer.param_groups))
+        setting = StepSetting(number, float(self._factor), self.optimizer.param_groups)  # waits for the gradients' norm
+        began = time.perf_counter()
+        self.update.run(setting)
+        self.updated_s = time.perf_counter() - began
         for state in states:
             state["step"].fill_(float(number))
         super()._post_step(timer_names)
+
+    def take_updated_s(self) -> float | None:
+        """How long the update took that was made since this was called last, in seconds; None: there was none."""
+        found, self.updated_s = self.updated_s, None
+        return found
+
+    def state_dict(self) -> Any:
+        """As DeepSpeed gives it, of the newest state."""
+        self.update.bring_home()
+        return super().state_dict()
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Loading gives torch's optimizer tensors of its own: their values are taken, and it is given the views again.
@@ -139,28 +163,55 @@ class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
             flat.data = self.flat.p[part]
             moments = {"exp_avg": self.flat.m[part], "exp_avg_sq": self.flat.v[part]}
             self.optimizer.state[flat] = {"step": torch.tensor(number), **moments}
+        self.update.take_up()
 
     def park(self) -> None:
-        """Gives the memory of weights and gradients back: weights are a cast of the host's, gradients are spent. All views of
-        both stay valid, and must not be touched before `unpark`. Raises RlpostError while gradients wait for their step."""
+        """Gives memory of the accelerator back: weights are a cast of the state, gradients are spent, and state that is
+        `parked`, or a resident share, goes to the host. All views stay valid, and must not be touched before `unpark`. Raises
+        RlpostError while gradients wait for their step."""
         if self.parked or self.micro_step_id or self._epilogue_ran_this_backward:
             raise RlpostError("a learner can be parked once, and not between a backward pass and the step that uses it")
         self.parked = True
-        for buffer in (self.flat.weights, self.flat.gradients):
+        self.update.bring_home()
+        if self.offload.type == "parked":
+            self._state_to_host()
+        for buffer in self._freed():
             buffer.untyped_storage().resize_(0)
 
     def unpark(self) -> None:
-        """Brings both back. Gradients are zeros: what no process writes (a shard's padding, a parameter that took no part in
+        """Brings all back. Gradients are zeros: what no process writes (a shard's padding, a parameter that took no part in
         the pass) would count in the norm as it is found."""
-        for buffer in (self.flat.weights, self.flat.gradients):
+        for buffer in self._freed():
             buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
+        if self.offload.type == "parked":
+            for vector, home in zip(self._state(), self._host, strict=True):
+                vector.copy_(home, non_blocking=True)
+        self.update.take_up()
         self.flat.weights.copy_(self.flat.p)
         self.flat.gradients.zero_()
         self.parked = False
 
+    def _state(self) -> tuple[torch.Tensor, ...]:
+        return self.flat.p, self.flat.m, self.flat.v
+
+    def _freed(self) -> Iterator[torch.Tensor]:
+        """What parking gives back."""
+        yield from (self.flat.weights, self.flat.gradients, *self.update.abroad)
+        if self.offload.type == "parked":
+            yield from self._state()
+
+    def _state_to_host(self) -> None:
+        if not self._host:  # kept from then on: registering memory with CUDA takes seconds
+            pinned = self.flat.p.is_cuda
+            self._host = [host_vector(self.flat.p.numel(), torch.float32, pinned=pinned) for _ in range(3)]
+        for home, vector in zip(self._host, self._state(), strict=True):
+            home.copy_(vector, non_blocking=True)
+        if self.flat.p.is_cuda:
+            torch.cuda.synchronize()  # before the memory that is read is given back
+
 
 @contextmanager
-def host_state(offload: Offload | None, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
+def host_state(offload: SettledOffload | None, optimizer: torch.optim.Optimizer | None = None) -> Iterator[None]:
     """Around `deepspeed.initialize`: what it takes for ZeRO-3 is then `HostStateZero3`. None: nothing is changed.
 
     Raises RecipeError where this DeepSpeed works otherwise than the one that this was written for, and where `optimizer`, which

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from rlpost.recipe.sections.base import Section
 
 
 class OffloadSection(Section):
-    """What both ways share."""
+    """What all ways share."""
 
     piece_size: PositiveInt = 2**25
     """Parameters per piece, at the most. Two pieces of 12 bytes a parameter are staged on the accelerator at once."""
@@ -22,10 +22,8 @@ class OffloadSection(Section):
     alignment, built with the machine's C compiler (without one torch's is used, and the run says so). Without a GPU only."""
 
 
-class StreamedOffload(OffloadSection):
-    """Master weights and moments lie on the host, and pass through the accelerator piece by piece to be updated there."""
-
-    type: Literal["streamed"] = "streamed"
+class _Way(OffloadSection):
+    """What the ways have that are settled: all but `auto`."""
 
     @property
     def gpu_of(self) -> int:
@@ -34,6 +32,49 @@ class StreamedOffload(OffloadSection):
     @property
     def every(self) -> int:
         return 1
+
+    @property
+    def resident(self) -> float:
+        return 0.0
+
+    @property
+    def state_on(self) -> Literal["host", "accelerator"]:
+        """Where the state is at home."""
+        return "host"
+
+
+class _OnAccelerator(_Way):
+    @property
+    def resident(self) -> float:
+        return 1.0
+
+    @property
+    def state_on(self) -> Literal["host", "accelerator"]:
+        return "accelerator"
+
+
+class ResidentOffload(_OnAccelerator):
+    """Master weights and moments stay on the accelerator."""
+
+    type: Literal["resident"] = "resident"
+
+
+class ParkedOffload(_OnAccelerator):
+    """Master weights and moments lie on the accelerator, and on the host while completions are sampled in turn with learning."""
+
+    type: Literal["parked"] = "parked"
+
+    @model_validator(mode="after")
+    def _parks(self) -> ParkedOffload:
+        if not self.park:
+            raise ValueError("type=parked with park=false parks nothing. Set type to resident, or leave park out")
+        return self
+
+
+class StreamedOffload(_Way):
+    """Master weights and moments lie on the host, and pass through the accelerator piece by piece to be updated there."""
+
+    type: Literal["streamed"] = "streamed"
 
 
 class InterleavedOffload(OffloadSection):
@@ -44,6 +85,13 @@ class InterleavedOffload(OffloadSection):
     """Of every `every` pieces so many are updated on the accelerator; 0: the CPU updates all."""
     every: PositiveInt = 2
     """Of how many pieces `gpu_of` are updated on the accelerator."""
+    resident: float = Field(0.0, ge=0.0, lt=1.0)
+    """The share of the state that stays on the accelerator beside its copy on the host (12 bytes a parameter on both): it is
+    updated without passing over the link. `gpu_of` and `every` are of the rest."""
+
+    @property
+    def state_on(self) -> Literal["host", "accelerator"]:
+        return "host"
 
     @model_validator(mode="after")
     def _no_more_than_all(self) -> InterleavedOffload:
@@ -52,7 +100,19 @@ class InterleavedOffload(OffloadSection):
         return self
 
 
-Offload = Annotated[StreamedOffload | InterleavedOffload, Field(discriminator="type")]
+class AutoOffload(OffloadSection):
+    """The run measures its machine for a few seconds at its start and takes the fastest of the other ways that fits."""
+
+    type: Literal["auto"] = "auto"
+    accelerator_gib: PositiveFloat | None = None
+    """Memory of the accelerator, per process, for sums of gradients and for state in the update; by default what `rlpost plan`
+    leaves over of it."""
+    host_gib: PositiveFloat | None = None
+    """Host memory, per process, for state; by default the process's share of what is free at the start."""
+
+
+SettledOffload = ResidentOffload | ParkedOffload | StreamedOffload | InterleavedOffload
+Offload = Annotated[SettledOffload | AutoOffload, Field(discriminator="type")]
 
 NOTHING_GAINED = (
     "learner.offload without a GPU: the state is in host memory anyway, and pieces meant for the GPU are updated by the CPU, "
