@@ -216,10 +216,10 @@ def before_the_table(printed: str) -> str:
 
 
 def rows(run: Path, kind: str | None = None) -> list[dict]:
-    """A run's metrics, without the times."""
+    """A run's metrics, without the times and what says only how long something took."""
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [
-        {key: value for key, value in row.items() if not key.startswith("time/")}
+        {key: value for key, value in row.items() if not key.startswith(("time/", "offload/"))}
         for row in found
         if kind is None or row["kind"] == kind
     ]

@@ -42,7 +42,13 @@ OFFLOADS = {
     "resident, parked": {"type": "resident", "piece_size": 1000},
     "all on the CPU": {"type": "interleaved", "piece_size": 5000, "gpu_of": 0},
 }  # "parked" in a name: before every step
-FEW = ("streamed", "streamed, parked", "interleaved", "state parked", "a share resident, parked")  # in bfloat16 and with a critic
+FEW = (
+    "streamed",
+    "streamed, parked",
+    "interleaved",
+    "state parked",
+    "a share resident, parked",
+)  # in bfloat16 and with a critic
 SHORT = {  # in the short test, which `make test` runs: (offload, backend) by precision
     "float32": (
         ("streamed, parked", "in order"),
@@ -205,7 +211,7 @@ def run_parked(learner, *, first: int, last: int, **settings) -> list[dict]:
     """As `zero_worker.run`, parked before every step; what a freed buffer held is overwritten with garbage meanwhile."""
     found, optimizer = [], learner._engine.optimizer
     flat = optimizer.flat
-    state = (flat.p, flat.m, flat.v) if optimizer.offload.type == "parked" else optimizer.update.abroad
+    state = (flat.p, flat.m, flat.v) if optimizer.offload.parks_state else optimizer.update.abroad
     for step in range(first, last):
         with learner.parked():
             sizes = [buffer.untyped_storage().nbytes() for buffer in (flat.weights, flat.gradients, *state)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.offload_model import PUBLISHED, SPECIFIED, best_memory, error, rates, seconds
-from rlpost.offload.plan import Way, choose, predict, timeline, ways
+from rlpost.offload.plan import Kind, Room, Way, choose, predict, timeline, ways
 from rlpost.offload.simulate import Rates
 from rlpost.recipe.load import load_recipe
 from rlpost.recipe.plan.describe import make_plan, print_plan
@@ -29,7 +29,7 @@ def test_every_ratio_once():
     ],
 )
 def test_the_fastest_way_follows_from_what_limits(machine, fastest):
-    way = choose(BILLION, machine, piece_size=2**25, accelerator=1e15, host=1e15, among=ways(4))[1][0].way
+    way = choose(BILLION, machine, Kind(2**25), Room(), among=ways(4))[1][0].way
     if fastest is None:
         assert 0 < way.gpu_of < way.every
     else:
@@ -37,22 +37,22 @@ def test_the_fastest_way_follows_from_what_limits(machine, fastest):
 
 
 def test_no_more_bytes_than_there_are():
-    pieces = {"piece_size": 2**25}
-    best, found = choose(BILLION, MACHINE, **pieces, accelerator=4.5e9, host=1e15)
+    kind = Kind(2**25)
+    best, found = choose(BILLION, MACHINE, kind, Room(4.5e9))
     assert best is not None and best.accelerator <= 4.5e9 and best.way.gpu_of == 0
     assert [one.seconds for one in found] == sorted(one.seconds for one in found)
-    assert choose(BILLION, MACHINE, **pieces, accelerator=3e9, host=1e15)[0] is None
-    assert choose(BILLION, MACHINE, **pieces, accelerator=1e15, host=1e9)[0] is None
+    assert choose(BILLION, MACHINE, kind, Room(3e9))[0] is None
+    assert choose(BILLION, MACHINE, kind, Room(host=1e9))[0] is None
 
 
 def test_memory_is_counted_as_it_is_taken():
-    one = predict(BILLION, Way(1, 1), MACHINE, piece_size=10_000_000)
+    one = predict(BILLION, Way(1, 1), MACHINE, Kind(10_000_000))
     assert one.accelerator == 4 * BILLION + 2 * 12 * 10_000_000
     assert one.host == 12 * BILLION
-    half = predict(BILLION, Way(1, 2, 0.5), MACHINE, piece_size=10_000_000)
+    half = predict(BILLION, Way(1, 2, 0.5), MACHINE, Kind(10_000_000))
     assert half.accelerator == 4 * BILLION + 2 * 12 * 10_000_000 + 6 * BILLION
-    assert half.host == 6 * BILLION + 2 * 6 * 10_000_000
-    assert half.seconds < predict(BILLION, Way(1, 2), MACHINE, piece_size=10_000_000).seconds
+    assert half.host == 12 * BILLION + 2 * 6 * 10_000_000  # all is at home on the host
+    assert half.seconds < predict(BILLION, Way(1, 2), MACHINE, Kind(10_000_000)).seconds
 
 
 def test_all_that_is_simulated_is_updated_once():

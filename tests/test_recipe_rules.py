@@ -316,6 +316,15 @@ def test_an_offload_without_a_gpu_is_said_to_gain_nothing(base, monkeypatch):
     assert any("learner.offload.arithmetic=own" in found for found in check(recipe, Setting(1, base, 3)))
 
 
+def test_an_offload_that_parks_nothing_is_refused_or_said(base):
+    with pytest.raises(RecipeError, match="park=false parks nothing"):
+        load_recipe(base / "r.yaml", ["learner.offload={type: parked, park: false}"])
+    for staleness, count in (("0", 0), ("1", 1)):
+        overrides = ["learner.offload={type: parked}", f"rollout.staleness={staleness}"]
+        recipe = load_recipe(base / "r.yaml", overrides).recipe
+        assert sum("parks nothing here" in note for note in advise(recipe, Setting(1, base, 3))) == count
+
+
 def test_more_pieces_for_the_gpu_than_there_are_are_refused(base):
     with pytest.raises(RecipeError, match="gpu_of=3 of every=2"):
         load_recipe(base / "r.yaml", ["learner.offload={type: interleaved, gpu_of: 3}"])

@@ -13,6 +13,7 @@ WAITS = {"wait", "join", "recv", "acquire", "result", "communicate"}  # and `get
 REASONS = {
     "rlpost/answers/scalar.py": "loops over the text that is read: each turn takes some of it",
     "rlpost/learner/checkpoint.py": "the thread that writes a checkpoint, under the watchdog of the phase `checkpoint`",
+    "rlpost/offload/calibrate.py": "lanes that are measured, each for a second; one that fails ends all",
     "rlpost/offload/backends.py": "lanes of an update, under the watchdog of the phase `update`; a lane that fails ends all",
     "rlpost/rollout/remote/client.py": "a thread whose every call has a deadline, or a heartbeat beside it",
     "rlpost/rollout/remote/lanes.py": "a request: ended by the heartbeat, which gives an engine up that lives or works no more",

@@ -18,15 +18,21 @@ from rlpost.learner.deepspeed_import import import_deepspeed
 from rlpost.learner.learner import CRITIC, StepReport, collect_weights, critic_rate
 from rlpost.learner.optimizer import learning_rate, make_optimizer, set_learning_rate
 from rlpost.learner.process import Processes
+from rlpost.offload.forecast import Forecast
 from rlpost.policy.model import Policy
 from rlpost.recipe.sections.learner import LearnerSection
+from rlpost.recipe.sections.offload import AutoOffload
 
 
 class DeepSpeedLearner:
     """`deepspeed.initialize` called directly: under a DeepSpeed configuration accelerate's own wrapper does not see the
     processes of a CPU run. Gradient accumulation is ours (the loop knows which micro-batch is the last)."""
 
-    def __init__(self, policy: Policy, learner: LearnerSection, processes: Processes) -> None:
+    def __init__(
+        self, policy: Policy, learner: LearnerSection, processes: Processes, forecast: Forecast | None = None
+    ) -> None:
+        """`forecast`: of the updates of `learner.offload`, which it is told the times of."""
+        self._forecast = forecast
         self._deepspeed = import_deepspeed()
         self.policy = policy
         policy.maximum = processes.maximum  # ZeRO gathers and reduces in the passes: no process may make fewer of them
@@ -73,7 +79,16 @@ class DeepSpeedLearner:
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         skipped = self._engine.skipped_steps > before or bool(getattr(self._engine.optimizer, "overflow", False))
-        return StepReport(float("nan") if skipped or norm is None else float(norm), rate, skipped)
+        return StepReport(
+            float("nan") if skipped or norm is None else float(norm), rate, skipped, self._observed_update()
+        )
+
+    def _observed_update(self) -> dict[str, float]:
+        """How long the update of `learner.offload` took and was predicted to; {} for a step that was skipped."""
+        if self._forecast is None:
+            return {}
+        seconds = self._engine.optimizer.take_updated_s()
+        return {} if seconds is None else self._forecast.observe(seconds)
 
     def discard(self) -> None:
         self._engine.zero_grad()
@@ -144,7 +159,7 @@ def _state_on_host(learner: LearnerSection, optimizer: torch.optim.Optimizer) ->
     """Around `deepspeed.initialize`: puts `learner.offload` into effect."""
     if learner.offload is None:
         return nullcontext()
-    if section.offload.type == "auto":
+    if isinstance(learner.offload, AutoOffload):
         raise RuntimeError("learner.offload.type=auto is settled before the learner is made (rlpost.run.offload)")
     from rlpost.offload.zero3 import host_state  # imports DeepSpeed
 

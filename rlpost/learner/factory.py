@@ -9,17 +9,21 @@ import torch
 
 from rlpost.learner.learner import DataParallelLearner, Learner, check_plain
 from rlpost.learner.process import Processes
+from rlpost.offload.forecast import Forecast
 from rlpost.policy.model import Policy
 from rlpost.recipe.sections.learner import LearnerSection
 from rlpost.recipe.sections.model import ModelSection
 
 
-def make_learner(policy: Policy, learner: LearnerSection, processes: Processes) -> Learner:
-    """DeepSpeed when the launcher's configuration says so (`distributed_type: DEEPSPEED`), else plain data parallelism."""
+def make_learner(
+    policy: Policy, learner: LearnerSection, processes: Processes, forecast: Forecast | None = None
+) -> Learner:
+    """DeepSpeed when the launcher's configuration says so (`distributed_type: DEEPSPEED`), else plain data parallelism.
+    `forecast`: of the updates of `learner.offload`, which must be settled."""
     if uses_deepspeed():
         from rlpost.learner.deepspeed import DeepSpeedLearner
 
-        return DeepSpeedLearner(policy, learner, processes)
+        return DeepSpeedLearner(policy, learner, processes, forecast)
     return DataParallelLearner(policy, learner, processes)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ class StepReport:
     grad_norm: float  # before clipping, over all processes
     learning_rate: float
     skipped: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what else the learner has to say of it
 
 
 class Learner(Protocol):

@@ -93,6 +93,7 @@ class Updater:
         metrics["optimizer/grad_norm"] = report.grad_norm
         metrics["optimizer/learning_rate"] = report.learning_rate
         metrics["optimizer/skipped"] = float(report.skipped)
+        metrics |= report.metrics
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,6 +36,10 @@ class Rates:
         if wrong:
             raise ValueError(f"a machine whose {' and '.join(wrong)} is not above 0 never ends an update")
 
+    def slower(self, factor: float) -> Rates:
+        """The machine on which every program takes `factor` times as long."""
+        return Rates(**{name: getattr(self, name) / factor for name in self.__slots__})
+
 
 class Load(NamedTuple):
     """What an operation needs: seconds if nothing limits it but its own lane, and bytes of what it shares with others."""

@@ -3,8 +3,8 @@
 Gradients are reduced, scattered and added up as DeepSpeed does it, on the accelerator; overflow, norm and loss scale are its
 own, too. What is replaced is the loop over sub-groups: it is recorded, and the program of `rlpost.offload.update` takes the
 step. Master weights and moments are three flat vectors, on the host or on the accelerator (`resident`, `parked`), of which
-DeepSpeed's and torch's own tensors are views: checkpoints and `deepspeed.utils.safe_get_*` read and write the state itself. Only
-where a share of `interleaved` is resident must `bring_home` come first; saving and parking do it.
+DeepSpeed's and torch's own tensors are views: checkpoints and `deepspeed.utils.safe_get_*` read and write the state itself.
+Only where a share of `interleaved` is resident must `bring_home` come first; saving and parking do it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
         self.notes = tuple(filter(None, (trouble, nothing)))  # for the user
         self.update = Update(self.flat, pieces, arithmetic=arithmetic)
         self.parked = False
-        self.updated_s: float | None = None  # how long the last update took; None: nothing was updated since it was asked for
+        self.updated_s: float | None = (
+            None  # how long the last update took; None: nothing was updated since it was asked for
+        )
         self._host: list[torch.Tensor] = []  # where the accelerator's p, m and v lie while it is parked
 
     def _vector(self, n: int, device: torch.device) -> torch.Tensor:
@@ -173,7 +175,7 @@ class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
             raise RlpostError("a learner can be parked once, and not between a backward pass and the step that uses it")
         self.parked = True
         self.update.bring_home()
-        if self.offload.type == "parked":
+        if self.offload.parks_state:
             self._state_to_host()
         for buffer in self._freed():
             buffer.untyped_storage().resize_(0)
@@ -183,7 +185,7 @@ class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
         the pass) would count in the norm as it is found."""
         for buffer in self._freed():
             buffer.untyped_storage().resize_(buffer.numel() * buffer.element_size())
-        if self.offload.type == "parked":
+        if self.offload.parks_state:
             for vector, home in zip(self._state(), self._host, strict=True):
                 vector.copy_(home, non_blocking=True)
         self.update.take_up()
@@ -197,7 +199,7 @@ class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
     def _freed(self) -> Iterator[torch.Tensor]:
         """What parking gives back."""
         yield from (self.flat.weights, self.flat.gradients, *self.update.abroad)
-        if self.offload.type == "parked":
+        if self.offload.parks_state:
             yield from self._state()
 
     def _state_to_host(self) -> None:

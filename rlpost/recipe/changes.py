@@ -122,7 +122,10 @@ DECISIONS: dict[str, dict[Effect, str]] = {
         LATER: "rollouts learning_rate schedule warmup_steps betas eps weight_decay max_grad_norm",
         ROLLOUT: "minibatches epochs",
     },
-    "learner.offload": {NONE: "type piece_size gpu_of every resident park accelerator_gib host_gib", LATER: "arithmetic"},
+    "learner.offload": {
+        NONE: "type piece_size gpu_of every resident park accelerator_gib host_gib",
+        LATER: "arithmetic",
+    },
     "checkpoint": {NONE: "every keep asynchronous"},
     "evaluation": {NONE: "every at_start at_end", LATER: "prompts samples k temperature threshold"},
     "tracking": {NONE: "console show_completion_every report"},

@@ -26,6 +26,7 @@ from rlpost.run.build import (
     share_rows,
     start_engine,
 )
+from rlpost.run.offload import refuse_without_room, settle
 from rlpost.run.opening import open_run
 from rlpost.run.parts import Parts
 from rlpost.scoring.factory import make_scorer
@@ -57,6 +58,7 @@ def assemble(loaded: LoadedRecipe) -> Parts:
         undo.callback(tracker.close, "failed")
         for line in filter(None, (*loaded.notes, *taken_up, sets.note(), *before.notes, before.disk)):
             tracker.note(line)
+        processes.together(lambda: refuse_without_room(recipe, processes))
         model_path, policy = processes.together(lambda: build_policy(recipe, resume_from, processes))
         processes.together(lambda: try_saving(policy, tokenizer, run.checkpoints) if processes.is_main else None)
         share_rows(recipe, policy, processes)
@@ -65,9 +67,10 @@ def assemble(loaded: LoadedRecipe) -> Parts:
         engine = build_engine(recipe, model_path, tokenizer, processes)
         undo.callback(engine.close)
         curvature = build_curvature(recipe, policy, processes)  # before ZeRO shards the head, whose shape it needs
-        learner = make_learner(policy, recipe.learner, processes)
+        section, forecast, offload_notes = settle(recipe, policy, processes, run.path)
+        learner = make_learner(policy, section, processes, forecast)
         layout, note = layout_for(policy, recipe.learner.layout, recipe.longest_sequence)
-        for line in filter(None, (*precision_notes, *policy.notes, sampled, note)):
+        for line in filter(None, (*precision_notes, *policy.notes, *offload_notes, sampled, note)):
             tracker.note(line)
         undo.pop_all()
     timeline = Timeline(run.timeline if processes.is_main else None)

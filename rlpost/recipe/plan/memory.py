@@ -9,12 +9,15 @@ from typing import Any
 
 from rlpost.policy.local_config import local_config
 from rlpost.recipe.sections.model import ModelSection
+from rlpost.recipe.sections.offload import AutoOffload, Offload
 from rlpost.recipe.sections.reward import RewardModelSection
 from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.recipe.sections.root import Recipe
 
 GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+STATE = ("gradients", "staged optimizer state", "AdamW state and float32 weights", "AdamW state")
+"""Lines of `estimate` that `rlpost.recipe.plan.update` counts for itself where there is `learner.offload`."""
 _NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes: the number, its 64th of a byte of scale, and of that scale's float32
 
 
@@ -108,12 +111,8 @@ def _weights(recipe: Recipe, size: ModelSize, trained: int, processes: int, stag
         lines.append(line("one layer's weights unpacked", size.hidden * size.intermediate, width + 2, False))
     offload = recipe.learner.offload if stage == 3 else None
     lines.append(line("gradients", trained, width if offload is None else 4, stage >= 2))
-    if offload is not None:  # p, m and v lie on the host: `rlpost.recipe.plan.update` counts them
-        piece = min(offload.piece_size, trained // processes)
-        staged = 2 * 12 * piece if offload.gpu_of else 0
-        lines.append(
-            MemoryLine("staged optimizer state", staged, f"2 x 12 bytes x {piece / 1e6:,.1f} M (learner.offload)")
-        )
+    if offload is not None:  # `rlpost.recipe.plan.update` says what `auto` may take beside or in place of this
+        lines += _offloaded(offload, trained, processes)
     elif stage >= 1 and recipe.model.dtype == "bfloat16":  # ZeRO keeps the weights in float32 too and updates those
         lines.append(line("AdamW state and float32 weights", trained, 12, True))
     else:
@@ -125,6 +124,21 @@ def _weights(recipe: Recipe, size: ModelSize, trained: int, processes: int, stag
     live = pairs is not None and (not pairs.cached or not recipe.data.has_pairs)
     if (recipe.method.kl_place is not None or live) and recipe.model.lora is None:
         lines.append(line("reference model", size.parameters, width, stage >= 3))
+    return lines
+
+
+def _offloaded(offload: Offload, trained: int, processes: int) -> list[MemoryLine]:
+    """The optimizer's state of `learner.offload` on the accelerator. Of `auto` the least, which `streamed` takes."""
+    own = trained // processes
+    gpu_of, resident = (1, 0.0) if isinstance(offload, AutoOffload) else (offload.gpu_of, offload.resident)
+    lines = []
+    if resident:
+        text = f"{resident:.0%} of {trained / 1e6:,.1f} M x 12 bytes / {processes} processes (learner.offload)"
+        lines.append(MemoryLine("AdamW state and float32 weights", int(12 * resident * own), text))
+    if resident < 1:
+        piece = min(offload.piece_size, own)
+        text = f"2 x 12 bytes x {piece / 1e6:,.1f} M (learner.offload)"
+        lines.append(MemoryLine("staged optimizer state", 2 * 12 * piece if gpu_of else 0, text))
     return lines
 
 

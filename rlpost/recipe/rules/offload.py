@@ -60,8 +60,14 @@ def offload_problems(r: Recipe, setting: Setting) -> Iterator[str]:
 
 def offload_advice(r: Recipe, setting: Setting) -> Iterator[str]:
     """What an offload without a GPU is worth: `rlpost plan` says it, and a run at its start."""
-    if r.learner.offload is None or setting.zero_stage != 3:
+    offload = r.learner.offload
+    if offload is None or setting.zero_stage != 3:
         return
+    if offload.type == "parked" and not (r.samples and r.rollout.staleness == 0):
+        yield (
+            "learner.offload.type=parked parks nothing here: only completions that are sampled in turn with learning "
+            "(rollout.staleness=0) leave the accelerator to the engine. It is resident"
+        )
     import torch  # a second or two, and only for recipes that need the answer
 
     if not torch.cuda.is_available():

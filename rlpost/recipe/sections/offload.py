@@ -42,6 +42,11 @@ class _Way(OffloadSection):
         """Where the state is at home."""
         return "host"
 
+    @property
+    def parks_state(self) -> bool:
+        """Whether the state leaves the accelerator while completions are sampled."""
+        return False
+
 
 class _OnAccelerator(_Way):
     @property
@@ -60,9 +65,14 @@ class ResidentOffload(_OnAccelerator):
 
 
 class ParkedOffload(_OnAccelerator):
-    """Master weights and moments lie on the accelerator, and on the host while completions are sampled in turn with learning."""
+    """Master weights and moments lie on the accelerator, and on the host while completions are sampled in turn with
+    learning."""
 
     type: Literal["parked"] = "parked"
+
+    @property
+    def parks_state(self) -> bool:
+        return True
 
     @model_validator(mode="after")
     def _parks(self) -> ParkedOffload:
@@ -92,6 +102,10 @@ class InterleavedOffload(OffloadSection):
     @property
     def state_on(self) -> Literal["host", "accelerator"]:
         return "host"
+
+    @property
+    def parks_state(self) -> bool:
+        return False
 
     @model_validator(mode="after")
     def _no_more_than_all(self) -> InterleavedOffload:
