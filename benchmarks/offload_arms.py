@@ -10,16 +10,17 @@ from rlpost.recipe.sections.offload import AutoOffload, SettledOffload
 
 REFERENCE = "ZeRO-3, no offload"
 PLANNED = "ours, planned"
+RATE, BETAS = 1e-4, (0.9, 0.95)
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
     """One way of keeping and updating the optimizer's state.
 
-    `zero`: what stands in `zero_optimization` beside the stage. `optimizer`: torch's fused AdamW, or DeepSpeed's own for the
-    CPU, which has to be built. `ours`: a way of `rlpost.offload`. `exact`: whether it computes AdamW's step of the same
-    gradients at all; ZenFlow does not. `bits`: whether its results are to be the reference's to the bit (where the accelerator
-    is the CPU, or updates everything): DeepSpeed's offload sums norms in another order, so it need not.
+    `zero`: what stands in `zero_optimization` beside the stage. `optimizer`: torch's fused AdamW (`torch`), or DeepSpeed's own
+    for the CPU (`cpu_adam`), which has to be built, or ZenFlow's variant of that. `ours`: a way of `rlpost.offload`. `exact`:
+    whether it takes AdamW's step of the same gradients at all; ZenFlow does not. `bits`: whether its results are to be the
+    reference's to the bit on any machine; DeepSpeed's offload sums norms in another order, so its need not be.
     """
 
     name: str
@@ -61,7 +62,7 @@ def arms(parameters: int, piece_size: int) -> list[Arm]:
         Arm(
             "ZenFlow (not exact)",
             {"offload_optimizer": pinned, "zenflow": {**zenflow, "overlap_step": False}},
-            "cpu_adam",
+            "zenflow",
             exact=False,
         ),
     ]
@@ -85,7 +86,11 @@ def offload_of(way: Way, piece_size: int) -> SettledOffload:
 
 def configuration(arm: Arm, micro_batches: int, *, clip: float, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's configuration: as rlpost makes it (`zero_config`), with accumulation by DeepSpeed itself."""
+    own: dict[str, Any] = {}
+    if arm.optimizer == "zenflow":  # DeepSpeed makes it by itself only
+        own["optimizer"] = {"type": "AdamW", "params": {"lr": RATE, "betas": list(BETAS)}}
     return {
+        **own,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": clip,

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, replace
@@ -26,7 +27,7 @@ import torch
 
 from benchmarks.measure import peak_memory_mib, reset_peak_memory, synchronize
 from benchmarks.models import QWEN, TINY
-from benchmarks.offload_arms import Arm, arms, configuration, offload_of
+from benchmarks.offload_arms import BETAS, RATE, Arm, arms, configuration, offload_of
 from rlpost.learner.deepspeed_import import import_deepspeed
 from rlpost.learner.process import Processes
 from rlpost.offload.arithmetic import TorchArithmetic
@@ -35,7 +36,7 @@ from rlpost.offload.plan import Kind, Predicted, Room, Way, choose, predict, way
 from rlpost.offload.program import Program
 from rlpost.offload.simulate import Rates
 
-CLIP, RATE = 1.0, 1e-4
+CLIP = 1.0
 
 
 def make_model(size: str, device: torch.device) -> torch.nn.Module:
@@ -94,7 +95,7 @@ class Bench:
             arm = replace(arm, ours=self.planned().way)
         if arm.cuda_only and self.processes.device.type != "cuda":
             raise RuntimeError("DeepSpeed has it on CUDA only")
-        if arm.optimizer == "cpu_adam" and self.job["cpu_adam"]:
+        if arm.optimizer != "torch" and self.job["cpu_adam"]:
             raise RuntimeError(f"DeepSpeedCPUAdam: {self.job['cpu_adam']}")
         with _bound_to_cores(self.processes, on=arm.bound):
             config = configuration(arm, self.job["micro_batches"], clip=CLIP, bf16=self.bf16)
@@ -117,20 +118,26 @@ class Bench:
             {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
             {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer: Any
-        if arm.optimizer == "cpu_adam":
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
+        optimizer: Any = None
+        match arm.optimizer:
+            case "torch":
+                optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS, fused=True)
+            case "cpu_adam":
+                from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            optimizer = DeepSpeedCPUAdam(groups, lr=RATE, betas=(0.9, 0.95))
-        else:
-            optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), fused=True)
-        self.deepspeed.zero.Init(module=model, config_dict_or_path=config)
+                optimizer = DeepSpeedCPUAdam(groups, lr=RATE, betas=BETAS)
+        if optimizer is not None:  # ZenFlow transposes weights before it cuts them
+            self.deepspeed.zero.Init(module=model, config_dict_or_path=config)
         for buffer in model.buffers():
             buffer.data = buffer.data.to(self.processes.device)
         offload = None if arm.ours is None else offload_of(arm.ours, self.job["piece_size"])
         with host_state(offload, optimizer if offload is not None else None):
             engine, *_ = self.deepspeed.initialize(
-                model=model, optimizer=optimizer, config=config, dist_init_required=False
+                model=model,
+                optimizer=optimizer,
+                model_parameters=groups if optimizer is None else None,
+                config=config,
+                dist_init_required=False,
             )
         return engine
 
@@ -203,6 +210,13 @@ def _checksum(values: torch.Tensor) -> int:
         places = torch.arange(1, bits.numel() + 1, device=bits.device) % 65521
         total = (total * 1_000_003 + int((bits * places).sum()) + int(bits.sum())) % 2**61
     return total
+
+
+def _said(error: Exception) -> str:
+    """An error and where it was raised, in a line."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = "/".join(Path(last.filename).parts[-2:])
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]} ({where}:{last.lineno})"
 
 
 class _Kept:
@@ -284,7 +298,7 @@ def main(file: Path) -> None:
         try:
             found = bench.run(known[number])
         except Exception as error:
-            found = {"cannot": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+            found = {"cannot": _said(error)}
             failed.add(number)
         say({"arm": number, "repeat": repeat, **found})
         bench.processes.barrier()

@@ -33,6 +33,24 @@ def test_accelerate_reads_every_launch_file(file):
         assert {"machine_rank", "main_process_ip", "main_process_port", "rdzv_backend"} <= tree.keys()
 
 
+@pytest.mark.parametrize("file", [f for f in FILES if "interleaved" in f.name], ids=lambda file: file.name)
+def test_what_a_launch_file_for_an_offload_says_goes_with_it(file, write_recipe, tmp_path, monkeypatch):
+    from rlpost.recipe.load import load_recipe
+    from rlpost.recipe.rules.check import check
+    from rlpost.recipe.rules.setting import Setting
+
+    config = yaml.safe_load(file.read_text())
+    for key, value in config["deepspeed_config"].items():  # as accelerate's launcher hands them on
+        monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{key.upper()}", str(value))
+    [command] = [line for line in file.read_text().splitlines() if "launch/run.sh" in line]
+    assert f"launch/run.sh launch/{file.name} RECIPE" in command and "OMP_NUM_THREADS=" in command
+    override = command.split(" RECIPE ")[1]
+    recipe = load_recipe(write_recipe(tmp_path), [override]).recipe
+    setting = Setting(config["num_processes"], tmp_path, config["deepspeed_config"]["zero_stage"])
+    assert recipe.learner.offload is not None
+    assert not [problem for problem in check(recipe, setting) if "learner.offload" in problem]
+
+
 @pytest.mark.parametrize(("gpu", "file"), [(True, "launch/gpu.yaml"), (False, "launch/cpu.yaml")])
 def test_quickstart_takes_the_launch_file_of_the_machine(gpu, file, tmp_path):
     tool = tmp_path / "nvidia-smi"

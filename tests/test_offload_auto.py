@@ -161,6 +161,17 @@ def test_what_is_measured_once_is_kept_for_the_next_start(write_recipe, tmp_path
     assert settle(none, policy(), Processes(), tmp_path) == (none.learner, None, ())
 
 
+def test_one_thread_of_many_cores_is_said(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(24)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    assert "OMP_NUM_THREADS=12" in (settling._one_thread(gpu, Way(1, 2)) or "")
+    assert settling._one_thread(gpu, Way(1, 1)) is None and settling._one_thread(Processes(), Way(1, 2)) is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
+    assert settling._one_thread(gpu, Way(1, 2)) is None
+
+
 def test_the_plan_goes_by_what_the_run_has_measured(write_recipe, tmp_path):
     loaded = load_recipe(write_recipe(tmp_path, {"learner.offload": {"type": "auto"}}))
     before = "\n".join(make_plan(loaded, processes=2, zero_stage=3).update)

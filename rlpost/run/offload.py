@@ -14,7 +14,7 @@ from rlpost.learner.process import Processes
 from rlpost.offload.arithmetic import make_arithmetic
 from rlpost.offload.calibrate import ELEMENTS, calibrate
 from rlpost.offload.forecast import NAME, Forecast, read
-from rlpost.offload.plan import Predicted, Room, choose, predict, section_of, way_of
+from rlpost.offload.plan import Predicted, Room, Way, choose, predict, section_of, way_of
 from rlpost.offload.simulate import Rates
 from rlpost.policy.model import Policy
 from rlpost.recipe.plan.memory import find_model_size, trained_parameters
@@ -72,9 +72,23 @@ def settle(
     notes.append(
         f"learner.offload: an update is predicted to take {predicted.seconds:.3g} s, by {source}: {_said(rates)}"
     )
+    if threads := _one_thread(processes, way_of(offload)):
+        notes.append(threads)
     forecast = Forecast(predicted, rates, machine, folder / NAME if processes.is_main else None)
     forecast.save()
     return section, forecast, tuple(notes)
+
+
+def _one_thread(processes: Processes, way: Way) -> str | None:
+    """A line where the CPU's share of the updates would run on one core of several: launchers set OMP_NUM_THREADS to 1."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) // local
+    if processes.device.type != "cuda" or way.gpu_of == way.every or torch.get_num_threads() > 1 or cores < 2:
+        return None
+    return (
+        f"learner.offload: the CPU's share of an update runs on one core, and there are {cores} for each process. Start with "
+        f"OMP_NUM_THREADS={cores}"
+    )
 
 
 def _rates(
