@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from rlpost.offload import arithmetic as arithmetic_module
 from rlpost.offload.arithmetic import (
     Hyper,
     OwnArithmetic,
@@ -164,3 +168,65 @@ def test_a_compiler_that_fails_is_named(tmp_path):
 def test_bias_corrections_count_steps_from_one():
     numbers = constants(Step(1, 1.0, (HYPER,)), 0)
     assert numbers[7] == pytest.approx(math.sqrt(0.05)) and numbers[8] == pytest.approx(1e-3 / 0.1)
+
+
+IN_THE_INTERPRETER = """
+import torch
+from rlpost.offload import adamw_triton
+from rlpost.offload.arithmetic import OwnArithmetic, TorchArithmetic, build_kernel, constants, differing
+from rlpost.offload.arithmetic import Hyper, Step
+
+library, trouble = build_kernel()
+assert library is not None, trouble
+own, step = OwnArithmetic(library), Step(5, 0.3333, (Hyper(1e-3, (0.9, 0.95), 1e-8, 0.1),))
+
+
+class InTriton:
+    def update(self, p, m, v, gradient, weights, step, group):
+        adamw_triton.update(p, m, v, gradient, weights, constants(step, group))
+
+
+assert differing(own, InTriton(), torch.device("cpu")) == 0
+assert differing(own, TorchArithmetic(), torch.device("cpu")) > 100, "the comparison sees other roundings"
+for n in (0, 1, 1023, 1025):
+    for kind in (torch.float32, torch.bfloat16):
+        for weight in (None, torch.float32, torch.bfloat16):
+            drawn = torch.Generator().manual_seed(n)
+            p, m, gradient = (torch.randn(n, generator=drawn) for _ in range(3))
+            gradient[:3] = torch.tensor([float("nan"), float("inf"), 0.0])[:n]
+            state = [p, m, torch.rand(n, generator=drawn)]
+            there = [x.clone() for x in state]
+            weights = [None if weight is None else torch.full((n,), 7.0, dtype=weight) for _ in range(2)]
+            own.update(*state, gradient.to(kind), weights[0], step, 0)
+            InTriton().update(*there, gradient.to(kind), weights[1], step, 0)
+            for a, b in zip([*state, weights[0]], [*there, weights[1]], strict=True):
+                same = a is None or torch.equal(a.nan_to_num(3.0), b.nan_to_num(3.0))
+                assert same and (a is None or torch.equal(a.isnan(), b.isnan())), (n, kind, weight)
+"""
+
+
+@needs_compiler
+@pytest.mark.thorough
+def test_the_triton_kernel_has_the_c_kernels_bits_in_tritons_interpreter():
+    """It has not run on a GPU. The interpreter is switched on before triton is imported, so in a process of its own."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", IN_THE_INTERPRETER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_compiler
+def test_a_gpu_kernel_that_rounds_otherwise_or_cannot_be_built_is_not_used(monkeypatch):
+    """What compares the two on a GPU is what the test in the interpreter calls; here only what is made of its answer."""
+    pytest.importorskip("triton")
+
+    def broken(*_) -> int:
+        raise RuntimeError("no compiler for this GPU")
+
+    answers = {"gives other bits": lambda *_: 5, "no compiler for this GPU": broken, "": lambda *_: 0}
+    for said, answer in answers.items():
+        monkeypatch.setattr(arithmetic_module, "differing", answer)
+        arithmetic, trouble = make_arithmetic("own", "cuda")
+        assert isinstance(arithmetic, TorchArithmetic if said else OwnArithmetic)
+        assert said in trouble if said else trouble is None

@@ -313,7 +313,6 @@ def test_an_offload_without_a_gpu_is_said_to_gain_nothing(base, monkeypatch):
     assert any("nothing is gained" in note for note in advise(recipe, Setting(1, base, 3)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert not any("nothing is gained" in note for note in advise(recipe, Setting(1, base, 3)))
-    assert any("learner.offload.arithmetic=own" in found for found in check(recipe, Setting(1, base, 3)))
 
 
 def test_an_offload_that_parks_nothing_is_refused_or_said(base):

@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -80,21 +80,30 @@ class TorchArithmetic:
             weights.copy_(p)
 
 
+GpuKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Sequence[float]], None]
+"""p, m, v, gradient, weights, and the numbers of `constants`."""
+
+
 class OwnArithmetic:
-    """The kernel of `adamw.c`. Raises ValueError for tensors that it cannot take: it is handed addresses."""
+    """The kernel of `adamw.c`, and for what lies on a GPU that of `adamw_triton`. Raises ValueError for tensors that it cannot
+    take: it is handed addresses."""
 
     name = "own"
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+    def __init__(self, library: ctypes.CDLL, gpu: GpuKernel | None = None) -> None:
+        self._library, self._gpu = library, gpu
 
     def update(
         self, p: Tensor, m: Tensor, v: Tensor, gradient: Tensor, weights: Tensor | None, step: Step, group: int
     ) -> None:
+        device = "cpu" if self._gpu is None else p.device.type
         for tensor in (p, m, v):
-            _require(tensor, p.numel(), (torch.float32,))
+            _require(tensor, p.numel(), (torch.float32,), device)
         for tensor in (gradient, *([] if weights is None else [weights])):
-            _require(tensor, p.numel(), (torch.float32, torch.bfloat16))
+            _require(tensor, p.numel(), (torch.float32, torch.bfloat16), device)
+        if self._gpu is not None and device != "cpu":
+            self._gpu(p, m, v, gradient, weights, constants(step, group))
+            return
         kinds = [str(gradient.dtype), "none" if weights is None else str(weights.dtype)]
         function = getattr(self._library, "adamw_" + "_".join(kind.removeprefix("torch.") for kind in kinds))
         addresses = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (p, m, v, gradient, weights)]
@@ -119,21 +128,70 @@ def constants(step: Step, group: int) -> Sequence[float]:
     return [float(np.float32(x)) for x in exact]
 
 
-def make_arithmetic(arithmetic: Literal["torch", "own"]) -> tuple[Arithmetic, str | None]:
-    """The arithmetic of `learner.offload.arithmetic`, and a line to be logged where it is another than was asked for."""
+def make_arithmetic(
+    arithmetic: Literal["torch", "own"], device: torch.device | str = "cpu"
+) -> tuple[Arithmetic, str | None]:
+    """The arithmetic of `learner.offload.arithmetic` where weights lie on `device`, and a line to be logged where it is another
+    than was asked for."""
     match arithmetic:
         case "torch":
             return TorchArithmetic(), None
         case "own":
             library, trouble = build_kernel()
-            if library is not None:
+            if library is not None and torch.device(device).type == "cpu":
                 return OwnArithmetic(library), None
+            if library is not None:
+                gpu, trouble = gpu_kernel(library, torch.device(device))
+                if gpu is not None:
+                    return OwnArithmetic(library, gpu), None
             return TorchArithmetic(), (
                 f"learner.offload.arithmetic=own: {trouble}. torch's fused AdamW is used, whose bits depend on where the state "
                 "is cut and on which side computes"
             )
         case _:
             raise unknown_choice("learner.offload.arithmetic", arithmetic)
+
+
+def gpu_kernel(library: ctypes.CDLL, device: torch.device) -> tuple[GpuKernel | None, str]:
+    """The kernel for a GPU, if its bits are the C kernel's there; else what stands against it."""
+    try:
+        from rlpost.offload import adamw_triton
+    except ImportError as error:
+        return None, f"the kernel for the GPU needs triton ({error})"
+    try:
+        wrong = differing(OwnArithmetic(library), OwnArithmetic(library, adamw_triton.update), device)
+    except Exception as error:  # what a compiler for GPUs raises is its own
+        return (
+            None,
+            f"triton did not build the kernel for the GPU ({type(error).__name__}: {' '.join(str(error).split())[:300]})",
+        )
+    if wrong:
+        return (
+            None,
+            f"the kernel for the GPU gives other bits than the one for the CPU here ({wrong} of {_TRIED} numbers)",
+        )
+    return adamw_triton.update, ""
+
+
+_TRIED = 4 * 10_007
+
+
+def differing(one: Arithmetic, other: Arithmetic, device: torch.device) -> int:
+    """In how many of p, m, v and bfloat16 weights of a made-up vector two arithmetics differ, of which the other computes on
+    `device`."""
+    n, drawn = _TRIED // 4, torch.Generator().manual_seed(0)
+    p, m, g = (torch.randn(n, generator=drawn) for _ in range(3))
+    g *= 10 ** (4 * torch.randn(n, generator=drawn))  # of many sizes, some of which overflow when squared
+    state = [p, m, torch.rand(n, generator=drawn), g, torch.zeros(n, dtype=torch.bfloat16)]
+    there = [x.to(device, copy=True) for x in state]
+    step = Step(3, 0.37, (Hyper(1e-3, (0.9, 0.95), 1e-8, 0.1),))
+    for arithmetic, (a, b, c, gradient, weights) in ((one, state), (other, there)):
+        arithmetic.update(a, b, c, gradient, weights, step, 0)
+    pairs = [
+        (x.view(torch.uint8).reshape(n, -1), y.cpu().view(torch.uint8).reshape(n, -1))
+        for x, y in zip(state, there, strict=True)
+    ]
+    return sum(int((x != y).any(dim=1).sum()) for x, y in pairs)
 
 
 def build_kernel(folder: Path | None = None, compiler: str | None = None) -> tuple[ctypes.CDLL | None, str]:
@@ -178,10 +236,12 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
-def _require(tensor: Tensor, count: int, dtypes: Sequence[torch.dtype]) -> None:
-    fits = tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() == count and tensor.dtype in dtypes
+def _require(tensor: Tensor, count: int, dtypes: Sequence[torch.dtype], device: str) -> None:
+    fits = (
+        tensor.device.type == device and tensor.is_contiguous() and tensor.numel() == count and tensor.dtype in dtypes
+    )
     if not fits:
         raise ValueError(
-            f"the C kernel takes contiguous vectors of {count} numbers in host memory, of {dtypes}; this is "
+            f"rlpost's AdamW takes contiguous vectors of {count} numbers on {device}, of {dtypes}; this is "
             f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
         )

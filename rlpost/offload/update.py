@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlpost.errors import RecipeError
 from rlpost.offload.arithmetic import Arithmetic, Hyper, OwnArithmetic, Step, TorchArithmetic
 from rlpost.offload.backends import CudaDevice, run_in_order, run_on_lanes
 from rlpost.offload.layout import UNIT, Piece
@@ -63,8 +62,6 @@ class Update:
     ) -> None:
         """Raises RuntimeError if the program's result would depend on timing, which is a defect."""
         self._arithmetic = arithmetic or TorchArithmetic()
-        if isinstance(self._arithmetic, OwnArithmetic) and state.weights.is_cuda:
-            raise RecipeError("learner.offload.arithmetic=own has no kernel for a GPU yet. Set it to torch")
         self.state, self.pieces, self.step = state, pieces, StepSetting()
         self._cuda = state.weights.is_cuda
         on_gpu = max((piece.size for piece in pieces if piece.on_gpu), default=0)

@@ -61,7 +61,7 @@ class HostStateZero3(stage3.DeepSpeedZeroOptimizer_Stage3):
             every=self.offload.every,
             resident=self.offload.resident,
         )
-        arithmetic, trouble = make_arithmetic(self.offload.arithmetic)
+        arithmetic, trouble = make_arithmetic(self.offload.arithmetic, weights.device)
         nothing = None if weights.is_cuda else NOTHING_GAINED
         self.notes = tuple(filter(None, (trouble, nothing)))  # for the user
         self.update = Update(self.flat, pieces, arithmetic=arithmetic)

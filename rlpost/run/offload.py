@@ -100,7 +100,7 @@ def _rates(
     kept = processes.gather(read(folder) if processes.is_main else None)[0]
     if kept is not None and kept.machine == machine:
         return kept.rates, f"what this run measured before (corrected by {kept.updates} updates)"
-    arithmetic, _ = make_arithmetic(offload.arithmetic)
+    arithmetic, _ = make_arithmetic(offload.arithmetic, processes.device)
     # A piece's size, where pieces are small enough to stay in the processor's caches; never so many that it takes long.
     elements = max(64, min(ELEMENTS, own, offload.piece_size))
     processes.barrier()  # all at once, as in an update

@@ -52,10 +52,6 @@ def offload_problems(r: Recipe, setting: Setting) -> Iterator[str]:
                 f"{asked} beside DeepSpeed's own {part}, which the launch configuration switches on: only one of them can "
                 f"hold the state. Set {part}_device to none there (launch/zero3.yaml), or leave learner.offload out"
             )
-    import torch
-
-    if offload.arithmetic == "own" and torch.cuda.is_available():
-        yield "learner.offload.arithmetic=own has a kernel for the CPU only, and there is a GPU here. Set it to torch"
 
 
 def offload_advice(r: Recipe, setting: Setting) -> Iterator[str]:
