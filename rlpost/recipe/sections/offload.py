@@ -19,7 +19,7 @@ class OffloadSection(Section):
     the process in bfloat16); weights come back from their float32 copy. Of use beside a colocated engine that sleeps."""
     arithmetic: Literal["torch", "own"] = "torch"
     """torch: its fused AdamW. own: a kernel with a fixed order of operations, whose bits depend neither on pieces nor on their
-    alignment, built with the machine's C compiler, and for a GPU with Triton. Where either cannot be built, or their bits differ,
+    alignment, built with the machine's C compiler, and for a GPU with Triton. Where one cannot be built, or their bits differ,
     torch's is used, and the run says so."""
 
 
