@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -194,13 +195,16 @@ def test_a_run_settles_logs_and_goes_on_another_way(write_recipe, children, tmp_
         "without": [()],
         "auto": [(auto + "}", "learner.stop_after=2"), (auto + ", accelerator_gib: 0.0005}", "resume=auto")],
     }
+    taken = []
     for name, each in starts.items():
         recipe = write_recipe(tmp_path / name, changes)
         for overrides in each:
             code, printed = children.run(recipe, *overrides, launch="cpu-zero3.yaml", timeout=600)
             assert code == 0, printed
             if name == "auto":
-                assert "learner.offload.type=auto: " in printed
+                [way] = set(re.findall(r"type=auto: (.*?), the fastest", " ".join(printed.split())))
+                taken.append(way)
+    assert taken[0] == "on the accelerator" != taken[1]
     wanted, found = tmp_path / "without" / "run", tmp_path / "auto" / "run"
     assert rows(found, "train") == rows(wanted, "train")
     times = [json.loads(line) for line in (found / "metrics.jsonl").read_text().splitlines()]
