@@ -111,7 +111,9 @@ def room_for(
 
 def no_room(room: Room, predictions: list[Predicted]) -> str:
     """That no way fits, with the one that comes nearest and the keys that lower what it takes."""
-    least = min(predictions, key=lambda one: max(0.0, one.accelerator - room.accelerator) + max(0.0, one.host - room.host))
+    least = min(
+        predictions, key=lambda one: max(0.0, one.accelerator - room.accelerator) + max(0.0, one.host - room.host)
+    )
     return (
         f"learner.offload.type=auto: no way fits into {_gib(room.accelerator)} of the accelerator and {_gib(room.host)} of the "
         f"host a process. Nearest is {least.way.name}, with {_gib(least.accelerator)} and {_gib(least.host)}. Start more "
