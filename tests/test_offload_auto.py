@@ -153,7 +153,12 @@ def test_what_is_measured_once_is_kept_for_the_next_start(write_recipe, tmp_path
     assert section.offload.type == "resident" and forecast is not None and len(calls) == 1
     assert "auto: on the accelerator, the fastest of" in notes[0] and "rates measured now" in notes[1]
     _, _, notes = settle(recipe, policy(), Processes(), tmp_path)
-    assert len(calls) == 1 and "what this run measured before" in notes[1]
+    assert len(calls) == 1 and "what this run measured before (corrected by 0 updates)" in notes[1]
+    forecast.observe(1.0)
+    forecast.observe(2.0)
+    _, forecast, notes = settle(recipe, policy(), Processes(), tmp_path)
+    assert "corrected by 2 updates" in notes[1] and forecast.earlier == 2
+    assert forecast.predicted.seconds == pytest.approx(2.0)
     kept = json.loads((tmp_path / NAME).read_text())
     (tmp_path / NAME).write_text(json.dumps(kept | {"machine": {"gpu": "another"}}))
     settle(recipe, policy(), Processes(), tmp_path)

@@ -27,15 +27,16 @@ class Forecast:
     """
 
     predicted: Predicted  # by `rates`
-    rates: Rates  # as calibrated
+    rates: Rates  # as calibrated, or as an earlier start left them
     machine: dict[str, Any]
     file: Path | None = None  # where rates are kept; None: by another process
+    earlier: int = 0  # updates that have corrected `rates` before this start
     updates: int = 0
     _recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     @property
     def factor(self) -> float:
-        """By how much updates are slower than the calibration has it."""
+        """By how much updates are slower than `rates` have it."""
         return statistics.median(self._recent) / self.predicted.seconds if self._recent else 1.0
 
     @property
@@ -59,10 +60,10 @@ class Forecast:
         found = {
             "machine": self.machine,
             "rates": asdict(self.refitted),
-            "calibrated": asdict(self.rates),
+            "rates_at_start": asdict(self.rates),
             "way": self.predicted.way.name,
-            "updates": self.updates,
-            "slower_than_calibrated": self.factor,
+            "updates": self.earlier + self.updates,
+            "slower_than_at_start": self.factor,
         }
         part = self.file.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps(found, indent=1) + "\n")

@@ -54,7 +54,7 @@ def settle(
     trained = [p for p in policy.parameters() if p.requires_grad]
     own = -(-sum(p.numel() for p in trained) // processes.world)
     machine = _machine(processes, offload.arithmetic)
-    rates, source = _rates(recipe, processes, folder, machine, own, trained[0].dtype)
+    rates, earlier = _rates(recipe, processes, folder, machine, own, trained[0].dtype)
     kind = kind_of(recipe, offload, serial=processes.device.type != "cuda")
     notes: list[str] = []
     if isinstance(offload, AutoOffload):
@@ -69,12 +69,15 @@ def settle(
         offload = section_of(best.way, offload)
         section = section.model_copy(update={"offload": offload})
     predicted = predict(own, way_of(offload), rates, kind)
+    source = (
+        "rates measured now" if earlier is None else f"what this run measured before (corrected by {earlier} updates)"
+    )
     notes.append(
         f"learner.offload: an update is predicted to take {predicted.seconds:.3g} s, by {source}: {_said(rates)}"
     )
     if threads := _one_thread(processes, way_of(offload)):
         notes.append(threads)
-    forecast = Forecast(predicted, rates, machine, folder / NAME if processes.is_main else None)
+    forecast = Forecast(predicted, rates, machine, folder / NAME if processes.is_main else None, earlier or 0)
     forecast.save()
     return section, forecast, tuple(notes)
 
@@ -93,20 +96,20 @@ def _one_thread(processes: Processes, way: Way) -> str | None:
 
 def _rates(
     recipe: Recipe, processes: Processes, folder: Path, machine: dict[str, Any], own: int, weights: torch.dtype
-) -> tuple[Rates, str]:
-    """The slowest process's rates, as kept or measured now; and where they are from."""
+) -> tuple[Rates, int | None]:
+    """The slowest process's rates, and how many updates have corrected them; None: they were measured now."""
     offload = recipe.learner.offload
     assert offload is not None
     kept = processes.gather(read(folder) if processes.is_main else None)[0]
     if kept is not None and kept.machine == machine:
-        return kept.rates, f"what this run measured before (corrected by {kept.updates} updates)"
+        return kept.rates, kept.updates
     arithmetic, _ = make_arithmetic(offload.arithmetic, processes.device)
     # A piece's size, where pieces are small enough to stay in the processor's caches; never so many that it takes long.
     elements = max(64, min(ELEMENTS, own, offload.piece_size))
     processes.barrier()  # all at once, as in an update
     mine = calibrate(processes.device, arithmetic, weights=weights, elements=elements)
     everyone = [asdict(rates) for rates in processes.gather(mine)]
-    return Rates(**{name: min(rates[name] for rates in everyone) for name in everyone[0]}), "rates measured now"
+    return Rates(**{name: min(rates[name] for rates in everyone) for name in everyone[0]}), None
 
 
 def _machine(processes: Processes, arithmetic: str) -> dict[str, Any]:

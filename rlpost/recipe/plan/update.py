@@ -31,7 +31,7 @@ def describe_update(recipe: Recipe, size: ModelSize | None, processes: int, zero
     kept = read(recipe.run_dir)
     rates = REFERENCE if kept is None else kept.rates
     kind = kind_of(recipe, offload, serial=kept is not None and not kept.machine.get("gpu"))
-    room, limit = room_for(recipe, size, processes, *accelerator_and_host())
+    room, limit = _room_of_plan(recipe, size, processes)
     fastest, predictions = choose(
         own, rates, kind, room, among=candidates(recipe, offload), updates=recipe.learner.steps_per_rollout
     )
@@ -107,6 +107,17 @@ def room_for(
     free = total - others if asked.accelerator_gib is None else asked.accelerator_gib * GIB
     room = replace(room, accelerator=free, sampling=total - sampling - stays)
     return room, f"room for {_gib(room.accelerator)} on the accelerator and {_gib(room.host)} on the host"
+
+
+def _room_of_plan(recipe: Recipe, size: ModelSize, processes: int) -> tuple[Room, str]:
+    """The room of this machine if it has a GPU; another one is not the machine that the run will have."""
+    accelerator, host = accelerator_and_host()
+    if accelerator is not None:
+        return room_for(recipe, size, processes, accelerator, host)
+    offload = recipe.learner.offload
+    asked = offload if isinstance(offload, AutoOffload) else AutoOffload()
+    limits = [float("inf") if gib is None else gib * GIB for gib in (asked.accelerator_gib, asked.host_gib)]
+    return Room(*limits), "there is no GPU here, so only accelerator_gib and host_gib are limits"
 
 
 def no_room(room: Room, predictions: list[Predicted]) -> str:
