@@ -21,6 +21,7 @@ REASONS = {
     "rlpost/rollout/transformers_engine.py": "one token a turn, up to the limit of tokens",
     "rlpost/run/serve.py": "a server is there until it is ended",
     "rlpost/sandbox/bubblewrap.py": "a process that was killed",
+    "rlpost/sandbox/inside.py": "what a test case writes, up to its deadline: every turn looks at the clock",
     "rlpost/scoring/pool.py": "processes that were killed",
     "rlpost/source/ahead.py": "a rollout beside the learner, under the watchdog of the phase `wait` and of its own phases",
 }
