@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 from rlpost.data.files import find_files, is_local
@@ -14,6 +15,10 @@ from rlpost.data.rows import Row, nearest
 from rlpost.errors import DataError
 from rlpost.experience import Demonstration
 from rlpost.recipe.sections.data import DatasetSource
+
+LARGE_BYTES = 2**22  # of local files: below, prompts are made anew by every process and held in memory
+LARGE_ROWS = 10_000  # of a hub's data set, and what a `limit` must leave of any
+_LOOKED_AT = 1000  # rows in which the columns that a recipe names should occur
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +39,7 @@ def dataset_rows(source: DatasetSource, where: str = "data.train") -> list[Row]:
     Raises DataError for a missing file or hub name, an empty data set, a missing column or an unusable question.
     """
     table = load_table(source, where)
-    for key, column in (("prompt", source.prompt), ("demonstration", source.demonstration)):
-        if column is not None:
-            _check_column(column, table.columns, f"{where}.{key}", source.path)
+    _check_columns(source, table.columns, where)
     return [_row(f"{table.name}/{i}", values, source, where, table.filled) for i, values in enumerate(table.rows)]
 
 
@@ -50,27 +53,108 @@ def load_table(source: DatasetSource, where: str) -> Table:
     for values in rows:
         if len(values) < len(columns):
             values.update((name, None) for name in columns if name not in values)
-    name = source.path if local else ":".join(filter(None, (source.path, source.name, source.split)))
-    return Table(name, columns, rows, filled=not local or source.path.lower().endswith(".parquet"))
+    return Table(_name(source, local=local), columns, rows, filled=_is_filled(source, local=local))
 
 
-def _load_local(source: DatasetSource, where: str) -> list[Values]:
+def _name(source: DatasetSource, *, local: bool) -> str:
+    """What the rows' ids begin with."""
+    return source.path if local else ":".join(filter(None, (source.path, source.name, source.split)))
+
+
+def _is_filled(source: DatasetSource, *, local: bool) -> bool:
+    return not local or source.path.lower().endswith(".parquet")
+
+
+class RowStream:
+    """The rows of a large data set, one at a time: the same as those of `dataset_rows`, but that a row lacks the columns that
+    only others have. Behind the last row `others` names all that rewards receive."""
+
+    def __init__(self, source: DatasetSource, where: str) -> None:
+        """Raises DataError for a missing file or hub name."""
+        self.source, self.where = source, where
+        self._local = is_local(source.path)
+        self._files = _find_local(source, where) if self._local else []
+        self._table: Any = None if self._local else _open_hub(source, where)
+        self.name = _name(source, local=self._local)
+        self._columns: dict[str, None] = {}
+
+    @property
+    def large(self) -> bool:
+        """Whether its prompts are worth a file of their own."""
+        if self.source.limit is not None and self.source.limit < LARGE_ROWS:
+            return False
+        if not self._local:
+            return len(self._table) >= LARGE_ROWS
+        return sum(file.stat().st_size for file in self._files) >= LARGE_BYTES
+
+    @property
+    def others(self) -> list[str]:
+        """The names of all columns but the prompt's, in the order in which they first occurred so far."""
+        return [name for name in self._columns if name != self.source.prompt]
+
+    def identity(self) -> list[Any] | None:
+        """What changes when the rows do; None where that is not known."""
+        if not self._local:
+            mark = getattr(self._table, "_fingerprint", None)
+            return None if mark is None else [mark, len(self._table)]
+        looks = [(str(file.resolve()), file.stat()) for file in self._files]
+        # A file that was changed and set back to its old time has another time of change.
+        return [[path, look.st_size, look.st_mtime_ns, look.st_ctime_ns, look.st_ino] for path, look in looks]
+
+    def __iter__(self) -> Iterator[Row]:
+        """Raises DataError as `dataset_rows` does; of several things that are wrong, perhaps another first."""
+        rows = self._values()
+        first = list(islice(rows, _LOOKED_AT))
+        self._columns = dict.fromkeys(columns_of(first))
+        asked = {self.source.prompt, *(path.split(".")[0] for path in self.source.columns.values())}
+        if self.source.demonstration is not None:
+            asked.add(self.source.demonstration)
+        if not asked <= self._columns.keys():  # in no row so far: then it is better to know now than behind the last
+            self._columns = dict.fromkeys(columns_of(self._values()))
+        _check_columns(self.source, list(self._columns), self.where)
+        filled = _is_filled(self.source, local=self._local)
+        for i, values in enumerate(chain(first, rows)):
+            self._columns.update(dict.fromkeys(values))
+            for column in asked & self._columns.keys():
+                values.setdefault(column, None)
+            yield _row(f"{self.name}/{i}", values, self.source, self.where, filled)
+
+    def _values(self) -> Iterator[Values]:
+        if self._local:
+            return _read_local(self._files, self.source, self.where)
+        return (dict(row) for row in self._table)
+
+
+def _find_local(source: DatasetSource, where: str) -> list[Path]:
     files = find_files(source.path, where)
     if source.name is not None or source.split != "train":
         raise DataError(
             f"{where}: `{source.path}` is a local file, which has no configurations, and no split but `train`. "
             f"Leave out {where}.{'name' if source.name is not None else 'split'}."
         )
+    return files
+
+
+def _read_local(files: list[Path], source: DatasetSource, where: str) -> Iterator[Values]:
     try:
-        rows = list(islice((row for file in files for row in read_rows(file)), source.limit))
+        yield from islice((row for file in files for row in read_rows(file)), source.limit)
     except DataError as error:
         raise DataError(f"{where}.path: `{source.path}` cannot be loaded: {error}") from error
+
+
+def _load_local(source: DatasetSource, where: str) -> list[Values]:
+    rows = list(_read_local(_find_local(source, where), source, where))
     if not rows:
         raise DataError(f"{where}.path: `{source.path}` cannot be loaded: it has no rows, and needs at least one row.")
     return rows
 
 
 def _load_hub(source: DatasetSource, where: str) -> list[Values]:
+    return list(_open_hub(source, where))
+
+
+def _open_hub(source: DatasetSource, where: str) -> Any:
+    """The hub's data set, cut to its `limit`; its rows lie on disk."""
     import datasets
 
     try:
@@ -83,7 +167,7 @@ def _load_hub(source: DatasetSource, where: str) -> list[Values]:
         ) from error
     if source.limit is not None:
         table = table.select(range(min(source.limit, len(table))))
-    return list(table)
+    return table
 
 
 def _advice(error: Exception, where: str) -> str:
@@ -93,6 +177,12 @@ def _advice(error: Exception, where: str) -> str:
         "Check the name and the connection to the hub (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE), or download the data "
         f"set elsewhere, save it as .jsonl or .parquet, and give that file as {where}.path."
     )
+
+
+def _check_columns(source: DatasetSource, available: list[str], where: str) -> None:
+    for key, column in (("prompt", source.prompt), ("demonstration", source.demonstration)):
+        if column is not None:
+            _check_column(column, available, f"{where}.{key}", source.path)
 
 
 def _check_column(column: str, available: list[str], key: str, path: str) -> None:

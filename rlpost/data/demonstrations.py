@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rlpost.data.answers import AnswerFault, Answers
 from rlpost.data.hints import Hinter
 from rlpost.data.solutions import SOLVERS
+from rlpost.data.table import solved
 from rlpost.data.template import ChatTemplate
 from rlpost.errors import DataError
 from rlpost.experience import Prompt
@@ -90,7 +91,7 @@ def check_demonstrations(
     hinter: Hinter | None = None,
 ) -> str:
     """A line about the training prompts' demonstrations. Raises DataError where there are none, or refuses long ones."""
-    having = [prompt for prompt in prompts if prompt.demonstration is not None]
+    having = solved(prompts)
     slots = " and ".join(f"method.{name}" for name in ("guidance", "gate") if getattr(method, name) is not None)
     if not having:
         raise DataError(f"{slots} (preset {method.preset}) learns from worked solutions, but {_no_solutions(data)}.")
@@ -163,8 +164,8 @@ def _note_hints(having: Sequence[Prompt], data: DataSection, hinter: Hinter) -> 
     return [f"{last:.0%} of it as a hint does not fit {where} for {len(long)} of them, {first:.0%} not for {never}"]
 
 
-def _batches(prompts: Sequence[Prompt]) -> list[Sequence[Prompt]]:
-    return [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
+def _batches(prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
+    return (tuple(prompts[i : i + BATCH]) for i in range(0, len(prompts), BATCH))
 
 
 def _no_solutions(data: DataSection) -> str:

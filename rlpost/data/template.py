@@ -54,6 +54,21 @@ class ChatTemplate:
         """The text of a conversation as it stands, without an opening for an answer. Raises DataError."""
         return self._render(chat, row, options or {}, answer=False)
 
+    def anew(self) -> ChatTemplate:
+        """The same template, which has rendered nothing yet."""
+        return ChatTemplate(self.tokenizer, self.options)
+
+    def learned(self) -> dict[str, Any]:
+        """What rendering has shown, as `learn` takes it up."""
+        return {"looked": sorted(self._looked), "unseen": self._unseen}
+
+    def learn(self, learned: Mapping[str, Any]) -> None:
+        """Takes over what another one has learned by rendering."""
+        for what, row in learned["unseen"].items():
+            if what.strip("`") not in self._looked:
+                self._unseen[what] = row
+        self._looked |= set(learned["looked"])
+
     def notes(self) -> list[str]:
         """What should be known of the prompts that were rendered, a line each."""
         notes = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from rlpost.data.packaged import described_by
@@ -34,7 +35,7 @@ def load_prompts(recipe: Recipe, scorer: ChecksColumns) -> tuple[PreTrainedToken
         seed=recipe.seed,
         max_completion_tokens=recipe.rollout.max_completion_tokens,
     )
-    check_vocabulary(tokenizer, vocabulary(recipe), (*sets.train, *sets.held_out), path=recipe.model.path)
+    check_vocabulary(tokenizer, vocabulary(recipe), chain(sets.train, sets.held_out), path=recipe.model.path)
     check_prompts(sets, recipe, scorer)
     return tokenizer, sets
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +47,8 @@ class Parts:
     store: CheckpointStore
     resume_from: Path | None
     tokenizer: PreTrainedTokenizerBase
-    prompts: tuple[Prompt, ...]
-    held_out: tuple[Prompt, ...]
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt]
     sampler: PromptSampler
     scorer: GroupScorer
     engine: RolloutEngine

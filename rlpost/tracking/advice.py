@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from statistics import fmean, median
 
 from rlpost.recipe.sections.method import MethodSection
@@ -51,9 +52,14 @@ def advise(
     already said.
     """
     rows = [row for row in rows if row.get("kind", "train") == "train"]
-    if not rows:
-        return []
-    about = Setup(reward_ceiling) if method is None else Setup(reward_ceiling, method)
+    return _advise(rows, _setup(reward_ceiling, method)) if rows else []
+
+
+def _setup(reward_ceiling: float, method: MethodSection | None) -> Setup:
+    return Setup(reward_ceiling) if method is None else Setup(reward_ceiling, method)
+
+
+def _advise(rows: Sequence[MetricRow], about: Setup) -> list[Advice]:
     given = [advice for rule in _RULES for advice in rule(rows, about)]
     ceiling = _reward_ceiling(rows, about)
     # At the ceiling all rewards of a group are equal: one cause, one line.
@@ -62,6 +68,10 @@ def advise(
 
 def _recent(rows: Sequence[MetricRow], key: str) -> float | None:
     """The mean of the last WINDOW rows; None before there are as many, or when one has no such number."""
+    if (
+        len(rows) < WINDOW or number(rows[-1], key) is None
+    ):  # of a resumed run every row is looked at anew: this is quick
+        return None
     values = [value for row in rows[-WINDOW:] if (value := number(row, key)) is not None]
     return fmean(values) if len(values) == WINDOW else None
 
@@ -204,9 +214,8 @@ def _gradient(rows: Sequence[MetricRow], about: Setup) -> Iterator[Advice]:
         )
         return
     last = number(rows[-1], key)
-    before = [value for row in rows[:-1] if (value := number(row, key)) is not None]
-    # A step without signal has norm 0; only steps that had some say what is usual.
-    before = [value for value in before if value > 0]
+    # A step without signal has norm 0; only steps that had some say what is usual. (NaN is not between these, nor is inf.)
+    before = [v for row in rows[:-1] if isinstance(v := row.get(key), int | float) and 0 < v < inf]
     if last is None or len(before) < WINDOW:
         return
     # With a gate, steps of RL and of SFT take turns, and the one's norm is no measure of the other's.
@@ -227,13 +236,13 @@ def _reward_ceiling(rows: Sequence[MetricRow], about: Setup) -> list[Advice]:
     ceiling, mean = about.reward_ceiling, _recent(rows, "reward/mean")
     if mean is None or ceiling <= 0:
         return []
-    hinted = _recent(rows, "guidance/hinted_share") or 0.0
-    highest = max((value for row in rows if (value := number(row, "reward/max")) is not None), default=ceiling)
-    if hinted > 0.05 or highest > ceiling * (1 + 1e-9):  # solved with hints; or rewards are not within [0, 1]
-        return []
     same = _recent(rows, "reward/zero_variance_share")
     # Methods that compare no group tell by the mean alone.
     if (mean < 0.95 * ceiling or same < 0.5) if same is not None else mean < 0.99 * ceiling:
+        return []
+    hinted = _recent(rows, "guidance/hinted_share") or 0.0
+    highest = max((value for row in rows if (value := number(row, "reward/max")) is not None), default=ceiling)
+    if hinted > 0.05 or highest > ceiling * (1 + 1e-9):  # solved with hints; or rewards are not within [0, 1]
         return []
     solved = "" if same is None else f" and {same:.0%} of groups are solved throughout"
     return [
@@ -288,7 +297,7 @@ class Doctor:
     """Remembers recent rows and what has been said, so that every advice comes once, and again when it is much worse."""
 
     def __init__(self, *, reward_ceiling: float = 1.0, method: MethodSection | None = None) -> None:
-        self._ceiling, self._method = reward_ceiling, method
+        self._about = _setup(reward_ceiling, method)
         self._first: MetricRow | None = None
         self._recent: deque[MetricRow] = deque(maxlen=10 * WINDOW)
         self._said: dict[str, int] = {}  # the highest level by id
@@ -302,7 +311,7 @@ class Doctor:
         rows = list(self._recent)
         if rows[0] is not self._first:
             rows.insert(0, self._first)
-        advice = advise(rows, reward_ceiling=self._ceiling, method=self._method)
+        advice = _advise(rows, self._about)
         new = [one for one in advice if one.level > self._said.get(one.id, -1)]
         self._said.update({one.id: one.level for one in new})
         return new

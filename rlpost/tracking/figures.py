@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlpost.tracking.metrics import MetricRow, number
+import numpy as np
+
+from rlpost.tracking.columns import DRAWN, Columns, highest, thinned
+from rlpost.tracking.metrics import MetricRow
 from rlpost.tracking.timeline import Span, last_rollouts
 
 # Okabe and Ito's palette: told apart with every kind of colour vision.
@@ -71,8 +74,12 @@ LINES = (
 def draw_all(rows: Sequence[MetricRow], folder: Path, spans: Sequence[Span] = ()) -> list[Picture]:
     """Draws every picture for which there is data into `folder`, in the order in which the page shows them. `spans`: of the
     run's timeline."""
-    train = [row for row in rows if row.get("kind", "train") == "train"]
-    held_out = [row for row in rows if row.get("kind") == "eval"]
+    train = Columns.of(row for row in rows if row.get("kind", "train") == "train")
+    return draw_columns(train, Columns.of(row for row in rows if row.get("kind") == "eval"), folder, spans)
+
+
+def draw_columns(train: Columns, held_out: Columns, folder: Path, spans: Sequence[Span] = ()) -> list[Picture]:
+    """As `draw_all`, of rows that were read as columns."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = [_draw_line(line, train, folder) for line in LINES[:1]]
     pictures.append(_draw_accuracy(held_out, folder))
@@ -82,35 +89,35 @@ def draw_all(rows: Sequence[MetricRow], folder: Path, spans: Sequence[Span] = ()
     pictures.append(_draw_controller(train, folder))
     pictures.append(_draw_time(train, folder))
     pictures.append(_draw_timeline(last_rollouts(spans, 4), folder))
-    pictures += [_draw_group(group, keys, train, folder) for group, keys in extra_groups(train).items()]
+    pictures += [_draw_group(group, keys, train, folder) for group, keys in grouped(train).items()]
     return [picture for picture in pictures if picture is not None]
 
 
 def extra_groups(rows: Sequence[MetricRow]) -> dict[str, list[str]]:
     """The metric keys that have no picture of their own, by the part before the first slash. One value in several steps makes
     no picture."""
+    return grouped(Columns.of(rows))
+
+
+def grouped(rows: Columns) -> dict[str, list[str]]:
+    """As `extra_groups`, of columns."""
     groups: dict[str, list[str]] = {}
-    for key in sorted({key for row in rows for key in row if "/" in key}):
-        known = sum(number(row, key) is not None for row in rows)
-        if not key.startswith(_OWN_FIGURE) and known >= min(2, len(rows)):
+    for key in rows.keys:
+        if "/" in key and not key.startswith(_OWN_FIGURE) and rows.known(key) >= min(2, len(rows)):
             groups.setdefault(key.split("/", 1)[0], []).append(key)
     return groups
 
 
-def series(rows: Sequence[MetricRow], key: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a metric, without the rows that lack it."""
-    pairs = [(int(row["step"]), value) for row in rows if (value := number(row, key)) is not None]
-    return [step for step, _ in pairs], [value for _, value in pairs]
-
-
 def smooth(values: Sequence[float]) -> list[float]:
     """A centred moving mean over about a tenth of the run, over what there is of its window at both ends."""
+    if not len(values):
+        return []
     reach = max(1, round(len(values) / 20))
-    smoothed = []
-    for i in range(len(values)):
-        window = values[max(0, i - reach) : i + reach + 1]
-        smoothed.append(math.fsum(window) / len(window))
-    return smoothed
+    # Sums up to every value, in which a window is one difference: with the longest float there is, so that nothing shows of it.
+    sums = np.concatenate(([0], np.cumsum(np.asarray(values, dtype=np.longdouble))))
+    places = np.arange(len(values))
+    first, after = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(values))
+    return ((sums[after] - sums[first]) / (after - first)).astype(np.float64).tolist()
 
 
 # The controller's phases, in the order of `rlpost.methods.safe.PHASES`.
@@ -118,7 +125,7 @@ _BANDS = (("WARMUP", GREY), ("CLIMBING", GREEN), ("PLATEAU", ORANGE), ("CONVERGE
 Curve = tuple[str, str, str, dict[str, Any]]  # metric, label, colour, options of the line
 
 
-def _draw_controller(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
+def _draw_controller(rows: Columns, folder: Path) -> Picture | None:
     """What a KL controller saw and did: KL against its threshold over the phases, the gate, the penalty, the PID."""
     faint, dashed = {"linewidth": 1, "alpha": 0.6}, {"linestyle": "--", "linewidth": 1.8}
     panels: tuple[tuple[str, str, tuple[Curve, ...]], ...] = (
@@ -146,7 +153,7 @@ def _draw_controller(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
             ),
         ),
     )
-    shown = [(title, unit, [c for c in curves if series(rows, c[0])[0]]) for title, unit, curves in panels]
+    shown = [(title, unit, [c for c in curves if rows.series(c[0])[0]]) for title, unit, curves in panels]
     shown = [panel for panel in shown if panel[2]]
     if not shown:
         return None
@@ -158,9 +165,9 @@ def _draw_controller(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
         for (title, unit, curves), (axes,) in zip(shown, grid, strict=True):
             _phase_bands(axes, rows, named=axes is grid[0][0])
             for key, label, color, options in curves:
-                steps, values = series(rows, key)
+                steps, values = rows.series(key)
                 marker = "o" if len(steps) < 8 else None
-                axes.plot(steps, values, color=color, label=label, marker=marker, markersize=4, **options)
+                axes.plot(*thinned(steps, values), color=color, label=label, marker=marker, markersize=4, **options)
             axes.set_title(title, fontsize=10)
             axes.set_ylabel(unit, fontsize=9)
             if len(axes.get_legend_handles_labels()[0]) > 1:
@@ -172,9 +179,9 @@ def _draw_controller(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
     return Picture(path, "KL controller")
 
 
-def _phase_bands(axes: Any, rows: Sequence[MetricRow], *, named: bool) -> None:
+def _phase_bands(axes: Any, rows: Columns, *, named: bool) -> None:
     """Colours the background by the controller's phase; `named`: with an entry each in the legend."""
-    steps, phases = series(rows, "controller/phase")
+    steps, phases = rows.series("controller/phase")
     if not steps:
         return
     ends = [*steps[1:], *(step + 1 for step in steps[-1:])]
@@ -187,26 +194,26 @@ def _phase_bands(axes: Any, rows: Sequence[MetricRow], *, named: bool) -> None:
         told.add(name)
 
 
-def _draw_line(line: Line, rows: Sequence[MetricRow], folder: Path) -> Picture | None:
-    steps, values = series(rows, line.key)
+def _draw_line(line: Line, rows: Columns, folder: Path) -> Picture | None:
+    steps, values = rows.series(line.key)
     if not steps:
         return None
 
-    tail_steps, tail = series(rows, f"{line.key}_p95")
+    tail_steps, tail = rows.series(f"{line.key}_p95")
 
     def draw(axes: Any) -> None:
         _curve(axes, steps, values, line.color, labels=True)
         if tail:
-            axes.plot(tail_steps, tail, color=GREY, linewidth=1, linestyle=":", label="95 % of tokens below")
+            axes.plot(*thinned(tail_steps, tail), color=GREY, linewidth=1, linestyle=":", label="95 % of tokens below")
             axes.legend(loc="best", ncols=3, fontsize=9)
         axes.set_ylabel(line.unit)
 
     return _single(folder / f"{line.file}.png", line.title, draw)
 
 
-def _draw_accuracy(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
-    keys = sorted({key for row in rows for key in row if key == "eval/accuracy" or "@" in key})
-    curves = [(key, *series(rows, key)) for key in keys]
+def _draw_accuracy(rows: Columns, folder: Path) -> Picture | None:
+    keys = [key for key in rows.keys if key == "eval/accuracy" or "@" in key]
+    curves = [(key, *rows.series(key)) for key in keys]
     # pass@1 of greedy decoding is the accuracy: one curve is enough.
     curves = [one for i, one in enumerate(curves) if one[1] and all(one[1:] != other[1:] for other in curves[:i])]
     if not curves:
@@ -215,7 +222,7 @@ def _draw_accuracy(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
     def draw(axes: Any) -> None:
         for (key, steps, values), color in zip(curves, PALETTE * len(curves), strict=False):
             label = key.removeprefix("eval/")
-            axes.plot(steps, values, marker="o", markersize=5, color=color, linewidth=2, label=label)
+            axes.plot(*thinned(steps, values), marker="o", markersize=5, color=color, linewidth=2, label=label)
             if len(curves) == 1:
                 for step, value in zip(steps[:1] + steps[1:][-1:], values[:1] + values[1:][-1:], strict=True):
                     axes.annotate(f"{value:.2f}", (step, value), xytext=(0, 7), textcoords="offset points", ha="center")
@@ -227,7 +234,7 @@ def _draw_accuracy(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
     return _single(folder / "accuracy.png", "Held-out accuracy", draw)
 
 
-def _draw_pairs(train: Sequence[MetricRow], held_out: Sequence[MetricRow], folder: Path) -> Picture | None:
+def _draw_pairs(train: Columns, held_out: Columns, folder: Path) -> Picture | None:
     """The over-optimisation curve of preference training: the mean log-prob of chosen responses (RPO's figures 1 and 4), of
     training batches and held-out pairs, and under it the margin that grows meanwhile."""
     above_curves = [
@@ -236,7 +243,7 @@ def _draw_pairs(train: Sequence[MetricRow], held_out: Sequence[MetricRow], folde
         (held_out, "eval/rejected_logp", "rejected, held out", RED),
     ]
     below_curves = [(train, "pairs/margin", "training batches", SKY), (held_out, "eval/margin", "held out", BLUE)]
-    if not series(*above_curves[0][:2])[0]:
+    if not train.known("pairs/chosen_logp"):
         return None
     with _pyplot() as plt:
         figure, (above, below) = plt.subplots(
@@ -244,12 +251,12 @@ def _draw_pairs(train: Sequence[MetricRow], held_out: Sequence[MetricRow], folde
         )
         for axes, curves in ((above, above_curves), (below, below_curves)):
             for rows, key, label, color in curves:
-                steps, values = series(rows, key)
+                steps, values = rows.series(key)
                 if steps and rows is train:
                     _curve(axes, steps, values, color, labels=False)
                     axes.lines[-1].set_label(label)
                 elif steps:
-                    axes.plot(steps, values, marker="o", markersize=5, color=color, linewidth=2, label=label)
+                    axes.plot(*thinned(steps, values), marker="o", markersize=5, color=color, linewidth=2, label=label)
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9)
         above.set_title("Log-prob of chosen responses")
         above.set_ylabel("nats per response")
@@ -262,20 +269,18 @@ def _draw_pairs(train: Sequence[MetricRow], held_out: Sequence[MetricRow], folde
     return Picture(folder / "chosen_logp.png", "Log-prob of chosen responses")
 
 
-def _draw_solutions(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
+def _draw_solutions(rows: Columns, folder: Path) -> Picture | None:
     """Learning from solutions: accuracy with and without hints, and what became of the prompts that nothing solved."""
     curves = [
         ("guidance/accuracy_without_hints", "first samples, without hints", BLUE),
         ("guidance/accuracy_trained", "samples trained on, hints included", ORANGE),
     ]
-    if not any(series(rows, key)[0] for key, _, _ in curves):
+    if not any(rows.series(key)[0] for key, _, _ in curves):
         curves = [("gate/solve_rate", "samples", BLUE)]
-    guided = [
-        row for row in rows if any(number(row, key) is not None for key in ("guidance/hard_share", "gate/sft_share"))
-    ]
-    if not guided:
+    guided = rows.having("guidance/hard_share", "gate/sft_share")
+    if not len(guided):
         return None
-    shown = [(label, color, *series(guided, key)) for key, label, color in curves]
+    shown = [(label, color, *guided.series(key)) for key, label, color in curves]
     with _pyplot() as plt:
         figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5.2), sharex=True, layout="constrained")
         for label, color, steps, values in shown:
@@ -299,50 +304,51 @@ def _draw_solutions(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
     return Picture(folder / "solutions.png", "Learning from solutions")
 
 
-def _stack_levels(axes: Any, rows: Sequence[MetricRow]) -> None:
+def _stack_levels(axes: Any, rows: Columns) -> None:
     """Shares of all prompts: solved at each hint, one above the other, then unsolved; and learned from the solution."""
-    steps = [int(row["step"]) for row in rows]
-    hard = [number(row, "guidance/hard_share") or 0.0 for row in rows]
-    keys = sorted({key for row in rows for key in row if key.startswith("guidance/solved_level_")})
-    layers = {
-        f"solved at hint {key.rsplit('_', 1)[1]}": [
-            (number(r, key) or 0.0) * h for r, h in zip(rows, hard, strict=True)
-        ]
-        for key in keys
-    }
+    hard = np.nan_to_num(rows.numbers("guidance/hard_share"))
+    keys = [key for key in rows.keys if key.startswith("guidance/solved_level_")]
+    layers = {f"solved at hint {key.rsplit('_', 1)[1]}": np.nan_to_num(rows.numbers(key)) * hard for key in keys}
     if keys:
-        layers["unsolved"] = [number(row, "guidance/unsolved_share") or 0.0 for row in rows]
+        layers["unsolved"] = np.nan_to_num(rows.numbers("guidance/unsolved_share"))
         colors = [*(PALETTE[2:] * len(keys))[: len(keys)], "#BBBBBB"]
-        axes.stackplot(steps, *map(smooth, layers.values()), labels=list(layers), colors=colors, alpha=0.8, linewidth=0)
-    where, shares = series(rows, "gate/sft_share")
+        some = slice(None, None, max(1, len(rows) // DRAWN))  # means over a tenth of the run have no peaks to be lost
+        smoothed = [smooth(layer.tolist())[some] for layer in layers.values()]
+        axes.stackplot(rows.steps[some].tolist(), *smoothed, labels=list(layers), colors=colors, alpha=0.8, linewidth=0)
+    where, shares = rows.series("gate/sft_share")
     if where:
-        axes.plot(where, smooth(shares), color="black", linewidth=1.8, linestyle="--", label="learned by SFT")
+        axes.plot(*thinned(where, smooth(shares)), color="black", linewidth=1.8, linestyle="--", label="learned by SFT")
     _whole_steps(axes)
 
 
-def _draw_time(rows: Sequence[MetricRow], folder: Path) -> Picture | None:
-    rows = [row for row in rows if any(number(row, f"time/{phase}") is not None for phase in PHASES)]
-    if not rows:
+def _draw_time(rows: Columns, folder: Path) -> Picture | None:
+    rows = rows.having(*(f"time/{phase}" for phase in PHASES))
+    if not len(rows):
         return None
-    steps = [int(row["step"]) for row in rows]
-    layers = {phase: [number(row, f"time/{phase}") or 0.0 for row in rows] for phase in PHASES}
-    layers = {phase: values for phase, values in layers.items() if any(values)}
-    known = [sum(values[i] for values in layers.values()) for i in range(len(rows))]
-    other = [max(0.0, (number(row, "time/step") or 0.0) - known[i]) for i, row in enumerate(rows)]
+    layers = {phase: np.nan_to_num(rows.numbers(f"time/{phase}")) for phase in PHASES}
+    layers = {phase: values for phase, values in layers.items() if values.any()}
+    known = np.sum(list(layers.values()), axis=0) if layers else np.zeros(len(rows))
+    other = np.maximum(0.0, np.nan_to_num(rows.numbers("time/step")) - known)
+    shown = highest(known + other)  # of very many steps the slowest of each handful
+    total = math.fsum(known) + math.fsum(other) or 1.0
+    if other.sum() > 0.01 * known.sum():
+        layers["other"] = other
 
     def draw(axes: Any) -> None:
-        base = [0.0] * len(rows)
-        colors = PHASE_COLORS
-        total = (math.fsum(known) + math.fsum(other)) or 1.0
-        for phase, values in (layers | ({"other": other} if sum(other) > 0.01 * sum(known) else {})).items():
+        base = np.zeros(len(shown))
+        steps, width = rows.steps[shown], max(1.0, len(rows) / len(shown))
+        for phase, values in layers.items():
             label = f"{phase} ({math.fsum(values) / total:.0%})"
-            axes.bar(steps, values, bottom=base, width=1.0, color=colors[phase], label=label, linewidth=0)
-            base = [b + v for b, v in zip(base, values, strict=True)]
+            axes.bar(
+                steps, values[shown], bottom=base, width=width, color=PHASE_COLORS[phase], label=label, linewidth=0
+            )
+            base = base + values[shown]
         axes.set_ylabel("seconds per step")
-        axes.set_ylim(0, max(base) * 1.05 or 1)
+        axes.set_ylim(0, base.max() * 1.05 or 1)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
 
-    return _single(folder / "time.png", "Where the time goes", draw)
+    title = "Where the time goes" + (" (the slowest steps)" if len(shown) < len(rows) else "")
+    return _single(folder / "time.png", title, draw)
 
 
 def _draw_timeline(spans: Sequence[Span], folder: Path) -> Picture | None:
@@ -375,7 +381,7 @@ def _shown(span: Span) -> str:
     return span.phase if span.phase in PHASES else "other"
 
 
-def _draw_group(group: str, keys: Sequence[str], rows: Sequence[MetricRow], folder: Path) -> Picture | None:
+def _draw_group(group: str, keys: Sequence[str], rows: Columns, folder: Path) -> Picture | None:
     """Small multiples: one little panel per metric of a group."""
     columns = min(PANELS_PER_ROW, max(2, len(keys)))
     lines = math.ceil(len(keys) / columns)
@@ -383,7 +389,7 @@ def _draw_group(group: str, keys: Sequence[str], rows: Sequence[MetricRow], fold
         figure, grid = plt.subplots(lines, columns, figsize=(9, 2.3 * lines), squeeze=False, layout="constrained")
         panels = [axes for line in grid for axes in line]
         for key, axes, color in zip(keys, panels, PALETTE * len(panels), strict=False):
-            steps, values = series(rows, key)
+            steps, values = rows.series(key)
             _curve(axes, steps, values, color, labels=False)
             axes.set_title(key.removeprefix(f"{group}/"), fontsize=9, fontweight="normal")
             axes.tick_params(labelsize=8)
@@ -415,8 +421,9 @@ def _curve(axes: Any, steps: Sequence[int], values: Sequence[float], color: str,
     if len(steps) < 8:
         axes.plot(steps, values, color=color, marker="o", markersize=4, linewidth=1.5)
     else:
-        axes.plot(steps, values, color=color, alpha=0.35, linewidth=1, label="each step" if labels else None)
-        axes.plot(steps, smooth(values), color=color, linewidth=2.2, label="moving mean" if labels else None)
+        name, mean = ("each step", "moving mean") if labels else (None, None)
+        axes.plot(*thinned(steps, values), color=color, alpha=0.35, linewidth=1, label=name)
+        axes.plot(*thinned(steps, smooth(values)), color=color, linewidth=2.2, label=mean)
         if labels:
             axes.legend(loc="best", ncols=2, fontsize=9)
     _whole_steps(axes)

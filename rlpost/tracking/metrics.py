@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from rlpost.errors import RlpostError, TrainingError
 
 Kind = Literal["train", "eval"]
+_HEAD = re.compile(rb'\{"step": (\d+), "kind": "(train|eval)"[,}]')  # how a row begins that was written here
+_TAIL_BYTES = 2**16
 MetricRow = dict[str, Any]
 """A line of `metrics.jsonl`: `step` (int), `kind` ("train" or "eval"), numbers under flat keys; null: not finite."""
 
@@ -64,6 +67,21 @@ class MetricsWriter:
         """Reads the file again before the next row: call it after something else has cut the file."""
         self._written = None
 
+    def history(self, aside: Path) -> Iterator[MetricRow]:
+        """The rows of the file, read once. Lines that are none (the file was damaged) are moved to the file `aside` behind the
+        last, so that the run can go on."""
+        written, damaged = set[tuple[str, int]](), False
+        drop_partial_line(self.path)
+        for line in _complete_lines(self.path):
+            if (row := _parse(line)) is None:
+                damaged = True
+                continue
+            written.add((str(row.get("kind", "train")), int(row["step"])))
+            yield row
+        if damaged:
+            keep_rows(self.path, lambda line: _parse(line) is not None, aside)
+        self._written = written
+
     def sync(self) -> None:
         """Forces the rows to disk, so that a checkpoint never outlives the rows before it."""
         if not self.path.exists():
@@ -77,7 +95,7 @@ class MetricsWriter:
     def _keys(self) -> set[tuple[str, int]]:
         if self._written is None:
             drop_partial_line(self.path)
-            self._written = {(str(row.get("kind", "train")), int(row["step"])) for row in read_metrics(self.path)}
+            self._written = {(str(row.get("kind", "train")), int(row["step"])) for row in iter_metrics(self.path)}
         return self._written
 
 
@@ -87,10 +105,14 @@ def read_metrics(path: Path, kind: Kind | None = None) -> list[MetricRow]:
     A last line without a line end (the run was killed while writing it) is ignored.
     Raises RlpostError for a broken line elsewhere, naming its number.
     """
-    if not path.exists():
-        return []
-    rows = []
+    return list(iter_metrics(path, kind))
+
+
+def iter_metrics(path: Path, kind: Kind | None = None) -> Iterator[MetricRow]:
+    """As `read_metrics`, one row at a time: the rows of a long run take a gigabyte."""
     for place, line in enumerate(_complete_lines(path), start=1):
+        if kind is not None and (head := _HEAD.match(line)) is not None and head[2].decode() != kind:
+            continue
         row = _parse(line)
         if row is None:
             raise RlpostError(
@@ -98,46 +120,57 @@ def read_metrics(path: Path, kind: Kind | None = None) -> list[MetricRow]:
                 "was changed or damaged after it was written: remove that line, or move the file away."
             )
         if kind is None or row.get("kind", "train") == kind:
-            rows.append(row)
-    return rows
+            yield row
 
 
 def drop_partial_line(path: Path) -> None:
     """Cuts a last line that has no line end, which a killed run leaves behind."""
     if not path.exists():
         return
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        place, tail = end, b""
+        while place and b"\n" not in tail:
+            begin = max(0, place - _TAIL_BYTES)
+            file.seek(begin)
+            tail, place = file.read(place - begin) + tail, begin
+    whole = place + tail.rfind(b"\n") + 1
+    if whole < end:
+        os.truncate(path, whole)
 
 
-def keep_rows(path: Path, keep: Callable[[MetricRow], bool], aside: Path) -> None:
-    """Rewrites a metrics file, atomically, with the rows for which `keep` holds, byte for byte as they were. The others are
+def step_of(line: bytes) -> int | None:
+    """The optimizer step of a line of `metrics.jsonl`; None where it is no row, as far as its ends tell."""
+    head = _HEAD.match(line)
+    if head is not None and line.endswith(b"}"):
+        return int(head[1])
+    row = _parse(line)
+    return None if row is None else int(row["step"])
+
+
+def keep_rows(path: Path, keep: Callable[[bytes], bool], aside: Path) -> None:
+    """Rewrites a metrics file, atomically, with the lines for which `keep` holds, byte for byte as they were. The others are
     added to the file `aside` first."""
-    if not path.exists():
+    if all(map(keep, _complete_lines(path))):
         return
-    kept, cut = list[str](), list[str]()
-    for line in _complete_lines(path):
-        row = _parse(line)
-        (kept if row is not None and keep(row) else cut).append(line)
-    if cut:
-        try:
-            with aside.open("a", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in cut)
-        except OSError as error:
-            raise _unwritable(aside, error) from error
-    write_atomically(path, "".join(line + "\n" for line in kept))
+    try:
+        with aside.open("ab") as file:
+            file.writelines(line + b"\n" for line in _complete_lines(path) if not keep(line))
+    except OSError as error:
+        raise _unwritable(aside, error) from error
+    write_atomically(path, (line + b"\n" for line in _complete_lines(path) if keep(line)))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file so that readers see the old one or the new one. Raises TrainingError when that fails."""
+def write_atomically(path: Path, text: str | Iterable[bytes]) -> None:
+    """Writes a file (a text, or pieces of one) so that readers see the old one or the new one. Raises TrainingError when that
+    fails."""
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
             # A byte-level tokenizer can cut a character in two; backslashreplace keeps such text valid JSON.
-            file.write(text.encode("utf-8", "backslashreplace"))
+            file.writelines([text.encode("utf-8", "backslashreplace")] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)
@@ -148,13 +181,17 @@ def write_atomically(path: Path, text: str) -> None:
         raise _unwritable(path, error) from error
 
 
-def _complete_lines(path: Path) -> Iterable[str]:
-    return path.read_bytes().decode("utf-8", "replace").split("\n")[:-1]
+def _complete_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file without their ends, one at a time; a last one that has none is left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        yield from (line[:-1] for line in file if line.endswith(b"\n"))
 
 
-def _parse(line: str) -> MetricRow | None:
+def _parse(line: bytes) -> MetricRow | None:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8", "replace"))
     except ValueError:
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlpost.errors import RlpostError
 from rlpost.recipe.sections.method import MethodSection
 from rlpost.tracking.advice import Doctor
+from rlpost.tracking.columns import Columns
 from rlpost.tracking.completions import CompletionRecord, completion_files, read_completions
 from rlpost.tracking.console import in_words
-from rlpost.tracking.figures import draw_all, series
-from rlpost.tracking.metrics import MetricRow, read_metrics, write_atomically
+from rlpost.tracking.figures import draw_columns
+from rlpost.tracking.metrics import MetricRow, iter_metrics, write_atomically
 from rlpost.tracking.rundir import RunDirectory
 from rlpost.tracking.timeline import read_timeline
 
@@ -60,19 +61,19 @@ def write_report(run_dir: Path | str) -> Path:
         raise RlpostError(
             f"There is no run directory {run.path}. Name one that a training run has written (runs/<name>)."
         )
-    rows = read_metrics(run.metrics)
-    if not rows:
+    train, held_out, hints = _read(run)
+    if not len(train) and not len(held_out):
         raise RlpostError(
             f"{run.metrics} holds no metrics yet, so there is nothing to report. A run writes its first line after its "
             "first evaluation or optimizer step: wait for it, or look at the run's output for why it never got there."
         )
     for old in run.report.glob("*.png"):
         old.unlink()
-    pictures = draw_all(rows, run.report, read_timeline(run.timeline))
+    pictures = draw_columns(train, held_out, run.report, read_timeline(run.timeline))
     page = _template().render(
         name=run.name,
-        summary=summarize(rows),
-        hints=_hints(rows, _reward_ceiling(run), _method(run)),
+        summary=_summary(train, held_out),
+        hints=hints,
         images=[Image(one.title, _data_uri(one.path)) for one in pictures],
         samples=_samples(run.completions),
         recipe=run.recipe.read_text(encoding="utf-8") if run.recipe.exists() else "",
@@ -82,17 +83,36 @@ def write_report(run_dir: Path | str) -> Path:
     return path
 
 
+def _read(run: RunDirectory) -> tuple[Columns, Columns, list[Hint]]:
+    """Training rows, evaluations, and the advice of the run's doctor, read in one pass."""
+    doctor = Doctor(reward_ceiling=_reward_ceiling(run), method=_method(run))
+    held_out, hints = list[MetricRow](), list[Hint]()
+
+    def trained() -> Iterator[MetricRow]:
+        for row in iter_metrics(run.metrics):
+            hints.extend(Hint(int(row["step"]), one.id, one.text) for one in doctor.observe(row))
+            if row.get("kind", "train") == "train":
+                yield row
+            elif row["kind"] == "eval":
+                held_out.append(row)
+
+    return Columns.of(trained()), Columns.of(held_out), hints
+
+
 def summarize(rows: Sequence[MetricRow]) -> list[Figure]:
     """The numbers at the head of the page."""
-    train = [row for row in rows if row.get("kind", "train") == "train"]
-    held_out = [row for row in rows if row.get("kind") == "eval"]
-    figures = [Figure("optimizer steps", str(max((int(row["step"]) for row in train), default=0)))]
-    _, accuracy = series(held_out, "eval/accuracy")
+    train = Columns.of(row for row in rows if row.get("kind", "train") == "train")
+    return _summary(train, Columns.of(row for row in rows if row.get("kind") == "eval"))
+
+
+def _summary(train: Columns, held_out: Columns) -> list[Figure]:
+    figures = [Figure("optimizer steps", str(train.steps.max(initial=0)))]
+    _, accuracy = held_out.series("eval/accuracy")
     if accuracy:
         remark = f"from {accuracy[0]:.3f}; best {max(accuracy):.3f}" if len(accuracy) > 1 else ""
         figures.append(Figure("held-out accuracy", f"{accuracy[-1]:.3f}", remark))
     for name, key, form in (("reward", "reward/mean", ".3f"), ("length, tokens", "completions/length_mean", ".0f")):
-        _, values = series(train, key)
+        _, values = train.series(key)
         if values:
             start, end = _mean(values[:TAIL]), _mean(values[-TAIL:])
             remark = f"from {start:{form}}" if len(values) > TAIL else ""
@@ -101,19 +121,18 @@ def summarize(rows: Sequence[MetricRow]) -> list[Figure]:
     return figures
 
 
-def _speed(train: Sequence[MetricRow]) -> list[Figure]:
-    _, durations = series(train, "time/step")
+def _speed(train: Columns) -> list[Figure]:
+    _, durations = train.series("time/step")
     if not durations:
         return []
     figures = [Figure("training time", in_words(sum(durations)), f"{_mean(durations):.1f} s per step")]
-    paired = [row for row in train if series([row], "time/step")[1]]
-    _, tokens = series(paired, "tokens/completion")
+    _, tokens = train.having("time/step").series("tokens/completion")
     if tokens:
         figures.append(
             Figure("completion tokens per s", f"{sum(tokens) / max(sum(durations), 1e-9):.0f}", "all phases")
         )
-    _, useful = series(train, "tokens/useful")
-    _, padded = series(train, "tokens/padded")
+    _, useful = train.series("tokens/useful")
+    _, padded = train.series("tokens/padded")
     if useful and padded and sum(padded):
         figures.append(Figure("useful positions", f"{sum(useful) / sum(padded):.0%}", "of all computed in updates"))
     return figures
@@ -140,11 +159,6 @@ def _method(run: RunDirectory) -> MethodSection | None:
         return MethodSection.model_validate(yaml.safe_load(run.recipe.read_text(encoding="utf-8"))["method"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RlpostError):
         return None
-
-
-def _hints(rows: Sequence[MetricRow], reward_ceiling: float, method: MethodSection | None) -> list[Hint]:
-    doctor = Doctor(reward_ceiling=reward_ceiling, method=method)
-    return [Hint(int(row["step"]), one.id, one.text) for row in rows for one in doctor.observe(row)]
 
 
 def _samples(folder: Path) -> list[CompletionRecord]:

@@ -18,7 +18,7 @@ from typing import Any
 from filelock import BaseFileLock, FileLock, Timeout
 
 from rlpost.errors import RlpostError
-from rlpost.tracking.metrics import drop_partial_line, keep_rows, write_atomically
+from rlpost.tracking.metrics import drop_partial_line, keep_rows, step_of, write_atomically
 
 LOCK_WAIT_S = 2.0  # long enough for the workers of a run that was just killed to go
 _WRITE_TEST = ".write-test-"
@@ -108,6 +108,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def abandoned_metrics(self) -> Path:
+        return self.path / _ABANDONED_METRICS
+
+    @property
     def timeline(self) -> Path:
         return self.path / "timeline.jsonl"
 
@@ -147,7 +151,7 @@ class RunDirectory:
         rollout that the checkpoint is in the middle of stays. -1 forgets everything. Rows and files that are cut are kept
         under names that begin with `abandoned_`: nobody reads them but people.
         """
-        keep_rows(self.metrics, lambda row: row["step"] <= step, self.path / _ABANDONED_METRICS)
+        keep_rows(self.metrics, lambda line: (at := step_of(line)) is not None and at <= step, self.abandoned_metrics)
         if not self.completions.is_dir():
             return
         for file in self.completions.iterdir():

@@ -12,7 +12,7 @@ from rlpost.recipe.sections.reward import Reward, reward_ceiling
 from rlpost.tracking.advice import Advice, Doctor
 from rlpost.tracking.completions import ScoredRollout, pick_sample, records, write_completions
 from rlpost.tracking.console import Console, make_console
-from rlpost.tracking.metrics import MetricsWriter, read_metrics
+from rlpost.tracking.metrics import MetricsWriter
 from rlpost.tracking.rundir import RunDirectory
 from rlpost.tracking.wandb import WandbTracker
 
@@ -53,7 +53,7 @@ class Tracker:
         self._show_every = tracking.show_completion_every
         self._metrics = MetricsWriter(run.metrics)
         self._doctor = Doctor(reward_ceiling=reward_ceiling(recipe.rewards), method=getattr(recipe, "method", None))
-        for row in read_metrics(run.metrics):
+        for row in self._metrics.history(run.abandoned_metrics):
             self._doctor.observe(row)
         config = conceal(recipe.model_dump(mode="json"))
         run.write_recipe(config)
