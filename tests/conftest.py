@@ -10,7 +10,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("rlpost", deadline=None)  # no test depends on how busy the machine is
+hypothesis.settings.load_profile("rlpost")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEMPLATE = (

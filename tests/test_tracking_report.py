@@ -289,6 +289,8 @@ def test_the_picture_of_the_timeline_shows_the_last_rollouts_of_both_sides(tmp_p
     assert max(span.end for span in shown) - min(span.start for span in shown) == pytest.approx(4.9)
     assert sum(span.phase == "update" for span in shown) == 2
     assert last_rollouts(spans[:4], 2) == []
+    again = [Span("learner", "sync", 2e9, 2e9 + 1), *a_run_ahead(2e9 + 1, 3)]  # stopped, and taken up much later
+    assert min(span.start for span in last_rollouts([*spans, *again], 8)) >= 2e9
     titles = [one.title for one in draw_all([{"step": 1, "reward/mean": 0.5}], tmp_path, spans)]
     assert "Who works when (the last rollouts)" in titles
     assert (tmp_path / "timeline.png").stat().st_size > 5000

@@ -57,9 +57,16 @@ def read_timeline(path: Path) -> list[Span]:
 
 
 def last_rollouts(spans: Sequence[Span], number: int) -> list[Span]:
-    """The spans of the last `number` syncs of the learner and what went before each, cut where they reach beyond; in one piece:
-    not across a pause in which the run was stopped."""
-    syncs = [span for span in spans if span.side == "learner" and span.phase == "sync"]
+    """The spans of the last `number` syncs of the learner and what went before each, cut where they reach beyond. A run that
+    was stopped and taken up begins with a sync: nothing from before it is shown, so the picture has no pause in it."""
+    syncs: list[Span] = []
+    updated = True
+    for span in spans:
+        if span.side == "learner" and span.phase == "update":
+            updated = True
+        elif span.side == "learner" and span.phase == "sync":
+            syncs = [*syncs, span] if updated else [span]
+            updated = False
     if len(syncs) < 2:
         return []
     first, last = syncs[max(0, len(syncs) - 1 - number)].end, syncs[-1].end
