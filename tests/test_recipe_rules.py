@@ -72,6 +72,43 @@ CASES = [
         ["rollout.sync.rounding=stochastic", "rollout.engine.dtype=float32", "weights whole"],
     ),
     (["rollout.sync.rounding=stochastic", "rollout.engine={type: transformers}"], ["rollout.engine.dtype=float32"]),
+    (["rollout.sync.lora=adapter", "rollout.engine={where: worker}"], ["rollout.sync.lora=adapter", "set model.lora"]),
+    (["rollout.sync.transfer=nccl"], ["rollout.sync.transfer=nccl", "rollout.engine.where=server"]),
+    (
+        ["rollout.sync.transfer=nccl", "rollout.engine={where: worker}"],
+        ["rollout.engine.where=server", "transfer=files"],
+    ),
+    (
+        [
+            "rollout.sync={transfer: nccl, lora: adapter}",
+            "model.lora={}",
+            "rollout.engine={where: server, urls: [http://a:1]}",
+        ],
+        ["rollout.sync.transfer=nccl", "rollout.sync.lora=adapter"],
+    ),
+    (["rollout.sync.lora=adapter", "model.lora={}"], ["rollout.sync.lora=adapter", "rollout.engine.where=worker"]),
+    (
+        ["rollout.sync.lora=adapter", "model.lora={rank: 600}", "rollout.engine={where: worker}"],
+        ["model.lora.rank=600", "512"],
+    ),
+    (
+        [
+            "rollout.sync.lora=adapter",
+            "model.lora={}",
+            "rollout.engine={where: worker}",
+            "rollout.staleness=2",
+            "rollout.in_flight=true",
+        ],
+        ["rollout.sync.lora=adapter", "rollout.in_flight=true"],
+    ),
+    (
+        [
+            "rollout.sync={lora: adapter, rounding: stochastic}",
+            "model.lora={}",
+            "rollout.engine={where: worker, dtype: bfloat16}",
+        ],
+        ["rollout.sync.lora=adapter", "rollout.sync.rounding=stochastic"],
+    ),
     (["rollout.sync.rounding=stochastic", "rollout.engine.dtype=float16"], ["rollout.engine.dtype=float16"]),
     (
         ["rollout.sync.rounding=stochastic", "rollout.engine={where: server, urls: [http://a:1]}"],

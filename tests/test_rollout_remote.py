@@ -25,7 +25,7 @@ from rlpost.rollout.factory import make_engine
 from rlpost.rollout.place import Place
 from rlpost.rollout.remote.arguments import server_arguments, server_environment
 from rlpost.rollout.remote.child import shared_memory_of
-from rlpost.rollout.remote.client import ServerLost
+from rlpost.rollout.remote.client import Client, ServerLost, run
 from rlpost.rollout.remote.engine import RemoteEngine
 from rlpost.rollout.remote.lanes import Server
 from rlpost.rollout.remote.replies import BadReply, read_sample, read_scores
@@ -417,6 +417,39 @@ def test_a_worker_that_dies_within_a_sync_is_replaced_and_given_everything(make,
     assert dead
     assert engine.restarts == 1
     assert engine.sample(requests(), SETTINGS) == expected[1][0]
+    engine.close()
+
+
+@engine_test
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["sampling", "sync"])
+def test_an_engine_that_runs_out_of_memory_is_replaced(make, expected, saved, phase, monkeypatch):
+    """The error is raised where the model is computed, or where weights arrive, in the worker's process."""
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{REPOSITORY / 'tests'}")
+
+    def arguments(*given, **named):
+        found = server_arguments(*given, **named)
+        return ["out_of_memory.Extension" if word.endswith("worker.Extension") else word for word in found]
+
+    monkeypatch.setattr("rlpost.rollout.remote.make.server_arguments", arguments)
+    engine = make(SECTION.model_copy(update={"deadline_s": 30.0}))
+    engine.load_weights(saved[1].named_parameters(), 0)
+    found, said, lose = processes(engine), [], engine._lose
+    monkeypatch.setattr(engine, "_lose", lambda server, why: (said.append(why), lose(server, why)))
+
+    async def fill() -> None:
+        async with Client(engine.servers[0].address, deadline_s=30) as client:
+            assert await client.rpc(f"full_while_{phase}") == [None]
+
+    run(fill())
+    if phase == "sampling":
+        assert engine.sample(requests(), SETTINGS) == expected[0][0]
+    else:
+        engine.load_weights(versions(saved[1])[1].named_parameters(), 1)
+        assert engine.sample(requests(), SETTINGS) == expected[1][0]
+        assert any("out of memory" in why for why in said), said
+    assert said and engine.restarts == 1
+    assert all_gone(found.values(), 10)
     engine.close()
 
 

@@ -19,7 +19,7 @@ from rlpost.policy.precision import decide_precision
 from rlpost.recipe.secrets import conceal
 from rlpost.recipe.sections.root import Recipe
 from rlpost.rollout.verify import check_sync, level, precision
-from rlpost.run.build import build_engine, build_policy, layout_for
+from rlpost.run.build import adapter_rank, build_engine, build_policy, layout_for
 from rlpost.run.checks import load_prompts
 from rlpost.run.sync_probe import choose, look
 from rlpost.scoring.factory import make_scorer
@@ -52,7 +52,7 @@ def evaluate_checkpoint(loaded: LoadedRecipe, checkpoint: Path) -> EvaluationRes
         model_path, policy = processes.together(lambda: build_policy(recipe, checkpoint, processes))
         engine = build_engine(recipe, model_path, tokenizer, processes)
         try:
-            engine.load_weights(policy.named_weights())
+            engine.load_weights(policy.named_weights(form="apart" if adapter_rank(recipe) else "merged"))
             result = judge(recipe, engine, scorer, sets.held_out, processes)
             verify(recipe, policy, engine, processes, result, tokenizer.pad_token_id)
             greedy = None

@@ -20,6 +20,7 @@ from rlpost.learner.optimizer import learning_rate, make_optimizer, set_learning
 from rlpost.learner.process import Processes
 from rlpost.offload.forecast import Forecast
 from rlpost.policy.model import Policy
+from rlpost.policy.weights import Form
 from rlpost.recipe.sections.learner import LearnerSection
 from rlpost.recipe.sections.offload import AutoOffload
 
@@ -104,9 +105,9 @@ class DeepSpeedLearner:
         finally:
             self._engine.optimizer.unpark()
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self, form: Form = "merged") -> Iterator[tuple[str, Tensor]]:
         """One layer's weights gathered at a time: no process ever holds the whole model."""
-        return self.policy.named_weights(self._gather)
+        return self.policy.named_weights(self._gather, form=form)
 
     def full_state_dict(self, *, copy: bool = False) -> dict[str, Tensor] | None:
         if self.stage < 3 and not copy:

@@ -17,7 +17,7 @@ from rlpost.learner.optimizer import clip_gradients, learning_rate, make_optimiz
 from rlpost.learner.process import Processes
 from rlpost.policy.accumulation import accumulate_in_place
 from rlpost.policy.model import Policy
-from rlpost.policy.weights import Gather, gather_nothing
+from rlpost.policy.weights import Form, Gather, gather_nothing
 from rlpost.recipe.sections.learner import LearnerSection
 
 OPTIMIZER, CRITIC = "optimizer.pt", "critic.pt"
@@ -56,8 +56,8 @@ class Learner(Protocol):
         """Within it the policy's weights need not be there, and nothing may ask for them; between optimizer steps only."""
         ...
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's full weights under Hugging Face names, one at a time."""
+    def named_weights(self, form: Form = "merged") -> Iterator[tuple[str, Tensor]]:
+        """The policy's full weights under Hugging Face names, one at a time; adapters as `form` says."""
         ...
 
     def full_state_dict(self, *, copy: bool = False) -> dict[str, Tensor] | None:
@@ -123,8 +123,8 @@ class DataParallelLearner:
     def parked(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return self.policy.named_weights()
+    def named_weights(self, form: Form = "merged") -> Iterator[tuple[str, Tensor]]:
+        return self.policy.named_weights(form=form)
 
     def full_state_dict(self, *, copy: bool = False) -> dict[str, Tensor] | None:
         return collect_weights(self.policy) if copy and self.processes.is_main else None

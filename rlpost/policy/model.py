@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlpost.errors import TrainingError
+from rlpost.errors import RecipeError, TrainingError
 from rlpost.experience import TokenRows
 from rlpost.gradient.types import HeadStatistics, StatisticsRequest
-from rlpost.policy.adapters import add_lora, check_targets, expert_note
+from rlpost.policy.adapters import adapted_experts, add_lora, check_targets, expert_note
 from rlpost.policy.attention import mask_for, plain_attention
 from rlpost.policy.critic import Critic, states_at
 from rlpost.policy.family import choose_layout
@@ -32,7 +32,7 @@ from rlpost.policy.quantized import quantization_note, refuse_misread, saved_unq
 from rlpost.policy.rows import Layout, spare_rows, to_device
 from rlpost.policy.sequence_parallel import SequenceParallel, take_turns
 from rlpost.policy.verify import verify_policy
-from rlpost.policy.weights import Gather, gather_nothing, module_weights, named_weights
+from rlpost.policy.weights import Form, Gather, adapter_weights, gather_nothing, module_weights, named_weights
 from rlpost.recipe.sections.model import ModelSection
 
 if TYPE_CHECKING:
@@ -147,9 +147,18 @@ class Policy(nn.Module):
             raise TrainingError("the policy has no LoRA adapter to disable; a reference policy needs a second model")
         return self.model.disable_adapter()
 
-    def named_weights(self, gather: Gather = gather_nothing) -> Iterator[tuple[str, Tensor]]:
-        """Full weights under their Hugging Face names, one at a time, LoRA merged on the fly; see `weights`."""
-        return named_weights(self.causal_lm, gather)
+    def named_weights(self, gather: Gather = gather_nothing, *, form: Form = "merged") -> Iterator[tuple[str, Tensor]]:
+        """Full weights under their Hugging Face names, one at a time, LoRA merged on the fly, or as `form` says; see `weights`.
+        Raises RecipeError for adapters that cannot be told from their layers."""
+        if form != "merged" and (fused := adapted_experts(self.model)):
+            raise RecipeError(
+                f"rollout.sync.lora=adapter: {fused} has adapters and belongs to no linear layer, which vLLM cannot take by "
+                "themselves. Set rollout.sync.lora=merged, or leave it out of model.lora.targets"
+            )
+        if form != "adapters":
+            yield from named_weights(self.causal_lm, gather, merged=form == "merged")
+        if form != "merged":
+            yield from adapter_weights(self.model, gather)
 
     def save(
         self,

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,21 +54,38 @@ class Held:
         return tensor
 
 
+Form = Literal["merged", "apart", "adapters"]
+"""merged: whole weights with the adapters added. apart: without, and the adapters after them. adapters: those alone."""
+
+
 @torch.no_grad()
-def named_weights(causal_lm: PreTrainedModel, gather: Gather = gather_nothing) -> Iterator[tuple[str, Tensor]]:
+def named_weights(
+    causal_lm: PreTrainedModel, gather: Gather = gather_nothing, *, merged: bool = True
+) -> Iterator[tuple[str, Tensor]]:
     """Full weights under the names of a Hugging Face checkpoint, detached, one at a time.
 
-    LoRA updates are added on the fly, without changing the trained tensors, to what 4-bit weights stand for. Buffers that a
-    checkpoint holds come too; an output layer that is tied to the embedding does not. A tensor is valid until the next one is
-    asked for. Sharded parameters are gathered one at a time, except where a checkpoint's tensor is made of several of the
-    module's (`names.Bundle`): those are gathered together.
+    LoRA updates are added on the fly, without changing the trained tensors, to what 4-bit weights stand for, unless `merged` is
+    false. Buffers that a checkpoint holds come too; an output layer that is tied to the embedding does not. A tensor is valid
+    until the next one is asked for. Sharded parameters are gathered one at a time, except where a checkpoint's tensor is made
+    of several of the module's (`names.Bundle`): those are gathered together.
     """
     held = held_tensors(causal_lm)
+    if not merged:
+        held = {name: Held(part.tensor) for name, part in held.items()}
     names = weight_names(causal_lm, held)
     for bundle in names.bundles:
         parts = {name: held[name] for name in bundle.module}
         with gather([parameter for part in parts.values() for parameter in part.parameters]):
             yield from names.to_checkpoint(bundle, {name: part.value() for name, part in parts.items()}).items()
+
+
+@torch.no_grad()
+def adapter_weights(model: nn.Module, gather: Gather = gather_nothing) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a peft model's LoRA adapters under the names of peft's checkpoints, one at a time."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name or ".lora_B." in name:
+            with gather([parameter]):
+                yield name.replace(".default.", "."), parameter.detach()
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ DECISIONS: dict[str, dict[Effect, str]] = {
         LATER: "type dtype kv_cache_dtype quantization speculative",
     },
     "rollout.engine.speculative": {LATER: "method tokens shortest_match longest_match"},
-    "rollout.sync": {LATER: "rounding"},
+    "rollout.sync": {NONE: "transfer", LATER: "rounding lora"},
     "rollout.probe": {NONE: "every max_mean_gap"},
     "rewards.*": {
         NONE: "name deadline_s device batch_tokens trust_remote_code",

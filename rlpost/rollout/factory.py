@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rlpost.data.answers import end_ids
 from rlpost.recipe.sections.base import unknown_choice
-from rlpost.recipe.sections.model import ModelSection
+from rlpost.recipe.sections.model import LoraSection, ModelSection
 from rlpost.recipe.sections.rollout import TransformersEngine, VllmEngine
 from rlpost.rollout.engine import RolloutEngine
 from rlpost.rollout.place import Place
@@ -33,18 +33,24 @@ def make_engine(
     device: str,
     place: Place | None = None,
     in_flight: bool = False,
+    transfer: Literal["files", "nccl"] = "files",
+    adapter_rank: int | None = None,
 ) -> RolloutEngine:
     """The engine of `rollout.engine`; transformers, with a loud note, where vLLM is asked for and not installed.
 
     `model_path` is a folder with weights and tokenizer; `max_model_len` is prompt plus completion in tokens; `device`
     is a torch device ("cpu", "cuda", "cuda:1"); `place` is this process among others, by default the only one; `in_flight`:
-    weights may change while another thread samples. Raises RolloutError when the engine cannot start.
+    weights may change while another thread samples; `transfer`: how weights
+    reach servers; `adapter_rank`: of LoRA adapters that come by themselves.
+    Raises RolloutError when the engine cannot start.
     """
     if not isinstance(engine_settings, VllmEngine | TransformersEngine):
         raise unknown_choice("rollout.engine", engine_settings)
     if isinstance(engine_settings, VllmEngine):
-        served = Served(model_path, max_model_len, seed, model.trust_remote_code, device.split(":")[0] == "cpu")
-        engine = _vllm(engine_settings, served, end_ids(tokenizer), device, place or Place(), in_flight=in_flight)
+        on_cpu = device.split(":")[0] == "cpu"
+        served = Served(model_path, max_model_len, seed, model.trust_remote_code, on_cpu, transfer, adapter_rank)
+        place = place or Place()
+        engine = _vllm(engine_settings, served, end_ids(tokenizer), device, place, model.lora, in_flight=in_flight)
         if engine is not None:
             return engine
         _log.warning(
@@ -66,7 +72,14 @@ def make_engine(
 
 
 def _vllm(
-    engine_settings: VllmEngine, served: Served, ends: Sequence[int], device: str, place: Place, *, in_flight: bool
+    engine_settings: VllmEngine,
+    served: Served,
+    ends: Sequence[int],
+    device: str,
+    place: Place,
+    lora: LoraSection | None,
+    *,
+    in_flight: bool,
 ) -> RolloutEngine | None:
     """vLLM where the recipe wants it; None where it is wanted in this process and is not installed."""
     match engine_settings.where:
@@ -88,6 +101,9 @@ def _vllm(
         case "worker" | "server":
             from rlpost.rollout.remote.make import make_remote_engine
 
-            return make_remote_engine(engine_settings, served, ends, place, in_flight=in_flight)
+            adapters = lora if served.adapter_rank else None
+            return make_remote_engine(
+                engine_settings, served, ends, place, device=device, lora=adapters, in_flight=in_flight
+            )
         case _:
             raise unknown_choice("rollout.engine.where", engine_settings.where)

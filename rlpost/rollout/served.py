@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,3 +15,6 @@ class Served:
     seed: int
     trust_remote_code: bool
     on_cpu: bool
+    transfer: Literal["files", "nccl"] = "files"
+    adapter_rank: int | None = None
+    """Of adapters that come by themselves; None: they are merged, or there are none."""

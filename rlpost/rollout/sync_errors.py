@@ -31,3 +31,21 @@ def not_replaced(layers: Sequence[str]) -> str:
         "for this model cannot do that while it runs, and would go on sampling with old ones. Use "
         "`rollout.engine.type=transformers`."
     )
+
+
+def held_wrongly(names: Sequence[str]) -> str:
+    """Of tensors, or layers, whose bits an engine does not hold after an update, though it took everything."""
+    named = ", ".join(repr(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"after the sync it holds other bits than the learner sent in {len(names)} of the weights: {named} (their fingerprints "
+        "differ)"
+    )
+
+
+def not_compared(names: Sequence[str], of: int) -> str:
+    """Of tensors whose place in vLLM's model is not known."""
+    named = ", ".join(repr(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"{len(names)} of {of} weights are not compared bit by bit after a sync ({named}): vLLM's code for this model computes "
+        "what it holds from them, or leaves them out. The log-probs of both sides are compared as ever."
+    )

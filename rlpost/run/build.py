@@ -21,6 +21,7 @@ from rlpost.policy.loading import load_config
 from rlpost.policy.model import Policy, load_policy
 from rlpost.policy.rows import Layout
 from rlpost.policy.sequence_parallel import SequenceParallel, refuse_unshareable
+from rlpost.recipe.sections.base import unknown_choice
 from rlpost.recipe.sections.rollout import ProbeSection
 from rlpost.recipe.sections.root import Recipe
 from rlpost.rollout.engine import RolloutEngine, SamplingSettings
@@ -151,6 +152,18 @@ def max_model_len(recipe: Recipe) -> int:
     return min(longest, context_window(recipe) or longest)
 
 
+def adapter_rank(recipe: Recipe) -> int | None:
+    """Of adapters that are sent by themselves; None where they are merged, or there are none."""
+    lora = recipe.model.lora
+    match recipe.rollout.sync.lora:
+        case "merged":
+            return None
+        case "adapter":
+            return None if lora is None else lora.rank
+        case _:
+            raise unknown_choice("rollout.sync.lora", recipe.rollout.sync.lora)
+
+
 def start_engine(
     recipe: Recipe, model_path: str, tokenizer: PreTrainedTokenizerBase, processes: Processes
 ) -> RolloutEngine:
@@ -169,6 +182,8 @@ def start_engine(
         device=str(processes.device),
         place=Place(processes.rank, processes.local_rank, processes.gather, recipe.run_dir / "rollout"),
         in_flight=recipe.rollout.in_flight,
+        transfer=recipe.rollout.sync.transfer,
+        adapter_rank=adapter_rank(recipe),
     )
     return with_rounding(engine, recipe.rollout.sync, recipe.seed)
 

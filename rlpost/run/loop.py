@@ -122,7 +122,7 @@ class Loop:
 
     def sync(self) -> None:
         """The learner's weights into the engine, in place."""
-        self.parts.engine.load_weights(self.parts.learner.named_weights(), self.state.optimizer_step)
+        self.parts.engine.load_weights(self.parts.weights_to_send(), self.state.optimizer_step)
 
     def evaluate(self) -> float:
         """Held-out accuracy, recorded."""

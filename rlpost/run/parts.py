@@ -18,9 +18,10 @@ from rlpost.learner.process import Processes
 from rlpost.learner.update import Updater
 from rlpost.learner.watch import Phases
 from rlpost.policy.model import Policy
+from rlpost.policy.weights import Form
 from rlpost.recipe.sections.root import Recipe
 from rlpost.rollout.engine import RolloutEngine, SamplingSettings
-from rlpost.run.build import load_reference
+from rlpost.run.build import adapter_rank, load_reference
 from rlpost.run.closing import close_all
 from rlpost.scoring.factory import GroupScorer
 from rlpost.tracking.rundir import RunDirectory
@@ -58,7 +59,16 @@ class Parts:
     model_path: str
     timeline: Timeline
     optimizer_step: int = 0  # how many were taken
+    model_sent: bool = False  # to the engine, since this process began
     _reference: Policy | None = field(default=None)
+
+    def weights_to_send(self) -> Iterator[tuple[str, Tensor]]:
+        """The policy's, as the engine takes them: where adapters go by themselves, the model under them is sent once."""
+        form: Form = "merged"
+        if adapter_rank(self.recipe) is not None:
+            form = "adapters" if self.model_sent else "apart"
+        self.model_sent = True
+        return self.learner.named_weights(form)
 
     @property
     def policy_changed(self) -> bool:

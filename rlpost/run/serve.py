@@ -14,7 +14,7 @@ from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.rollout.remote.client import answers
 from rlpost.rollout.remote.make import server_process, start
 from rlpost.rollout.served import Served
-from rlpost.run.build import max_model_len
+from rlpost.run.build import adapter_rank, max_model_len
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,6 +50,8 @@ def serve(loaded: LoadedRecipe, *, host: str, port: int, say: Callable[[str], No
         recipe.seed,
         recipe.model.trust_remote_code,
         on_cpu=on_cpu,
+        transfer=recipe.rollout.sync.transfer,
+        adapter_rank=adapter_rank(recipe),
     )
     log = recipe.run_dir / "rollout" / f"serve_{port}.log"
     process = server_process(engine_settings, served, log=log, address=f"{host}:{port}")

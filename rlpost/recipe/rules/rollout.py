@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from rlpost.recipe.rules.setting import Setting
 from rlpost.recipe.sections.base import unknown_choice
-from rlpost.recipe.sections.rollout import VllmEngine
+from rlpost.recipe.sections.rollout import MAX_RANK, VllmEngine
 from rlpost.recipe.sections.root import Recipe
 
 
@@ -90,6 +90,10 @@ def has_fp8_cache() -> bool:
 def sync_problems(r: Recipe, _: Setting) -> Iterator[str]:
     """Where stochastic rounding at the sync would do nothing, or nothing that is known."""
     engine, model = r.rollout.engine, r.model
+    if r.rollout.sync.lora == "adapter":
+        yield from adapter_problems(r)
+    if r.rollout.sync.transfer == "nccl":
+        yield from transfer_problems(r)
     if r.rollout.sync.rounding == "nearest":
         return
     asked = f"rollout.sync.rounding={r.rollout.sync.rounding}"
@@ -120,6 +124,43 @@ def sync_problems(r: Recipe, _: Setting) -> Iterator[str]:
         yield (
             f"{asked} with model.dtype=bfloat16: the learner's weights {what}, so there is nothing left to round. "
             "Set model.dtype=float32, or rollout.sync.rounding=nearest"
+        )
+
+
+def transfer_problems(r: Recipe) -> Iterator[str]:
+    """Where weights cannot go from GPU to GPU."""
+    engine, asked = r.rollout.engine, "rollout.sync.transfer=nccl"
+    if not isinstance(engine, VllmEngine) or engine.where != "server":
+        yield (
+            f"{asked} is for vLLM on servers: a worker is on the learner's own machine, where files in shared memory can "
+            "also be given to the one that replaces it. Set rollout.engine.where=server, or transfer=files"
+        )
+    if r.rollout.sync.lora == "adapter":
+        yield f"{asked} with rollout.sync.lora=adapter: adapters are small, and go as files. Set one of them to its default"
+    import torch  # a second or two, and only for recipes that need the answer
+
+    if not torch.cuda.is_available():
+        yield f"{asked} needs a CUDA GPU here and on the servers: set rollout.sync.transfer=files"
+
+
+def adapter_problems(r: Recipe) -> Iterator[str]:
+    """Where adapters cannot be sent by themselves."""
+    engine, lora, asked = r.rollout.engine, r.model.lora, "rollout.sync.lora=adapter"
+    if lora is None:
+        yield f"{asked} needs adapters to send: set model.lora, or leave the key out"
+    elif lora.rank > MAX_RANK:
+        yield f"{asked} with model.lora.rank={lora.rank}: vLLM takes {MAX_RANK} at the most. Lower it, or set lora=merged"
+    if not isinstance(engine, VllmEngine) or engine.where == "colocated":
+        yield f"{asked} is for vLLM as a worker or on servers. Set rollout.engine.where=worker, or lora=merged"
+    if r.rollout.in_flight:
+        yield (
+            f"{asked} with rollout.in_flight=true: a running request keeps the adapter that it began with, so new ones would "
+            "never reach it. Set one of them to its default"
+        )
+    if r.rollout.sync.rounding != "nearest":
+        yield (
+            f"{asked} with rollout.sync.rounding={r.rollout.sync.rounding}: adapters are not added to weights that are "
+            "rounded, so there is nothing for chance to keep. Set one of them to its default"
         )
 
 

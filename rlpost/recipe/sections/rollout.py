@@ -107,12 +107,22 @@ class ProbeSection(Section):
     engine in fp8."""
 
 
+MAX_RANK = 512
+"""Of adapters that vLLM serves."""
+
+
 class SyncSection(Section):
     """How new weights go to the engine."""
 
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """How float32 weights become those of a bfloat16 engine. nearest: a step below half of a weight's last digit does not
     arrive. stochastic: up or down by chance (the same on every process), so that the mean arrives whole."""
+    transfer: Literal["files", "nccl"] = "files"
+    """How weights reach servers. nccl: from GPU to GPU, without a folder that both see; `where: server` on CUDA only. Not run
+    on GPUs yet: see docs/rollouts.md."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """With `model.lora`. merged: the engine gets all weights, with the adapters added. adapter: it gets the model once, and at
+    every sync the adapters alone (a few megabytes), under a new name each time. For workers and servers only."""
 
 
 class RolloutSection(Section):

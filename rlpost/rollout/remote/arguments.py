@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from typing import Literal
 
 from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.rollout.vllm_options import as_arguments, passed_on
@@ -23,6 +24,8 @@ _LAUNCHER = (
     *("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_SERVER_DEV_MODE"),
 )
 
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
+
 
 def server_arguments(
     model_path: str,
@@ -34,8 +37,11 @@ def server_arguments(
     trust_remote_code: bool,
     address: str,
     generation_config: str | None = None,
+    adapter_rank: int | None = None,
+    transfer: Literal["files", "nccl"] = "files",
 ) -> list[str]:
     """The arguments of `vllm serve`. `address`: `unix:` and a path, or HOST:PORT. `generation_config`: vLLM's own option.
+    `adapter_rank`: of LoRA adapters that come by themselves.
 
     The same options as in process (`rlpost.rollout.vllm_engine`), so that the same requests give the same tokens.
     """
@@ -45,9 +51,13 @@ def server_arguments(
         *("--dtype", engine_settings.dtype, "--max-model-len", str(max_model_len), "--seed", str(seed)),
         *("--max-num-seqs", str(engine_settings.max_sequences), "--logprobs-mode", "processed_logprobs"),
         *("--gpu-memory-utilization", str(engine_settings.memory_fraction)),
-        *("--tensor-parallel-size", str(engine_settings.tensor_parallel)),
-        *("--data-parallel-size", str(engine_settings.replicas)),
-        *("--weight-transfer-config", json.dumps({"backend": "rlpost_files"})),
+        *(
+            "--tensor-parallel-size",
+            str(engine_settings.tensor_parallel),
+            "--data-parallel-size",
+            str(engine_settings.replicas),
+        ),
+        *("--weight-transfer-config", json.dumps({"backend": f"rlpost_{transfer}"})),
         *("--worker-extension-cls", "rlpost.rollout.remote.worker.Extension"),
         *("--enable-scale-out", "--disable-log-stats", "--disable-uvicorn-access-log"),
     ]
@@ -55,6 +65,9 @@ def server_arguments(
     arguments += ["--enforce-eager"] if eager else []
     arguments += ["--trust-remote-code"] if trust_remote_code else []
     arguments += ["--generation-config", generation_config] if generation_config else []
+    if adapter_rank is not None:  # one at a time: the next one takes the place of the last
+        largest = next(rank for rank in _RANKS if rank >= adapter_rank)
+        arguments += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(largest)]
     if on_cpu:
         arguments += ["--kv-cache-memory-bytes", str(int(engine_settings.kv_cache_gib * 2**30)), "--block-size", "32"]
     if address.startswith("unix:"):
@@ -64,11 +77,18 @@ def server_arguments(
 
 
 def server_environment(
-    engine_settings: VllmEngine, *, on_cpu: bool, deadline_s: float, devices: tuple[int, ...] = ()
+    engine_settings: VllmEngine,
+    *,
+    on_cpu: bool,
+    deadline_s: float,
+    devices: tuple[int, ...] = (),
+    adapters: bool = False,
 ) -> dict[str, str]:
     """The environment of the server: the learner's without what is the learner's own. A user's own settings win."""
     environment = {key: value for key, value in os.environ.items() if key not in _LAUNCHER}
     environment["VLLM_SERVER_DEV_MODE"] = "1"  # weights and pings go by routes that vLLM offers to developers only
+    if adapters:
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     defaults: Mapping[str, str] = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",

@@ -53,8 +53,10 @@ class Client:
         *,
         deadline_s: float | None = None,
         method: str = "POST",
+        json: bool = True,
     ) -> Any:
-        """The JSON that `path` answers with; None for an empty answer. Raises ServerLost or ServerRefused."""
+        """The JSON that `path` answers with; None for an empty answer, or for one that is no JSON (`json` false). Raises
+        ServerLost or ServerRefused."""
         seconds = self.deadline_s if deadline_s is None else deadline_s
         try:
             async with asyncio.timeout(seconds):
@@ -63,7 +65,7 @@ class Client:
             raise ServerLost(f"{path} was not answered within {seconds:g} s") from None
         except httpx.HTTPError as error:
             raise ServerLost(f"{path}: {type(error).__name__} {error}".strip()) from error
-        return _read(path, reply)
+        return _read(path, reply, json=json)
 
     async def generate(self, body: dict[str, Any]) -> Any:
         """The reply to one request for tokens. It may take as long as it takes: whether the engine lives, `ping` says."""
@@ -89,12 +91,12 @@ class Client:
         return results
 
 
-def _read(path: str, reply: httpx.Response) -> Any:
+def _read(path: str, reply: httpx.Response, *, json: bool = True) -> Any:
     if reply.status_code >= 500 and ("EngineDead" in reply.text or "EngineCore encountered" in reply.text):
         raise ServerLost(f"{path}: its engine died")
     if reply.status_code != 200:
         raise ServerRefused(f"{path} answered {reply.status_code}: {_words(reply)}")
-    if not reply.content.strip():
+    if not json or not reply.content.strip():
         return None
     try:
         return reply.json()

@@ -10,8 +10,8 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlpost.errors import EngineLost, RolloutError
@@ -19,12 +19,15 @@ from rlpost.experience import Completion
 from rlpost.policy.names import WeightNames
 from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
+from rlpost.rollout.fingerprint import compare, from_json
 from rlpost.rollout.place import Place
+from rlpost.rollout.remote.adapters import Adapters
+from rlpost.rollout.remote.broadcast import Sender, buckets
 from rlpost.rollout.remote.client import Client, ServerLost, ServerRefused, answers, run
 from rlpost.rollout.remote.lanes import Job, Lane, Server
 from rlpost.rollout.remote.replies import BadReply, read_sample, read_scores, sampling_body, scoring_body
 from rlpost.rollout.remote.weights import WeightFiles
-from rlpost.rollout.sync_errors import incomplete
+from rlpost.rollout.sync_errors import held_wrongly, incomplete, not_compared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,12 +66,21 @@ class RemoteEngine:
         place: Place,
         files: WeightFiles | None,
         in_flight: bool = False,
+        sender: Sender | None = None,
+        adapters: Adapters | None = None,
     ) -> None:
-        """`names`: of the weights that every sync must bring. `files`: in the process that hands weights over."""
-        self.servers, self._settings = servers, engine_settings
-        self._names, self._place, self._files = names, place, files
+        """`names`: of the weights that every sync must bring. `files`: in the process that hands weights over.
+        `sender`: where weights do not go as files. `adapters`: where LoRA comes by itself; then the first sync alone brings the
+        model under it."""
+        self.servers, self._settings, self._names, self._place, self._files = (
+            servers,
+            engine_settings,
+            names,
+            place,
+            files,
+        )
         self._vocabulary, self._max_model_len, self._ends = vocabulary, max_model_len, tuple(ends)
-        self._in_flight = in_flight
+        self._in_flight, self._sender, self._adapters = in_flight, sender, adapters
         self._versions = ["default"]  # of the weights, oldest first; vLLM's word for those that it started with
         self._given_at = -math.inf  # when the last sync ended; infinite during one, for a server then samples nothing
         self._mending = threading.RLock()  # held by the thread that replaces a server, or gives all new weights
@@ -76,6 +88,7 @@ class RemoteEngine:
         self._closed = False
         self._calls = itertools.count()
         self._first = True  # no sync has come yet
+        self._told_unseen = False
 
     @property
     def version(self) -> str:
@@ -88,7 +101,7 @@ class RemoteEngine:
         check_lengths([len(request.token_ids) for request in requests], self._max_model_len)
         salt, first = self._salt(), len(self._versions) - 1
         bodies = [
-            sampling_body(request, settings, self._ends, request_id=f"{salt}-{i}", salt=salt)
+            self._named(sampling_body(request, settings, self._ends, request_id=f"{salt}-{i}", salt=salt))
             for i, request in enumerate(requests)
         ]
         longest = settings.max_completion_tokens
@@ -104,7 +117,7 @@ class RemoteEngine:
         check_lengths([len(sequence) for sequence in sequences], self._max_model_len)
         salt = self._salt()
         scored = [i for i, sequence in enumerate(sequences) if len(sequence) > 1]
-        bodies = [scoring_body(sequences[i], request_id=f"{salt}-{i}", salt=salt) for i in scored]
+        bodies = [self._named(scoring_body(sequences[i], request_id=f"{salt}-{i}", salt=salt)) for i in scored]
         scores = self._all(bodies, lambda reply, k: read_scores(reply, sequences[scored[k]], version=self.version))
         out: list[list[float]] = [[] for _ in sequences]
         for i, row in zip(scored, scores, strict=True):
@@ -123,13 +136,17 @@ class RemoteEngine:
 
     def _load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         error: RolloutError | None = None
+        if self._adapters is not None:
+            self._adapters.begin(str(version), self._place)
+        if self._sender is not None:
+            self._versions.append(str(version))
+            self._agree(self._send_all(weights, self._sender))
+            return
         if self._files is not None:
             try:
-                self._files.write(weights)
-                if missing := self._names.missing(self._files.names()):
-                    error = RolloutError(incomplete(missing, "the rollout servers"))
-            except RolloutError as caught:
-                error = caught
+                self._write(weights)
+            except RolloutError as found:
+                error = found
                 for _ in weights:  # the other processes gather every tensor with this one
                     pass
         else:
@@ -140,6 +157,19 @@ class RemoteEngine:
             error = self._give_all()
         self._agree(error)
 
+    def _write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        assert self._files is not None
+        if self._adapters is not None:
+            weights = self._adapters.taken(weights)
+        if self._adapters is None or not self._files.files:
+            self._files.write(weights)
+            if missing := self._names.missing(self._files.names()):
+                raise RolloutError(incomplete(missing, "the rollout servers"))
+        for _ in weights:
+            pass
+        if self._adapters is not None:
+            self._adapters.write()
+
     def close(self) -> None:
         """Ends the worker; servers that the run did not start go on. Closing twice does nothing."""
         self._closed = True  # for a thread that still samples: what it loses now is not replaced
@@ -148,6 +178,10 @@ class RemoteEngine:
                 server.process.end()
         if self._files is not None:
             self._files.close()
+
+    def _named(self, body: dict[str, Any]) -> dict[str, Any]:
+        """With the name of the adapters, where those come by themselves."""
+        return body if self._adapters is None else {**body, "model": self._adapters.name}
 
     def _salt(self) -> str:
         return f"{self.version}-{self._place.rank}-{os.getpid()}-{next(self._calls)}"
@@ -183,7 +217,9 @@ class RemoteEngine:
         except RolloutError as error:
             return error
         self._first = False
-        if self._files is not None and not any(s.process for s in self.servers):
+        if self._adapters is not None:
+            self._adapters.forget_old()
+        elif self._files is not None and not any(s.process for s in self.servers):
             self._files.remove()  # a worker that is replaced is given them again
         return None
 
@@ -210,33 +246,115 @@ class RemoteEngine:
         assert self._files is not None
         if server.lost is not None:
             return
+        async with self._transaction(server, client):
+            await self._prepare(client)
+            if self._adapters is None or server.fresh:
+                await client.call("/start_weight_update")
+                for path, names in self._files.files:
+                    await client.call("/update_weights", {"update_info": {"path": str(path), "names": names}})
+                await client.call("/finish_weight_update", {"weight_version": self.version})
+                self._compare(await client.rpc("rlpost_held"))
+            if self._adapters is not None:
+                await self._adapters.give(client, self.version, fresh=server.fresh)
+            await self._take_up(server, client)
+
+    async def _prepare(self, client: Client) -> None:
+        """Before new weights: nothing is computed until `_take_up`."""
+        await client.ping()
+        whole = await client.rpc("rlpost_prepare")
+        if not all(isinstance(found, dict) and found.get("whole") for found in whole):
+            raise ServerRefused(
+                "its sampler is built otherwise than in the versions that rlpost knows, and would report log-probs that "
+                "the learner cannot compare with its own. Install the vLLM version that rlpost asks for"
+            )
+        if self._in_flight:  # running requests keep their place, and forget what the old weights have computed
+            await client.call("/pause?mode=keep&clear_cache=true")
+
+    async def _take_up(self, server: Server, client: Client) -> None:
+        """After new weights."""
+        told = await client.call("/weight_info", method="GET")
+        if told != {"weight_version": self.version}:
+            raise ServerLost(f"after the sync it holds weights {told!r}, not {self.version!r}")
+        await client.call("/reset_prefix_cache")
+        if self._in_flight or server.fresh:  # an earlier learner may have been killed while it held the server
+            await client.call("/resume")
+        server.fresh, server.refused = False, None
+
+    @asynccontextmanager
+    async def _transaction(self, server: Server, client: Client) -> AsyncIterator[None]:
+        """What fails within it loses the server, for it may hold a mixture of old and new weights."""
         try:
-            await client.ping()
-            whole = await client.rpc("rlpost_prepare")
-            if not all(isinstance(one, dict) and one.get("whole") for one in whole):
-                raise ServerRefused(
-                    "its sampler is built otherwise than in the versions that rlpost knows, and would report log-probs that "
-                    "the learner cannot compare with its own. Install the vLLM version that rlpost asks for"
-                )
-            if self._in_flight:  # running requests keep their place, and forget what the old weights have computed
-                await client.call("/pause?mode=keep&clear_cache=true")
-            await client.call("/start_weight_update")
-            for path, names in self._files.files:
-                await client.call("/update_weights", {"update_info": {"path": str(path), "names": names}})
-            await client.call("/finish_weight_update", {"weight_version": self.version})
-            told = await client.call("/weight_info", method="GET")
-            if told != {"weight_version": self.version}:
-                raise ServerLost(f"after the sync it holds weights {told!r}, not {self.version!r}")
-            await client.call("/reset_prefix_cache")
-            if self._in_flight or server.fresh:  # an earlier learner may have been killed while it held the server
-                await client.call("/resume")
+            yield
         except (ServerRefused, ServerLost) as error:
             if isinstance(error, ServerRefused) and server.fresh:
                 server.refused = str(error)
             self._lose(server, str(error))
             await _send_away(client)
-        else:
-            server.fresh, server.refused = False, None
+
+    async def _on_each(self, step: Callable[[Server, Client], Awaitable[object]]) -> None:
+        """The same on all servers that live, at once."""
+
+        async def one(server: Server) -> None:
+            async with self._client(server) as client, self._transaction(server, client):
+                await step(server, client)
+
+        await asyncio.gather(*(one(server) for server in self.servers if server.lost is None))
+
+    def _send_all(self, weights: Iterable[tuple[str, Tensor]], sender: Sender) -> RolloutError | None:
+        """The same as writing and `_give_all`, from memory to memory: a layer at a time reaches all servers at once."""
+        assert self._files is not None
+        for server in self.servers:
+            server.come_back()
+        rest = self._files.noted(weights)
+        try:
+            if self._first:
+                self._wait_for_servers()
+            run(self._on_each(lambda _, client: self._prepare(client)))
+            living = [server for server in self.servers if server.lost is None]
+            try:
+                if living:
+                    sender.join([(server.address, server.life) for server in living])
+                run(self._on_each(lambda _, client: client.call("/start_weight_update")))
+                for bucket in buckets(rest):
+                    if not all(server.lost is None for server in living):
+                        raise ServerLost("another server of its group was lost")
+                    sender.send(bucket)
+            except (ServerLost, ServerRefused) as error:
+                for server in living:
+                    self._lose(server, str(error))
+            if missing := [] if not self._living() else self._names.missing(self._files.sent):
+                raise RolloutError(incomplete(missing, "the rollout servers"))
+            run(self._on_each(self._finish))
+            if all(server.lost for server in self.servers):
+                self._replace()
+        except RolloutError as error:
+            return error
+        finally:
+            for _ in rest:  # the other processes gather every tensor with this one
+                pass
+        self._first = False
+        return None
+
+    async def _finish(self, server: Server, client: Client) -> None:
+        await client.call("/finish_weight_update", {"weight_version": self.version})
+        self._compare(await client.rpc("rlpost_held"))
+        await self._take_up(server, client)
+
+    def _compare(self, told: Sequence[Any]) -> None:
+        """What a server's processes hold after an update beside what was sent. Raises ServerRefused where it differs."""
+        assert self._files is not None
+        try:
+            held = [[from_json(row) for row in worker["held"]] for worker in told]
+            stale = sorted({name for worker in told for name in worker["stale"]})
+            unloaded = sorted({name for worker in told for name in worker["unloaded"]})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ServerLost(f"what it holds was answered with {told!r:.200}") from error
+        found = compare(self._files.sent, held)
+        if wrong := [*found.wrong, *unloaded, *stale]:
+            raise ServerRefused(held_wrongly(wrong))
+        if found.unseen and not self._told_unseen:
+            self._told_unseen = True
+            _log.warning(not_compared(found.unseen, len(self._files.sent)))
 
     def _all(self, bodies: Sequence[dict[str, Any]], read: Callable[[Any, int], T]) -> list[T]:
         """What `read` makes of the reply to each of `bodies`, in their order. A lost worker is replaced. Raises EngineLost

@@ -6,13 +6,16 @@ import importlib.util
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlpost.errors import RolloutError
 from rlpost.policy.generation import loading_options
 from rlpost.policy.precision import sampler_dtype
 from rlpost.recipe.sections.base import unknown_choice
+from rlpost.recipe.sections.model import LoraSection
 from rlpost.recipe.sections.rollout import VllmEngine
 from rlpost.rollout.place import Place
+from rlpost.rollout.remote.adapters import Adapters
 from rlpost.rollout.remote.arguments import server_arguments, server_environment
 from rlpost.rollout.remote.client import ServerLost
 from rlpost.rollout.remote.engine import RemoteEngine
@@ -24,18 +27,31 @@ from rlpost.rollout.vllm_errors import explain_startup
 from rlpost.rollout.vllm_names import checkpoint_names, load_config
 from rlpost.rollout.vllm_versions import check_version
 
+if TYPE_CHECKING:
+    from rlpost.rollout.remote.broadcast import Sender
+
 
 def make_remote_engine(
-    engine_settings: VllmEngine, served: Served, ends: Sequence[int], place: Place, *, in_flight: bool = False
+    engine_settings: VllmEngine,
+    served: Served,
+    ends: Sequence[int],
+    place: Place,
+    *,
+    device: str = "cpu",
+    lora: LoraSection | None = None,
+    in_flight: bool = False,
 ) -> RemoteEngine:
     """The engine of this process. `ends`: tokens that end a completion beside the tokenizer's and the generation
-    configuration's. Raises RolloutError when a worker cannot start."""
+    configuration's. `lora`: of adapters that are sent by themselves. Raises RolloutError when a worker cannot start."""
     config = load_config(served.model_path, served.trust_remote_code)
     names = checkpoint_names(config, served.trust_remote_code)
     engine_settings = engine_settings.model_copy(update={"dtype": sampler_dtype(engine_settings)})
 
     def new_files() -> WeightFiles:
-        return WeightFiles(weights_folder(engine_settings.weights_folder, 4 * names.size()))
+        import torch
+
+        folder = weights_folder(engine_settings.weights_folder, 4 * names.size())
+        return WeightFiles(folder, getattr(torch, engine_settings.dtype))
 
     files: WeightFiles | None
     match engine_settings.where:
@@ -63,6 +79,8 @@ def make_remote_engine(
         place=place,
         files=files,
         in_flight=in_flight,
+        sender=_sender(served, engine_settings, device) if files is not None else None,
+        adapters=None if lora is None else Adapters(lora, files.folder if files else None),
     )
 
 
@@ -77,6 +95,20 @@ def _worker(engine_settings: VllmEngine, served: Served, place: Place, files: We
     )
     start(process, engine_settings, served)
     return Server(process.address, process)
+
+
+def _sender(served: Served, engine_settings: VllmEngine, device: str) -> Sender | None:
+    match served.transfer:
+        case "files":
+            return None
+        case "nccl":
+            import torch
+
+            from rlpost.rollout.remote.broadcast import Sender
+
+            return Sender(torch.device(device), engine_settings.deadline_s)
+        case _:
+            raise unknown_choice("rollout.sync.transfer", served.transfer)
 
 
 def own_devices(engine_settings: VllmEngine, local_rank: int) -> tuple[int, ...]:
@@ -119,9 +151,15 @@ def server_process(
             trust_remote_code=served.trust_remote_code,
             address=where,
             generation_config=options,
+            adapter_rank=served.adapter_rank,
+            transfer=served.transfer,
         ),
         server_environment(
-            engine_settings, on_cpu=served.on_cpu, deadline_s=engine_settings.deadline_s, devices=devices
+            engine_settings,
+            on_cpu=served.on_cpu,
+            deadline_s=engine_settings.deadline_s,
+            devices=devices,
+            adapters=served.adapter_rank is not None,
         ),
         cores=engine_settings.cores,
         log=log,

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING
 import psutil
 
 from rlpost.errors import RolloutError
+from rlpost.rollout.fingerprint import Sent, sent
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 BUCKET_BYTES = 2**30
@@ -55,9 +58,12 @@ def _sweep(folder: Path) -> None:
 class WeightFiles:
     """One version of the weights, as safetensors files of about a gibibyte."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, engine: torch.dtype | None = None) -> None:
+        """`engine`: the precision that the servers cast to, for fingerprints."""
+        self.folder, self._engine = folder, engine
         self.files: list[tuple[Path, list[str]]] = []  # with the names in each
+        self.sent: dict[str, Sent] = {}
+        self.seconds = 0.0  # that looking at the last version took
 
     def write(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces the files. Tensors come one at a time (a sharded learner gathers each); as many are held as fill a file."""
@@ -65,7 +71,7 @@ class WeightFiles:
         from safetensors.torch import save_file
 
         self.remove()
-        for number, bucket in enumerate(_buckets(weights)):
+        for number, bucket in enumerate(_buckets(self.noted(weights))):
             path = self.folder / f"{number}.safetensors"
             try:
                 save_file(bucket, path)
@@ -75,6 +81,15 @@ class WeightFiles:
                     "name another place with rollout.engine.weights_folder."
                 ) from error
             self.files.append((path, list(bucket)))
+
+    def noted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The same weights, with their fingerprints taken."""
+        self.sent, self.seconds = {}, 0.0
+        for name, tensor in weights:
+            began = time.perf_counter()
+            self.sent[name] = sent(tensor.detach(), self._engine)
+            self.seconds += time.perf_counter() - began
+            yield name, tensor
 
     def names(self) -> list[str]:
         return [name for _, names in self.files for name in names]
