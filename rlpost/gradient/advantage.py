@@ -18,8 +18,9 @@ def normalise(settings: AdvantageSection, reward: Tensor, prompt: Tensor, groups
 
     GRPO (arXiv 2402.03300) eq. 3: group mean and std; Dr.GRPO (arXiv 2503.20783): scale none; RLOO (arXiv 2402.14740)
     eq. 9: leave_one_out; REINFORCE++ (arXiv 2501.03262): batch mean and std. Where all known rewards are equal (of a group,
-    or of the batch, as the centre has it) the result is exactly 0, whatever rounding and eps say. A scale of exactly 0 is taken
-    as 1: without a centre, equal rewards have a standard deviation of 0, and a division by eps alone would blow them up.
+    or of the batch, as the centre has it) the result is exactly 0, whatever rounding and eps say. Where `_scale`
+    gives exactly 0 nothing is divided: without a centre, equal rewards have a standard deviation of 0, and a division by eps
+    alone would blow them up.
     """
     known = reward.isfinite()
     value = torch.where(known, reward, torch.zeros_like(reward))
@@ -95,7 +96,7 @@ def _totals(value: Tensor, known: Tensor, prompt: Tensor, groups: int) -> tuple[
 def _scale(
     settings: AdvantageSection, value: Tensor, centred: Tensor, known: Tensor, prompt: Tensor, groups: int
 ) -> Tensor:
-    """[S] or scalar: what `centred` is divided by, eps not yet added."""
+    """[S] or scalar: what `centred` is divided by, eps not yet added. 0: it is not divided; infinity: the advantage is 0."""
     less = 1 if settings.unbiased else 0
     match settings.scale:
         case "none":

@@ -1,5 +1,5 @@
 """What single masks compute (random, low probability, off-policy, stale): which tokens to REJECT. They are brought together in
-`rlpost.methods.masking`; the curvature mask, which needs a model of the optimizer, is in `rlpost.methods.capo`."""
+`rlpost.methods.masking`; the curvature mask decides in `rlpost.gradient.curvature`, on what `rlpost.methods.capo` predicts."""
 
 from __future__ import annotations
 
