@@ -364,3 +364,10 @@ def test_an_offload_that_parks_nothing_is_refused_or_said(base):
 def test_more_pieces_for_the_gpu_than_there_are_are_refused(base):
     with pytest.raises(RecipeError, match="gpu_of=3 of every=2"):
         load_recipe(base / "r.yaml", ["learner.offload={type: interleaved, gpu_of: 3}"])
+
+
+def test_weights_from_gpu_to_gpu_need_gpus(base, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    asked = ("rollout.sync.transfer=nccl", "rollout.engine={where: server, urls: [http://a:1]}")
+    [problem] = problems(base, *asked)
+    assert "rollout.sync.transfer=nccl needs a CUDA GPU" in problem and "rollout.sync.transfer=files" in problem

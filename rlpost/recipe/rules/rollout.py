@@ -135,8 +135,10 @@ def transfer_problems(r: Recipe) -> Iterator[str]:
             f"{asked} is for vLLM on servers: a worker is on the learner's own machine, where files in shared memory can "
             "also be given to the one that replaces it. Set rollout.engine.where=server, or transfer=files"
         )
+        return
     if r.rollout.sync.lora == "adapter":
         yield f"{asked} with rollout.sync.lora=adapter: adapters are small, and go as files. Set one of them to its default"
+        return
     import torch  # a second or two, and only for recipes that need the answer
 
     if not torch.cuda.is_available():
