@@ -1,5 +1,11 @@
 """Errors that a user is meant to read: what, where, what to do."""
 
+from __future__ import annotations
+
+import errno
+import os
+import re
+
 LAST_WORD_S = 10.0
 """How long the other processes wait before they leave over an error that the main one reports: as soon as one process
 ends, the launcher ends all others, and the message would be lost."""
@@ -11,6 +17,45 @@ def printable(text: str) -> str:
     return "".join(
         c if c.isprintable() or c == "\n" else " " if c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in text
     )
+
+
+_WORDS = {
+    errno.ENOSPC: "no space left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than the file system or a limit (ulimit -f) allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EIO: "the disk reports an error (input/output error)",
+    errno.ENOENT: "its folder does not exist any more",
+    errno.ESTALE: "its folder does not exist any more on the file server",
+    errno.EMFILE: "this process has too many files open (ulimit -n)",
+    errno.ENFILE: "the machine has too many files open",
+}
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """The operating system's error behind whatever a library raised; None where there is none. Libraries wrap it (torch, which
+    raises a RuntimeError over it) or write its number into a text (safetensors)."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        if isinstance(link, OSError) and link.errno is not None:
+            return link
+        if number := _OF_RUST.search(str(link)):
+            return OSError(int(number[1]), os.strerror(int(number[1])))
+        seen.add(id(link))
+        link = link.__cause__ or link.__context__
+    return None
+
+
+def in_words(error: OSError) -> str:
+    """What an error of the operating system means for whoever writes a file, with the file's name where it is known."""
+    said = _WORDS.get(error.errno or 0)
+    if said is None:
+        return str(error)
+    return f"{said} ({error.filename})" if error.errno in (errno.ENOENT, errno.ESTALE) and error.filename else said
 
 
 class RlpostError(Exception):

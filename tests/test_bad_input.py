@@ -221,7 +221,7 @@ def test_an_output_directory_on_a_read_only_disk(refused, tmp_path):
     if mount is None or os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("only root can mount a file system")
     try:
-        refused("Cannot write", "Read-only file system", "output_dir=", changes={"output_dir": str(place)})
+        refused("Cannot write", "the file system is read-only", "output_dir=", changes={"output_dir": str(place)})
     finally:
         subprocess.run(["umount", "-l", str(place)], check=False)
 
@@ -240,7 +240,7 @@ def test_metrics_that_cannot_be_written_any_more(refused, monkeypatch, tmp_path)
         return opened(self, mode, *arguments, **keywords)
 
     monkeypatch.setattr(Path, "open", full)
-    refused("metrics.jsonl", "No space left on device", "resume=auto", code=4)
+    refused("metrics.jsonl", "no space left on the disk", "resume=auto", code=4)
 
 
 @pytest.mark.engine

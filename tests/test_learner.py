@@ -187,7 +187,7 @@ def test_metrics_that_cannot_be_written_any_more(monkeypatch, write_recipe, tmp_
     metrics.touch()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", read_only)
-        with pytest.raises(TrainingError, match=r"metrics\.jsonl: Read-only file system.*resume=auto") as caught:
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl: the file system is read-only.*resume=auto") as caught:
             train(load_recipe(write_recipe(tmp_path, CHANGES)))
     assert caught.value.exit_code == 4
     train(load_recipe(tmp_path / "recipe.yaml", ["resume=auto", "learner.rollouts=3"]))

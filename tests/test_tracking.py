@@ -125,7 +125,7 @@ def test_a_full_disk_is_refused_by_name(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(RlpostError, match="No space left") as refused:
+    with pytest.raises(RlpostError, match="no space left on the disk") as refused:
         RunDirectory.open(tmp_path / "run", fresh=True)
     assert str(tmp_path / "run") in str(refused.value)
     monkeypatch.undo()

@@ -10,7 +10,6 @@ checkpoints/step_000012/
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 
-from rlpost.errors import CheckpointError
+from rlpost.errors import CheckpointError, in_words, system_error
 from rlpost.learner.process import Processes
 from rlpost.learner.vetted import PICKLES, refuse_code
 
@@ -102,6 +101,23 @@ class CheckpointStore:
         self._agree(problem, target, staging)
         return target
 
+    def try_out(self, write_own: Callable[[Path], None]) -> None:
+        """Writes what `write_own` writes, looks at it as a resumed run would, and removes it; collective. So that a run's last
+        checkpoint, which may be its only one, is not the first that anybody tried to write. Raises CheckpointError."""
+        staging, is_main = self.folder / ".writing_trial", self.processes.is_main
+        named = self.folder / "(one at the start, to try)"
+        self._agree(self._guarded(lambda: self._start(staging)) if is_main else None, named)
+        self._agree(self._guarded(lambda: write_own(staging)), named, staging)
+
+        def look() -> None:
+            _write_manifest(staging)
+            refuse_code(staging)
+            _sync_folder(self.folder)
+
+        self._agree(self._guarded(look) if is_main else None, named, staging)
+        if is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+
     def set_aside_after(self, step: int) -> None:
         """Renames the checkpoints of later steps: a run that goes on from an earlier one makes these steps again, and must not
         take the old ones for its newest.
@@ -117,7 +133,9 @@ class CheckpointStore:
 
     def _start(self, staging: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed while writing
-        (staging / "trainer").mkdir(parents=True)
+        self.folder.mkdir(exist_ok=True)  # but no run's folder that somebody has removed
+        staging.mkdir()
+        (staging / "trainer").mkdir()
 
     def _finish(self, staging: Path, target: Path) -> None:
         _write_manifest(staging)
@@ -144,18 +162,11 @@ class CheckpointStore:
         """Runs `action`; what went wrong, in words. What no full disk explains is logged with its traceback too."""
         try:
             action()
-        except OSError as error:
-            return _in_words(error)
         except Exception as error:
-            text = str(error)
-            # torch and safetensors report a full disk this way
-            of_torch = isinstance(error, RuntimeError) and any(
-                sign in text for sign in ("file write", "No space", "inline_container")
-            )
-            if of_torch or type(error).__name__ == "SafetensorError":
-                return f"{text} (is the disk full?)"
+            if (of_system := system_error(error)) is not None:
+                return in_words(of_system)
             logging.getLogger(__name__).error("A checkpoint could not be written:", exc_info=True)
-            return f"{type(error).__name__}: {' '.join(text.split())[:500]}"
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         return None
 
     def _agree(self, problem: str | None, target: Path, staging: Path | None = None) -> None:
@@ -209,7 +220,9 @@ def file_writer(files: Mapping[str, object], *, snapshot: bool) -> Callable[[Pat
 
         def write(folder: Path) -> None:
             for name, value in files.items():
-                torch.save(value, folder / name)
+                # Through a file of Python's own: torch's says nothing of why a write failed.
+                with (folder / name).open("wb") as file:
+                    torch.save(value, file)
 
         return write
     streams = {name: BytesIO() for name in files}
@@ -308,13 +321,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _in_words(error: OSError) -> str:
-    known = {
-        errno.ENOSPC: "no space left on the disk",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EROFS: "the file system is read-only",
-        errno.EACCES: "permission denied",
-    }
-    return known.get(error.errno or 0, str(error))

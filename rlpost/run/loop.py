@@ -53,6 +53,8 @@ class Loop:
             parts.optimizer_step = self.saver.saved_step = self.state.optimizer_step
             if (result := finished_before(parts, self.state)) is not None:
                 return result
+        else:
+            self.saver.try_out(self.state)
         parts.phase("sync", self.sync)
         if recipe.evaluation.at_start and self.state.accuracy_before is None and parts.held_out:
             self.state.accuracy_before = self.evaluate()

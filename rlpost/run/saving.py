@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlpost.errors import CheckpointError
 from rlpost.run.rescue import rescue_alone, rescue_together
-from rlpost.run.state import save_checkpoint
+from rlpost.run.state import save_checkpoint, try_saving_state
 
 if TYPE_CHECKING:
     from rlpost.run.parts import Parts
@@ -22,6 +22,10 @@ class Saver:
         self.parts, self.source = parts, source
         self.saved_step: int | None = None  # the optimizer step of the newest checkpoint
         self._rescued = False
+
+    def try_out(self, state: RunState) -> None:
+        """At the start of a run that has no checkpoint yet: whether one can be written."""
+        self.parts.phase("checkpoint", lambda: try_saving_state(self.parts, state, self.source))
 
     def save(self, state: RunState) -> None:
         """A checkpoint of the current optimizer step, unless there is one."""

@@ -86,6 +86,21 @@ def save_checkpoint(parts: Parts, state: RunState, source: Source) -> Path:
     return parts.store.write(state.optimizer_step, write_shared, lambda folder: write_own(folder / "trainer"))
 
 
+def try_saving_state(parts: Parts, state: RunState, source: Source) -> None:
+    """Writes and removes what a checkpoint has beside weights and optimizer state; collective. Raises CheckpointError."""
+    own: dict[str, Any] = {"rng": rng_state(), "buffer": state.buffer, "watched": state.watched}
+    own |= {"method": parts.updater.state_dict(), "ahead": source.own_state()}
+    write = file_writer({f"rank_{parts.processes.rank}.pt": own}, snapshot=False)
+    counters = json.dumps(source.state_dict() | {"recipe": dump(parts.recipe)})
+
+    def write_own(folder: Path) -> None:
+        write(folder / "trainer")
+        if parts.processes.is_main:
+            (folder / "trainer" / "state.json").write_text(counters)
+
+    parts.store.try_out(write_own)
+
+
 def load_checkpoint(path: Path, parts: Parts, source: Source) -> RunState:
     """Takes up the run saved in `path`: optimizer, generators, rollout in progress. The model's weights were loaded
     from the same folder when the policy was built.

@@ -126,6 +126,7 @@ def load_tensors(path: Path, *names: str) -> dict[str, Tensor] | None:
 def save_tensors(path: Path, **tensors: Tensor) -> str | None:
     """Writes a safetensors file, as a whole or not at all. Returns what went wrong, in words: a run does not fail over its
     cache."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     staging = path.with_name(f".{path.name}.{os.getpid()}")
@@ -133,7 +134,7 @@ def save_tensors(path: Path, **tensors: Tensor) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging)
         staging.rename(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         staging.unlink(missing_ok=True)
         return str(error)
     return None

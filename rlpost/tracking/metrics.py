@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from rlpost.errors import RlpostError, TrainingError
+from rlpost.errors import RlpostError, TrainingError, in_words
 
 Kind = Literal["train", "eval"]
 _HEAD = re.compile(rb'\{"step": (\d+), "kind": "(train|eval)"[,}]')  # how a row begins that was written here
@@ -166,7 +166,7 @@ def write_atomically(path: Path, text: str | Iterable[bytes]) -> None:
     fails."""
     temporary: str | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)  # and no parents: a run's folder that was removed is not made again
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         with os.fdopen(descriptor, "wb") as file:
             # A byte-level tokenizer can cut a character in two; backslashreplace keeps such text valid JSON.
@@ -199,6 +199,6 @@ def _parse(line: bytes) -> MetricRow | None:
 
 def _unwritable(path: Path, error: OSError) -> TrainingError:
     return TrainingError(
-        f"Cannot write {path}: {error.strerror or error}. Free space there or make the folder writable, then start the "
+        f"Cannot write {path}: {in_words(error)}. Free space there or make the folder writable, then start the "
         "same command again with resume=auto; the last checkpoint is intact."
     )

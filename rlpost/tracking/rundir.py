@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from rlpost.errors import RlpostError
+from rlpost.errors import RlpostError, TrainingError, in_words
 from rlpost.tracking.metrics import drop_partial_line, keep_rows, step_of, write_atomically
 
 LOCK_WAIT_S = 2.0  # long enough for the workers of a run that was just killed to go
@@ -37,6 +37,7 @@ class RunDirectory:
 
     path: Path
     _lock: BaseFileLock | None = field(default=None, repr=False, compare=False)
+    _mark: tuple[int, int] | None = field(default=None, repr=False, compare=False)  # the lock's file: device, number
 
     @classmethod
     def at(cls, path: Path | str) -> RunDirectory:
@@ -55,7 +56,8 @@ class RunDirectory:
         """
         path = Path(path)
         _make(path)
-        run = cls(path, _take_lock(path))
+        lock = _take_lock(path)
+        run = cls(path, lock, _mark(path))
         try:
             _write_test(path)
             if fresh and overwrite:
@@ -82,7 +84,7 @@ class RunDirectory:
                     folder.mkdir()
                     made.append(folder)
             if (run.path / ".lock").exists():
-                cls(run.path, _take_lock(run.path)).close()
+                cls(run.path, _take_lock(run.path), _mark(run.path)).close()
             for folder in (run.path, run.completions, run.checkpoints, run.wandb, run.report):
                 if folder is run.path or folder.exists():
                     _write_test(folder)
@@ -163,10 +165,21 @@ class RunDirectory:
             elif file.name.endswith(".tmp"):
                 file.unlink()
 
+    def check_held(self) -> None:
+        """Raises TrainingError where the folder that this run has locked was removed, moved or replaced: what is written from
+        then on would lie elsewhere, perhaps among the files of another run."""
+        if self._mark is not None and _mark(self.path) != self._mark:
+            raise TrainingError(
+                f"The run's folder {self.path} was removed, moved or replaced while the run was writing to it, so the run ends. "
+                "If it was moved, move it back and start again with resume=auto; else start anew, under another name if another "
+                "run is there now."
+            )
+
     def close(self) -> None:
         """Gives the lock back. May be called twice."""
         if self._lock is not None and self._lock.is_locked:
-            _holder_file(self.path).unlink(missing_ok=True)
+            if _mark(self.path) == self._mark:  # else it is the note of another run that is there now
+                _holder_file(self.path).unlink(missing_ok=True)
             self._lock.release()
 
     def __enter__(self) -> RunDirectory:
@@ -199,6 +212,14 @@ class RunDirectory:
                 shutil.rmtree(target)
             else:
                 target.unlink(missing_ok=True)
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
+    try:
+        look = (path / ".lock").stat()
+    except OSError:
+        return None
+    return look.st_dev, look.st_ino
 
 
 def _holder_file(path: Path) -> Path:
@@ -254,7 +275,7 @@ def _write_test(path: Path) -> None:
 
 
 def _unwritable(path: Path, error: Exception) -> RlpostError:
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    reason = in_words(error) if isinstance(error, OSError) else str(error)
     return RlpostError(
         f"Cannot write to the run directory {path}: {reason}. Free space there, make the folder writable, or put runs "
         "somewhere else (output_dir=/another/folder)."

@@ -74,6 +74,7 @@ class Tracker:
         """
         if not self._is_main:
             return
+        self._run.check_held()
         sampled = records(step, rollout) if rollout is not None else []
         if sampled:
             write_completions(self._run.completions, step, sampled)
@@ -96,6 +97,7 @@ class Tracker:
         """
         if not self._is_main:
             return
+        self._run.check_held()
         named = {key if "/" in key else f"eval/{key}": value for key, value in metrics.items()}
         row = self._metrics.append(step, named, kind="eval")
         self._wandb.log(row, kind="eval")
@@ -112,6 +114,7 @@ class Tracker:
     def sync(self) -> None:
         """Forces the metrics to disk; call it before a checkpoint is written."""
         if self._is_main:
+            self._run.check_held()
             self._metrics.sync()
 
     def close(self, status: Status) -> None:
