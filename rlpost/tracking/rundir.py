@@ -170,9 +170,9 @@ class RunDirectory:
         then on would lie elsewhere, perhaps among the files of another run."""
         if self._mark is not None and _mark(self.path) != self._mark:
             raise TrainingError(
-                f"The run's folder {self.path} was removed, moved or replaced while the run was writing to it, so the run ends. "
-                "If it was moved, move it back and start again with resume=auto; else start anew, under another name if another "
-                "run is there now."
+                f"The run's folder {self.path} was removed, moved or replaced while the run wrote to it, so the run ends. "
+                "If it was moved, move it back and start again with resume=auto; else start anew, under another name if "
+                "another run is there now."
             )
 
     def close(self) -> None:
