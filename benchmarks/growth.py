@@ -2,11 +2,18 @@
 
     python -m benchmarks.growth [--rows 1000000] [--metrics 100000] [--before CHECKOUT]
 
+<<<<<<< HEAD
 Each number is of a fresh process. `data, first start` builds the prompts of a JSONL file with nothing kept of it, `data, next
 start` (and every other process of a run) with what the first start left; `resume` opens a run's folder with so many metric rows
 and writes the next row; `report` draws its page. `--before` names a checkout of another version (`git worktree add`), which is
 measured in turns with this one; what is printed as a ratio is of the same run of this script. SmolLM2's tokenizer and chat
 template.
+=======
+Each number is of a fresh process. `data, first start` builds the prompts of a JSONL file with nothing kept of it; `data, next
+start` (and every other process of a run) does with what the first start left; `resume` opens a run's folder with so many
+metric rows and writes the next row; `report` draws its page. `--before` names a checkout of another version (`git worktree
+add`), which is measured in turns with this one. SmolLM2's tokenizer and chat template.
+>>>>>>> 97147a8690ca50168a006edfbd3e38e527d1425a
 """
 
 from __future__ import annotations
@@ -93,8 +100,8 @@ def _resume(run_dir: Path) -> Any:
     from rlpost.tracking.rundir import RunDirectory
     from rlpost.tracking.tracker import Tracker
 
-    settings = ["tracking.wandb.mode=disabled", "tracking.console=plain"]
-    recipe = load_recipe(ROOT / "recipes" / "quickstart.yaml", settings).recipe
+    settings = ["tracking.wandb.mode=disabled", "tracking.console=false"]
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "quickstart.yaml", settings).recipe
     last = int(json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])["step"])
 
     def resume() -> int:

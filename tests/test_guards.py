@@ -12,7 +12,9 @@ import pytest
 from conftest import REWARD, rows
 
 from rlpost.cli import main
+from rlpost.learner.deadline import ends_without_lock
 from rlpost.learner.watch import Interrupt
+from rlpost.tracking.rundir import RunDirectory
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("one_thread")]
 
@@ -33,6 +35,71 @@ def test_a_phase_that_hangs_is_named_with_its_stack_and_ends_the_process(write_r
     assert "in hangs_for_ever" in printed.split("learner.watchdog_s = 1 s")[1], "the stack of the thread that hangs"
     assert "resume=auto" in printed
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+HOLDS_THE_LOCK = """
+from itertools import repeat
+from rlpost.learner import watch
+from rlpost.run.loop import Loop
+watch.GRACE_S = 1.0
+def holds_the_lock(self):
+    sum(repeat(1, 10**15))  # one call of C code, which lets no other thread run
+Loop.sync = holds_the_lock
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the system's timers")
+def test_a_process_whose_interpreter_lock_is_held_is_named_and_ended_too(write_recipe, children, tmp_path):
+    recipe = write_recipe(tmp_path, {"evaluation.prompts": 0})
+    code, printed = children.run(recipe, "learner.watchdog_s=1", before=HOLDS_THE_LOCK)
+    assert code == 75, printed
+    assert "in holds_the_lock" in printed, "the stack of the thread that holds it"
+    assert "the phase 'sync' has taken longer than learner.watchdog_s = 1 s, and something that is no Python" in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the system's timers")
+def test_a_deadline_that_is_met_leaves_nothing_behind():
+    with ends_without_lock(0.05, "never said", 75):
+        pass
+    time.sleep(1.3)  # longer than all of its timers
+    with pytest.raises(ZeroDivisionError), ends_without_lock(0.05, "never said", 75):
+        raise ZeroDivisionError
+    time.sleep(1.3)
+
+
+WAITS_BETWEEN_PHASES = """
+import os, sys, time
+if os.environ.get("RANK") == "1" and "rlpost.run.loop" in sys.modules:
+    def hangs_between_phases(self):
+        time.sleep(1000)
+    sys.modules["rlpost.run.loop"].Loop.stop_asked = hangs_between_phases
+"""
+
+
+def test_a_process_that_waits_for_a_hung_one_between_phases_ends_the_run(write_recipe, children, tmp_path):
+    recipe = write_recipe(tmp_path, {"evaluation.prompts": 0, "rollout.probe": None}, WAITS_BETWEEN_PHASES + REWARD)
+    code, printed = children.run(recipe, "learner.watchdog_s=15", launch="cpu2.yaml", script=True)
+    assert "the phase 'wait for the other processes' has taken longer than learner.watchdog_s = 15 s" in printed, (
+        printed
+    )
+    assert "in gather" in printed and code == 75
+
+
+@pytest.mark.parametrize("launch", ["cpu.yaml", "cpu2.yaml"])
+def test_a_run_whose_launcher_alone_was_killed_saves_and_ends(launch, write_recipe, children, tmp_path):
+    changes = {"learner.rollouts": 100_000, "evaluation.prompts": 0, "checkpoint.every": 0}
+    recipe, run = write_recipe(tmp_path, changes), tmp_path / "run"
+    launcher = children.start(recipe, launch=launch)
+    deadline = time.monotonic() + 240
+    while not (run / "metrics.jsonl").exists():
+        assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()[0]
+        time.sleep(0.05)
+    os.kill(launcher.pid, signal.SIGKILL)
+    printed, _ = launcher.communicate(timeout=240)  # until the last process has closed what it prints to
+    assert f"the launcher (process {launcher.pid}) has ended without its run" in printed, printed
+    last = rows(run, "train")[-1]["step"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [f"step_{last:06d}"]
+    RunDirectory.open(run, fresh=False).close()  # nobody holds it any more
 
 
 def test_a_second_process_is_kept_out_of_a_live_runs_folder(write_recipe, children, tmp_path, capsys):

@@ -6,6 +6,7 @@ import copy
 import os
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -35,6 +36,8 @@ class Processes:
         self.local_rank: int = state.local_process_index
         self.device: torch.device = torch.device("cpu") if not torch.cuda.is_available() else state.device
         self._group: Any = None
+        self.watch: Callable[[str], AbstractContextManager[None]] | None = None
+        """What ends this process, by name, when it waits too long for the others; set once a run is put together."""
         if self.world > 1 and dist.get_backend() != "gloo":
             # Python objects and control flags travel over gloo, so that they never wait behind GPU work.
             self._group = dist.new_group(backend="gloo")
@@ -55,7 +58,8 @@ class Processes:
             return [value]
         values: list[Any] = [None] * self.world
         try:
-            dist.all_gather_object(values, value, group=self._group)
+            with self._waiting():
+                dist.all_gather_object(values, value, group=self._group)
         except RuntimeError as error:  # gloo's word for a process that is gone
             raise TrainingError(
                 f"Process {self.rank} has lost the other processes of the run: one of them ended, and its own message says "
@@ -99,6 +103,7 @@ class Processes:
     def apart(self) -> Processes:
         """The same processes with a channel of their own, for a thread beside the run's; collective."""
         other = copy.copy(self)
+        other.watch = None  # the thread that it is for has a watchdog of its own
         if self.world > 1:
             other._group = dist.new_group(backend="gloo")
         return other
@@ -106,7 +111,11 @@ class Processes:
     def barrier(self) -> None:
         """Waits for all processes."""
         if self.world > 1:
-            dist.barrier(group=self._group)
+            with self._waiting():
+                dist.barrier(group=self._group)
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.watch is None else self.watch("wait for the other processes")
 
     def close(self) -> None:
         """Leaves the process group."""

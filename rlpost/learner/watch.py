@@ -11,8 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from rlpost.learner.deadline import GRACE_S, ends_without_lock
 
 WATCHDOG_EXIT = 75  # EX_TEMPFAIL: trying again (resume=auto) is the right thing to do
 
@@ -21,7 +24,8 @@ class Phases:
     """Times the phases of a step, and ends the process when one outlives its deadline.
 
     A hung collective or engine cannot be interrupted from Python: the watchdog thread names the phase, dumps the stacks
-    of all threads, and exits, so that the launcher takes the other processes down too.
+    of all threads, and exits, so that the launcher takes the other processes down too. Where even that thread cannot run,
+    `rlpost.learner.deadline` does it a little later.
     """
 
     def __init__(self, deadline_s: float, record: Callable[[str, float, float], None] | None = None) -> None:
@@ -32,17 +36,31 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        timer = threading.Timer(self._deadline, self._expire, args=(name,))
-        timer.daemon = True
-        timer.start()
         start, began = time.perf_counter(), time.time()
         try:
-            yield
+            with self.watch(name):
+                yield
         finally:
-            timer.cancel()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
             if self._record is not None:
                 self._record(name, began, time.time())
+
+    @contextmanager
+    def watch(self, name: str) -> Iterator[None]:
+        """The deadline alone, without a clock: for what lies between phases."""
+        timer = threading.Timer(self._deadline, self._expire, args=(name,))
+        timer.daemon = True
+        timer.start()
+        words = (
+            f"rlpost: the phase '{name}' has taken longer than learner.watchdog_s = {self._deadline:g} s, and something that "
+            f"is no Python holds the interpreter's lock (the stacks stand above). The run ends with exit code {WATCHDOG_EXIT}; "
+            "start again with resume=auto. The system's own last word"
+        )
+        try:
+            with ends_without_lock(self._deadline + GRACE_S, words, WATCHDOG_EXIT):
+                yield
+        finally:
+            timer.cancel()
 
     def take(self) -> dict[str, float]:
         """Seconds since the last call: `time/step` on the clock, `time/<phase>` by phase."""
@@ -61,6 +79,30 @@ class Phases:
         )
         faulthandler.dump_traceback(file=sys.__stderr__ or 2, all_threads=True)
         os._exit(WATCHDOG_EXIT)
+
+
+_LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "rlpost.run.launch", "deepspeed")
+_LOOK_S = 1.0  # between looks at the launcher
+
+
+def follow_launcher() -> None:
+    """Has this process stop as at SIGTERM when the launcher that started it is killed alone: it would go on unseen, and hold
+    the run's folder. Without a launcher (a shell, `nohup`) it lives on by itself."""
+    parent = os.getppid()
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:  # no Linux: torch's launcher leaves a variable
+        command = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    if not any(name in command for name in _LAUNCHERS):
+        return
+
+    def follow() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_S)
+        _say(f"\nrlpost: the launcher (process {parent}) has ended without its run, so the run ends, too.\n")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, name="rlpost launcher", daemon=True).start()
 
 
 class Interrupt:

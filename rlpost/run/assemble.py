@@ -74,12 +74,14 @@ def assemble(loaded: LoadedRecipe) -> Parts:
             tracker.note(line)
         undo.pop_all()
     timeline = Timeline(run.timeline if processes.is_main else None)
+    phases = Phases(recipe.learner.watchdog_s, timeline.of("learner"))
+    processes.watch = phases.watch
     return Parts(
         recipe=recipe,
         processes=processes,
         run=run,
         tracker=tracker,
-        phases=Phases(recipe.learner.watchdog_s, timeline.of("learner")),
+        phases=phases,
         timeline=timeline,
         store=CheckpointStore(
             run.checkpoints, recipe.checkpoint.keep, processes, asynchronous=recipe.checkpoint.asynchronous

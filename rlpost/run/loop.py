@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlpost.learner.curvature_step import mask_share
-from rlpost.learner.watch import Interrupt
+from rlpost.learner.watch import Interrupt, follow_launcher
 from rlpost.run.assemble import assemble
 from rlpost.run.emptiness import watch_rows
 from rlpost.run.result import RunResult, end_run, finished_before
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 def train(loaded: LoadedRecipe) -> RunResult:
     """Runs a recipe from its start, or from a checkpoint, to its end. Ctrl-C saves and returns."""
+    follow_launcher()
     parts = assemble(loaded)
     loop: Loop | None = None
     try:
@@ -110,7 +111,8 @@ class Loop:
         seconds = parts.phases.take()
         row = {"rollout": float(buffer.step), **buffer.metrics, **metrics, **mask_share(metrics, seconds), **seconds}
         record = self.source.record(buffer) if first else None
-        parts.processes.together(lambda: parts.tracker.step(self.state.optimizer_step, row, record))
+        with parts.phases.watch("record"):
+            parts.processes.together(lambda: parts.tracker.step(self.state.optimizer_step, row, record))
         if (error := self.state.too_many_skipped(parts)) is not None:
             parts.processes.fail(error)
 
@@ -131,7 +133,8 @@ class Loop:
         accuracy, metrics = self.parts.phase("eval", self.source.evaluate)
         self.parts.phases.take()
         step, tracker = self.state.optimizer_step, self.parts.tracker
-        self.parts.processes.together(lambda: tracker.evaluation(step, metrics))
+        with self.parts.phases.watch("record"):
+            self.parts.processes.together(lambda: tracker.evaluation(step, metrics))
         return accuracy
 
     def evaluate_at_end(self) -> tuple[float | None, Exception | None]:

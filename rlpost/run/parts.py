@@ -108,6 +108,10 @@ class Parts:
     def close(self, status: str) -> None:
         """Ends everything that was started; what cannot be ended is said, and keeps the others from nothing."""
         ended: Status = "finished" if status == "finished" else "stopped" if status == "interrupted" else "failed"
+        with self.phases.watch("close"):
+            self._close(ended)
+
+    def _close(self, ended: Status) -> None:
         close_all(
             {
                 "the checkpoints": self.store.close,

@@ -31,7 +31,8 @@ class Saver:
         """A checkpoint of the current optimizer step, unless there is one."""
         if self.saved_step == state.optimizer_step:
             return
-        self.parts.tracker.sync()  # a checkpoint must not outlive the metrics of the steps before it
+        with self.parts.phases.watch("record"):
+            self.parts.tracker.sync()  # a checkpoint must not outlive the metrics of the steps before it
         self._or_weights(state, lambda: save_checkpoint(self.parts, state, self.source))
         self.saved_step = state.optimizer_step
 
