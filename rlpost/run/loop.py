@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlpost.learner.curvature_step import mask_share
-from rlpost.learner.watch import Interrupt, follow_launcher
+from rlpost.learner.watch import Interrupt
 from rlpost.run.assemble import assemble
 from rlpost.run.emptiness import watch_rows
 from rlpost.run.result import RunResult, end_run, finished_before
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 def train(loaded: LoadedRecipe) -> RunResult:
     """Runs a recipe from its start, or from a checkpoint, to its end. Ctrl-C saves and returns."""
-    follow_launcher()
     parts = assemble(loaded)
     loop: Loop | None = None
     try:
@@ -54,8 +53,7 @@ class Loop:
             parts.optimizer_step = self.saver.saved_step = self.state.optimizer_step
             if (result := finished_before(parts, self.state)) is not None:
                 return result
-        else:
-            self.saver.try_out(self.state)
+        self.saver.try_out(self.state)
         parts.phase("sync", self.sync)
         if recipe.evaluation.at_start and self.state.accuracy_before is None and parts.held_out:
             self.state.accuracy_before = self.evaluate()
@@ -111,8 +109,7 @@ class Loop:
         seconds = parts.phases.take()
         row = {"rollout": float(buffer.step), **buffer.metrics, **metrics, **mask_share(metrics, seconds), **seconds}
         record = self.source.record(buffer) if first else None
-        with parts.phases.watch("record"):
-            parts.processes.together(lambda: parts.tracker.step(self.state.optimizer_step, row, record))
+        parts.recorded(lambda: parts.tracker.step(self.state.optimizer_step, row, record))
         if (error := self.state.too_many_skipped(parts)) is not None:
             parts.processes.fail(error)
 
@@ -133,8 +130,7 @@ class Loop:
         accuracy, metrics = self.parts.phase("eval", self.source.evaluate)
         self.parts.phases.take()
         step, tracker = self.state.optimizer_step, self.parts.tracker
-        with self.parts.phases.watch("record"):
-            self.parts.processes.together(lambda: tracker.evaluation(step, metrics))
+        self.parts.recorded(lambda: tracker.evaluation(step, metrics))
         return accuracy
 
     def evaluate_at_end(self) -> tuple[float | None, Exception | None]:

@@ -62,6 +62,11 @@ class Parts:
     model_sent: bool = False  # to the engine, since this process began
     _reference: Policy | None = field(default=None)
 
+    def recorded(self, action: Callable[[], None]) -> None:
+        """What the main process writes for all, under the watchdog: the others wait for it."""
+        with self.phases.watch("record"):
+            self.processes.together(action)
+
     def weights_to_send(self) -> Iterator[tuple[str, Tensor]]:
         """The policy's, as the engine takes them: where adapters go by themselves, the model under them is sent once."""
         form: Form = "merged"

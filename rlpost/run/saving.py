@@ -25,7 +25,8 @@ class Saver:
 
     def try_out(self, state: RunState) -> None:
         """At the start of a run that has no checkpoint yet: whether one can be written."""
-        self.parts.phase("checkpoint", lambda: try_saving_state(self.parts, state, self.source))
+        if self.saved_step is None:
+            self.parts.phase("checkpoint", lambda: try_saving_state(self.parts, state, self.source))
 
     def save(self, state: RunState) -> None:
         """A checkpoint of the current optimizer step, unless there is one."""
