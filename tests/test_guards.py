@@ -67,18 +67,25 @@ def test_a_deadline_that_is_met_leaves_nothing_behind():
     time.sleep(1.3)
 
 
-WAITS_BETWEEN_PHASES = """
-import os, sys, time
-if os.environ.get("RANK") == "1" and "rlpost.run.loop" in sys.modules:
-    def hangs_between_phases(self):
-        time.sleep(1000)
+HANGS_BETWEEN_PHASES = """
+import os, sys, threading, time
+def hangs_between_phases(self):
+    time.sleep(1000)
+def change():
+    while not hasattr(sys.modules.get("rlpost.run.loop"), "train"):
+        time.sleep(0.01)
     sys.modules["rlpost.run.loop"].Loop.stop_asked = hangs_between_phases
+if os.environ.get("RANK") == "1":
+    threading.Thread(target=change, daemon=True).start()
 """
 
 
 def test_a_process_that_waits_for_a_hung_one_between_phases_ends_the_run(write_recipe, children, tmp_path):
-    recipe = write_recipe(tmp_path, {"evaluation.prompts": 0, "rollout.probe": None}, WAITS_BETWEEN_PHASES + REWARD)
-    code, printed = children.run(recipe, "learner.watchdog_s=15", launch="cpu2.yaml", script=True)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "sitecustomize.py").write_text(HANGS_BETWEEN_PHASES)  # every interpreter runs it at its start
+    places = os.pathsep.join(filter(None, (str(tmp_path / "first"), os.environ.get("PYTHONPATH"))))
+    recipe = write_recipe(tmp_path, {"evaluation.prompts": 0, "rollout.probe": None})
+    code, printed = children.run(recipe, "learner.watchdog_s=15", launch="cpu2.yaml", script=True, PYTHONPATH=places)
     assert "the phase 'wait for the other processes' has taken longer than learner.watchdog_s = 15 s" in printed, (
         printed
     )

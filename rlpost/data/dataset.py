@@ -33,20 +33,24 @@ class Table:
     )
 
 
-def dataset_rows(source: DatasetSource, where: str = "data.train") -> list[Row]:
-    """The data set's rows in its own order; every column but the prompt is kept in `columns`.
+def dataset_rows(source: DatasetSource, where: str = "data.train", opened: RowStream | None = None) -> list[Row]:
+    """The data set's rows in its own order; every column but the prompt is kept in `columns`. `opened`: the source, where it
+    has been opened already.
 
     Raises DataError for a missing file or hub name, an empty data set, a missing column or an unusable question.
     """
-    table = load_table(source, where)
+    table = load_table(source, where, opened)
     _check_columns(source, table.columns, where)
     return [_row(f"{table.name}/{i}", values, source, where, table.filled) for i, values in enumerate(table.rows)]
 
 
-def load_table(source: DatasetSource, where: str) -> Table:
+def load_table(source: DatasetSource, where: str, opened: RowStream | None = None) -> Table:
     """The rows that a source names, cut to its `limit`. Raises DataError."""
     local = is_local(source.path)
-    rows = _load_local(source, where) if local else _load_hub(source, where)
+    stream = RowStream(source, where) if opened is None else opened
+    rows = list(stream.values())
+    if local and not rows:
+        raise DataError(f"{where}.path: `{source.path}` cannot be loaded: it has no rows, and needs at least one row.")
     if not rows:
         raise DataError(f"{where}.path: `{source.path}` has no rows (split `{source.split}`).")
     columns = columns_of(rows)
@@ -103,14 +107,14 @@ class RowStream:
 
     def __iter__(self) -> Iterator[Row]:
         """Raises DataError as `dataset_rows` does; of several things that are wrong, perhaps another first."""
-        rows = self._values()
+        rows = self.values()
         first = list(islice(rows, _LOOKED_AT))
         self._columns = dict.fromkeys(columns_of(first))
         asked = {self.source.prompt, *(path.split(".")[0] for path in self.source.columns.values())}
         if self.source.demonstration is not None:
             asked.add(self.source.demonstration)
         if not asked <= self._columns.keys():  # in no row so far: then it is better to know now than behind the last
-            self._columns = dict.fromkeys(columns_of(self._values()))
+            self._columns = dict.fromkeys(columns_of(self.values()))
         _check_columns(self.source, list(self._columns), self.where)
         filled = _is_filled(self.source, local=self._local)
         for i, values in enumerate(chain(first, rows)):
@@ -119,7 +123,8 @@ class RowStream:
                 values.setdefault(column, None)
             yield _row(f"{self.name}/{i}", values, self.source, self.where, filled)
 
-    def _values(self) -> Iterator[Values]:
+    def values(self) -> Iterator[Values]:
+        """What stands in every row."""
         if self._local:
             return _read_local(self._files, self.source, self.where)
         return (dict(row) for row in self._table)
@@ -140,17 +145,6 @@ def _read_local(files: list[Path], source: DatasetSource, where: str) -> Iterato
         yield from islice((row for file in files for row in read_rows(file)), source.limit)
     except DataError as error:
         raise DataError(f"{where}.path: `{source.path}` cannot be loaded: {error}") from error
-
-
-def _load_local(source: DatasetSource, where: str) -> list[Values]:
-    rows = list(_read_local(_find_local(source, where), source, where))
-    if not rows:
-        raise DataError(f"{where}.path: `{source.path}` cannot be loaded: it has no rows, and needs at least one row.")
-    return rows
-
-
-def _load_hub(source: DatasetSource, where: str) -> list[Values]:
-    return list(_open_hub(source, where))
 
 
 def _open_hub(source: DatasetSource, where: str) -> Any:

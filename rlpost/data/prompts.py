@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rlpost.data.answers import Answers
-from rlpost.data.dataset import RowStream
+from rlpost.data.dataset import RowStream, dataset_rows
 from rlpost.data.prompt_cache import kept_prompts
 from rlpost.data.rows import Row
 from rlpost.data.sources import load_rows
@@ -113,13 +113,15 @@ def build_prompts(
 
 def _prompts(source: Source, where: str, data: DataSection, template: ChatTemplate) -> Sequence[Prompt]:
     """All prompts of a source: of a large data set as a table on disk."""
-    if isinstance(source, DatasetSource) and (stream := RowStream(source, where)).large:
-        table = kept_prompts(stream, data, template, partial(_tokenised, data=data))
-        if table is not None:
-            if len(table):
-                _check_opening(template, table[0])
-            return table
-    return list(_tokenised(load_rows(source, where), template, data))
+    if not isinstance(source, DatasetSource):
+        return list(_tokenised(load_rows(source, where), template, data))
+    stream = RowStream(source, where)
+    table = kept_prompts(stream, data, template, partial(_tokenised, data=data)) if stream.large else None
+    if table is None:
+        return list(_tokenised(dataset_rows(source, where, stream), template, data))
+    if len(table):
+        _check_opening(template, table[0])
+    return table
 
 
 def _prompt_limit(data: DataSection, max_context: int | None, max_completion_tokens: int) -> int:

@@ -46,18 +46,20 @@ class Phases:
                 self._record(name, began, time.time())
 
     @contextmanager
-    def watch(self, name: str) -> Iterator[None]:
-        """The deadline alone, without a clock: for what lies between phases."""
-        timer = threading.Timer(self._deadline, self._expire, args=(name,))
+    def watch(self, name: str, *, at_least: float = 0.0) -> Iterator[None]:
+        """The deadline alone, without a clock: for what lies between phases. `at_least`: seconds that it has in any case."""
+        limit = max(self._deadline, at_least)
+        said = f"rlpost: the phase '{name}' has taken longer than "
+        said += f"learner.watchdog_s = {limit:g} s" if limit == self._deadline else f"{limit:g} s"
+        timer = threading.Timer(limit, self._expire, args=(said,))
         timer.daemon = True
         timer.start()
         words = (
-            f"rlpost: the phase '{name}' has taken longer than learner.watchdog_s = {self._deadline:g} s, and something that "
-            f"is no Python holds the interpreter's lock (the stacks stand above). The run ends with exit code {WATCHDOG_EXIT}; "
-            "start again with resume=auto. The system's own last word"
+            f"{said}, and something that is no Python holds the interpreter's lock (the stacks stand above). The run ends with "
+            f"exit code {WATCHDOG_EXIT}; start again with resume=auto. The system's own last word"
         )
         try:
-            with ends_without_lock(self._deadline + GRACE_S, words, WATCHDOG_EXIT):
+            with ends_without_lock(limit + GRACE_S, words, WATCHDOG_EXIT):
                 yield
         finally:
             timer.cancel()
@@ -69,11 +71,11 @@ class Phases:
         self.seconds, self._since = {}, now
         return taken
 
-    def _expire(self, name: str) -> None:
+    @staticmethod
+    def _expire(said: str) -> None:
         print(
-            f"rlpost: the phase '{name}' has taken longer than learner.watchdog_s = {self._deadline:g} s. The stacks of "
-            f"all threads follow; then the run ends with exit code {WATCHDOG_EXIT}. Start again with resume=auto, or "
-            f"raise learner.watchdog_s if the phase is just slow.",
+            f"{said}. The stacks of all threads follow; then the run ends with exit code {WATCHDOG_EXIT}. Start again with "
+            "resume=auto, or raise learner.watchdog_s if the phase is just slow.",
             file=sys.stderr,
             flush=True,
         )
@@ -81,7 +83,13 @@ class Phases:
         os._exit(WATCHDOG_EXIT)
 
 
-_LAUNCHERS = ("accelerate", "torchrun", "torch.distributed", "rlpost.run.launch", "deepspeed")
+_LAUNCHERS = (
+    "accelerate",
+    "torchrun",
+    "torch.distributed",
+    "rlpost.run.launch",
+    "deepspeed",
+)  # what Python is told to run
 _LOOK_S = 1.0  # between looks at the launcher
 
 
@@ -90,10 +98,11 @@ def follow_launcher() -> None:
     the run's folder. Without a launcher (a shell, `nohup`) it lives on by itself."""
     parent = os.getppid()
     try:
-        command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
+        program, _, command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace").partition("\0")
     except OSError:  # no Linux: torch's launcher leaves a variable
-        command = "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else ""
-    if not any(name in command for name in _LAUNCHERS):
+        program, command = "python", "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    # A shell that was told to run a launcher, and then this process, is none.
+    if not Path(program).name.startswith("python") or not any(name in command for name in _LAUNCHERS):
         return
 
     def follow() -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rlpost.data.sampler import PromptSampler
 
 T = TypeVar("T")
+CLOSE_S = 600.0  # W&B alone may take two minutes
 
 
 @dataclass(slots=True)
@@ -113,7 +114,7 @@ class Parts:
     def close(self, status: str) -> None:
         """Ends everything that was started; what cannot be ended is said, and keeps the others from nothing."""
         ended: Status = "finished" if status == "finished" else "stopped" if status == "interrupted" else "failed"
-        with self.phases.watch("close"):
+        with self.phases.watch("close", at_least=CLOSE_S):
             self._close(ended)
 
     def _close(self, ended: Status) -> None:
