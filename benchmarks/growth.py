@@ -32,7 +32,6 @@ from typing import Any
 from benchmarks.measure import ROOT, machine, table, write_result
 
 KEYS = 51  # numbers of a metric row beside its step and kind
-LIMIT_S = 3600.0
 JOBS = ("data, first start", "data, next start", "resume", "report")
 _NAMES = (
     *("reward/mean", "reward/max", "completions/length_mean", "completions/truncated_share", "policy/entropy"),
@@ -129,21 +128,23 @@ def anonymous_mib() -> float:
     return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
-def measure(job: str, checkout: Path, cache: Path, rows: Path, run_dir: Path) -> dict[str, Any]:
-    """A job in a fresh process of a version. One that takes longer than LIMIT_S has no numbers."""
+def measure(job: str, checkout: Path, cache: Path, rows: Path, run_dir: Path, limit: float) -> dict[str, Any]:
+    """A job in a fresh process of a version. One that takes longer than `limit` seconds has no numbers."""
     environment = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{ROOT}", "RLPOST_CACHE": str(cache)}
     command = [sys.executable, str(Path(__file__).resolve()), "--job", job, str(rows), str(run_dir)]
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, check=False)
     except subprocess.TimeoutExpired:
-        return {"seconds": None, "note": f"not done in {LIMIT_S:.0f} s"}
+        return {"seconds": None, "note": f"not done in {limit:.0f} s"}
     if done.returncode:
         raise RuntimeError(f"{job} of {checkout} failed:\n{done.stderr[-3000:]}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
-def compare(versions: dict[str, Path], folder: Path, rows: int, metrics: int) -> dict[str, dict[str, Any]]:
+def compare(
+    versions: dict[str, Path], folder: Path, rows: int, metrics: int, limit: float
+) -> dict[str, dict[str, Any]]:
     """All jobs of all versions, job after job, the versions in turns."""
     data = folder / "rows.jsonl"
     write_rows(data, rows)
@@ -153,7 +154,7 @@ def compare(versions: dict[str, Path], folder: Path, rows: int, metrics: int) ->
             run_dir = folder / name / "run"
             if job == "resume":
                 write_metrics(run_dir / "metrics.jsonl", metrics)
-            found[job][name] = measure(job, checkout, _cache(folder / name), data, run_dir)
+            found[job][name] = measure(job, checkout, _cache(folder / name), data, run_dir, limit)
             print(job, name, found[job][name], flush=True)
     return found
 
@@ -173,6 +174,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--metrics", type=int, default=100_000)
     parser.add_argument("--before", type=Path, help="a checkout of the version to compare with")
+    parser.add_argument(
+        "--limit", type=float, default=3600.0, help="seconds for one job; a longer one is said to be longer"
+    )
     parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.job:
@@ -183,7 +187,7 @@ def main() -> None:
     versions["now"] = ROOT
     about = machine()
     with tempfile.TemporaryDirectory() as scratch:
-        found = compare(versions, Path(scratch), arguments.rows, arguments.metrics)
+        found = compare(versions, Path(scratch), arguments.rows, arguments.metrics, arguments.limit)
     lines = [
         [job, name, *(f"{one.get(key) or 0:.1f}" for key in ("seconds", "cpu_seconds", "memory_mib"))]
         for job, of in found.items()

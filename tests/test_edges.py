@@ -33,7 +33,7 @@ def spoilt_score(edge, group, sample, score):
     match edge:
         case "largest":
             return Score(Outcome.SCORED, LARGEST_REWARD * (1.0, -1.0, 0.0, 1e-30)[(group + sample) % 4])
-        case "huge":  # the scorer lets no such reward through; what comes behind it must not depend on that
+        case "huge":  # no scorer lets such a reward through, but a weight may make one
             return Score(Outcome.SCORED, (1e308, -1e308, 0.0, 1.0)[(group + sample) % 4])
         case "equal":
             return Score(Outcome.SCORED, LARGEST_REWARD)

@@ -26,6 +26,10 @@ from rlpost.teaching.gate import Gated
 from rlpost.teaching.verdict import accuracies, right_of_known
 
 
+LARGEST = 1e30
+"""A weighted score beyond this is no reward: scorers let none beyond 1e20 through, so that only a weight can make one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Digest:
     """What processes tell each other about their scored groups: a few numbers a completion, no text."""
@@ -149,9 +153,11 @@ def logged_metrics(logged: Mapping[str, float], processes: Processes) -> dict[st
 
 def weighted(scores: Sequence[Score], weights: Sequence[float]) -> list[float]:
     """A completion's scores times their weights; NaN: not applicable. One failed score makes all of the completion's
-    scores unknown, because a sum without the failed part would be a wrong reward in the group's baseline."""
-    failed = any(score.failed for score in scores)
-    return [math.nan if failed or s.value is None else w * s.value for w, s in zip(weights, scores, strict=True)]
+    scores unknown, because a sum without the failed part would be a wrong reward in the group's baseline. So does one beyond
+    LARGEST: its square would stay in running moments (a critic's whitening, a controller's spread) for ever."""
+    products = [math.nan if s.value is None else w * s.value for w, s in zip(weights, scores, strict=True)]
+    unknown = any(score.failed for score in scores) or any(abs(product) > LARGEST for product in products)
+    return [math.nan] * len(products) if unknown else products
 
 
 def _all_or_none(parts: Sequence[Tensor | None]) -> Tensor | None:
