@@ -25,7 +25,6 @@ from rlpost.recipe.sections.reward import Reward
 from rlpost.teaching.gate import Gated
 from rlpost.teaching.verdict import accuracies, right_of_known
 
-
 LARGEST = 1e30
 """A weighted score beyond this is no reward: scorers let none beyond 1e20 through, so that only a weight can make one."""
 
