@@ -42,7 +42,8 @@ PLACES = {
     "before_optimizer_step_7": "from rlpost.learner.learner import DataParallelLearner as place\nkilling(place, 'step', 7)",
     "step_6_recorded_but_not_saved": "from rlpost.learner.checkpoint import CheckpointStore as place\n"
     "killing(place, 'write', 6)",
-    "checkpoint_6_half_written": "import rlpost.learner.checkpoint as place\nkilling(place, '_write_manifest', 6)",
+    # The first manifest is that of the trial at the run's start, which is thrown away.
+    "checkpoint_6_half_written": "import rlpost.learner.checkpoint as place\nkilling(place, '_write_manifest', 7)",
     "while_scoring_the_third_rollout": "from rlpost.scoring.scorer import Scorer as place\nkilling(place, 'score', 4)",
 }
 
