@@ -112,7 +112,7 @@ def test_what_decides_of_a_prompt_makes_another_table(tmp_path, monkeypatch, tok
     path.write_text(path.read_text().replace("It is 3.", "It is 4."))
     os.utime(path, ns=(look.st_atime_ns, look.st_mtime_ns))  # of the same size and time
     assert tables(section(path)) == 5
-    found = build_prompts(section(path), tokenizer, max_context=None)
+    found = build_prompts(section(path, held_out=0), tokenizer, max_context=None)
     assert any(p.demonstration and p.demonstration.text == "It is 4." for p in found.train)
 
 
