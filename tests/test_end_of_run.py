@@ -135,7 +135,7 @@ def test_a_report_that_cannot_be_drawn_is_no_error(write_recipe, tmp_path, monke
     from rlpost.run.conclude import draw_report
 
     result = train(load_recipe(write_recipe(tmp_path, {**CHANGES, "evaluation.prompts": 0})))
-    monkeypatch.setattr("rlpost.tracking.report.draw_all", breaks)
+    monkeypatch.setattr("rlpost.tracking.report.draw_columns", breaks)
     assert draw_report(result) == "no report: Unexpected: broken here"
 
 

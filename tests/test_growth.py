@@ -112,7 +112,7 @@ def test_what_decides_of_a_prompt_makes_another_table(tmp_path, monkeypatch, tok
     path.write_text(path.read_text().replace("It is 3.", "It is 4."))
     os.utime(path, ns=(look.st_atime_ns, look.st_mtime_ns))  # of the same size and time
     assert tables(section(path)) == 5
-    found = build_prompts(section(path), tokenizer, max_context=None)
+    found = build_prompts(section(path, held_out=0), tokenizer, max_context=None)
     assert any(p.demonstration and p.demonstration.text == "It is 4." for p in found.train)
 
 
@@ -314,9 +314,11 @@ def test_a_report_of_a_long_run_draws_a_bounded_number_of_points(tmp_path, monke
 
     with RunDirectory.open(tmp_path / "run", fresh=True) as run:
         metrics(run.metrics, 12_000)
-    points, real_plot, real_bar = [], Axes.plot, Axes.bar
+    points, real_plot, real_fill = [], Axes.plot, Axes.fill_between
     monkeypatch.setattr(Axes, "plot", lambda self, x, *a, **k: points.append(len(x)) or real_plot(self, x, *a, **k))
-    monkeypatch.setattr(Axes, "bar", lambda self, x, *a, **k: points.append(len(x)) or real_bar(self, x, *a, **k))
+    monkeypatch.setattr(
+        Axes, "fill_between", lambda self, x, *a, **k: points.append(len(x)) or real_fill(self, x, *a, **k)
+    )
     page = write_report(tmp_path / "run").read_text()
     assert points and max(points) <= 2 * DRAWN + 2
     assert "12000" in page and "the slowest steps" in page

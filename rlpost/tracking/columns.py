@@ -27,14 +27,17 @@ class Columns:
     def of(cls, rows: Iterable[MetricRow]) -> Columns:
         """The numbers of rows, which are read one after the other."""
         columns: dict[str, array[float]] = {}
-        steps = array("q")
+        steps, isfinite = array("q"), math.isfinite
         for place, row in enumerate(rows):
             steps.append(int(row["step"]))
-            for key in row:
-                if key in ("step", "kind") or (value := number(row, key)) is None:
+            for key, value in row.items():
+                usual = type(value) is float and isfinite(value)
+                if not usual and (key in ("step", "kind") or (value := number(row, key)) is None):
                     continue
-                column = columns.setdefault(key, array("d"))
-                column.extend([math.nan] * (place - len(column)))  # rows that lacked it
+                if (column := columns.get(key)) is None:
+                    column = columns[key] = array("d")
+                if len(column) < place:  # rows that lacked it
+                    column.extend([math.nan] * (place - len(column)))
                 column.append(value)
         for column in columns.values():
             column.extend([math.nan] * (len(steps) - len(column)))

@@ -24,6 +24,7 @@ PHASE_COLORS = dict(zip(PHASES, (BLUE, ORANGE, YELLOW, GREEN, PURPLE, GREY, SKY,
     "other": "#BBBBBB"
 }
 PANELS_PER_ROW = 3
+_BARS = 200
 _OWN_FIGURE = (
     *("time/", "eval/", "reward/mean", "completions/length_mean", "policy/entropy", "policy/kl_reference"),
     *(f"controller/{name}" for name in ("kl", "threshold", "target", "phase", "gate", "coefficient", "penalty", "pid")),
@@ -336,12 +337,14 @@ def _draw_time(rows: Columns, folder: Path) -> Picture | None:
 
     def draw(axes: Any) -> None:
         base = np.zeros(len(shown))
-        steps, width = rows.steps[shown], max(1.0, len(rows) / len(shown))
+        steps = rows.steps[shown]
         for phase, values in layers.items():
             label = f"{phase} ({math.fsum(values) / total:.0%})"
-            axes.bar(
-                steps, values[shown], bottom=base, width=width, color=PHASE_COLORS[phase], label=label, linewidth=0
-            )
+            colored: dict[str, Any] = {"color": PHASE_COLORS[phase], "label": label, "linewidth": 0}
+            if len(shown) <= _BARS:
+                axes.bar(steps, values[shown], bottom=base, width=1.0, **colored)
+            else:  # bars without gaps are one shape, which is drawn a hundred times as fast
+                axes.fill_between(steps, base, base + values[shown], step="mid", **colored)
             base = base + values[shown]
         axes.set_ylabel("seconds per step")
         axes.set_ylim(0, base.max() * 1.05 or 1)
