@@ -39,10 +39,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Train. Usually started by `launch/run.sh launch/<topology>.yaml RECIPE`."""
+    from rlpost.learner.watch import follow_launcher
     from rlpost.recipe.load import load_recipe
     from rlpost.recipe.rules.check import refuse_unsound
     from rlpost.run.conclude import conclude, conclude_at_once, launch_command
 
+    follow_launcher()
     loaded = load_recipe(recipe, overrides or ())
     launched = launch_command()
     try:

@@ -228,7 +228,7 @@ def test_prompts_know_whether_they_were_texts(tiny_model):
 
     rows = [Row("a/0", "one"), Row("a/1", ({"role": "user", "content": "one"},))]
     section = DataSection(train=ArithmeticSource(), system_prompt="Be brief.")
-    text, chat = _tokenised(rows, section, ChatTemplate(AutoTokenizer.from_pretrained(tiny_model)))
+    text, chat = _tokenised(rows, ChatTemplate(AutoTokenizer.from_pretrained(tiny_model)), section)
     assert (text.is_text, chat.is_text) == (True, False) and text.messages[0]["role"] == "system"
 
 

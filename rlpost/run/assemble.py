@@ -12,7 +12,7 @@ from rlpost.learner.factory import make_learner
 from rlpost.learner.process import Processes
 from rlpost.learner.resume import check_order, notes
 from rlpost.learner.rng import seed_everything
-from rlpost.learner.watch import Phases, follow_launcher
+from rlpost.learner.watch import Phases
 from rlpost.policy.precision import decide_precision
 from rlpost.recipe.rules.setting import zero_stage_from_environment
 from rlpost.run.before_model import Before, look_before, try_saving
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 def assemble(loaded: LoadedRecipe) -> Parts:
     """Builds all parts. Raises an RlpostError for whatever is wrong with recipe, data, rewards, model or machine."""
-    follow_launcher()
     processes = Processes()
     recipe, precision_notes = decide_precision(loaded.recipe)
     seed_everything(recipe.seed)
