@@ -9,13 +9,12 @@ import torch
 from conftest import rows
 from safetensors.torch import load_file
 from test_rollout import direct
-from test_rollout_remote import DEADLINE_S, SECTION, SETTINGS, requests, saved  # noqa: F401
+from test_rollout_remote import DEADLINE_S, SECTION, SETTINGS, requests, saved, start_engine  # noqa: F401
 
 from rlpost.errors import RolloutError
 from rlpost.policy.model import load_policy
 from rlpost.policy.weights import adapter_weights, gather_nothing, named_weights
 from rlpost.recipe.sections.model import LoraSection, ModelSection
-from rlpost.rollout.factory import make_engine
 from rlpost.rollout.place import Place
 from rlpost.rollout.remote.adapters import Adapters
 from rlpost.rollout.remote.client import Client, run
@@ -103,7 +102,7 @@ def gap(policy, request, completion) -> float:
 @pytest.mark.engine
 def test_a_worker_samples_by_the_newest_adapter_alone(saved, tmp_path, one_thread, monkeypatch):  # noqa: F811
     """The base model comes once, then adapters; the one before is gone; a worker that is replaced is given both."""
-    path, _, tokenizer = saved
+    path = saved[0]
     policy, called, call = lora_policy(path), [], Client.call
 
     async def noted(self, where, body=None, **options):
@@ -112,17 +111,7 @@ def test_a_worker_samples_by_the_newest_adapter_alone(saved, tmp_path, one_threa
 
     monkeypatch.setattr(Client, "call", noted)
     section = SECTION.model_copy(update={"deadline_s": 10 * DEADLINE_S})
-    engine = make_engine(
-        section,
-        ModelSection(path=path, lora=LORA),
-        path,
-        tokenizer,
-        max_model_len=100,
-        seed=0,
-        device="cpu",
-        place=Place(logs=tmp_path),
-        adapter_rank=LORA.rank,
-    )
+    engine = start_engine(saved, tmp_path, section, lora=LORA, adapter_rank=LORA.rank)
     try:
         engine.load_weights(policy.named_weights(form="apart"), 0)
         first, old = engine.sample(requests(), SETTINGS), engine._adapters.name

@@ -16,15 +16,12 @@ import torch
 import yaml
 from conftest import rows
 from test_rollout import direct
-from test_rollout_remote import SECTION, free_port, processes, reply, requests, saved, versions  # noqa: F401
+from test_rollout_remote import SECTION, free_port, processes, reply, requests, saved, start_engine, versions  # noqa: F401
 from test_staleness import kill_at_random, served
 
 from rlpost.experience import Completion, Group, Prompt
 from rlpost.learner.process import Processes
-from rlpost.recipe.sections.model import ModelSection
 from rlpost.rollout.engine import SamplingSettings
-from rlpost.rollout.factory import make_engine
-from rlpost.rollout.place import Place
 from rlpost.rollout.remote.client import Client, run
 from rlpost.rollout.remote.replies import BadReply, read_sample
 from rlpost.source.ages import age_metrics
@@ -76,18 +73,7 @@ def test_ages_are_counted_token_by_token():
 
 def make_one(saved, logs, **changes):  # noqa: F811
     """A worker whose weights may change while it samples."""
-    path, _, tokenizer = saved
-    return make_engine(
-        SECTION.model_copy(update=changes),
-        ModelSection(path=path),
-        path,
-        tokenizer,
-        max_model_len=100,
-        seed=0,
-        device="cpu",
-        place=Place(logs=logs),
-        in_flight=True,
-    )
+    return start_engine(saved, logs, SECTION.model_copy(update=changes), in_flight=True)
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ CHEATS = {
         "      open(f'/proc/{p}/fd/1', 'w').write((json.dumps({'value': 'None', 'held': True}) + '\\n') * 9)\n"
         "    except OSError: pass\ndef add(a, b): return None"
     ),
-    "reads the tests": "def add(a, b): return int(open('/work/.inside.py').read().split('==')[1])",
+    "reads the tests": "def add(a, b): return int(open('/sandbox/.inside.py').read().split('==')[1])",
     "kills the driver": "import os\nos.kill(os.getppid(), 9)\ndef add(a, b): return 3",
     "changes what compares": "import builtins\nbuiltins.repr = lambda x: '3'\ndef add(a, b): return 9",
 }

@@ -257,6 +257,14 @@ def saved(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("tiny"))
 
 
+def start_engine(saved, logs, section=SECTION, *, lora=None, **options):
+    """An engine whose worker has the saved model."""
+    path, _, tokenizer = saved
+    model = ModelSection(path=path, lora=lora)
+    limits = {"max_model_len": 100, "seed": 0, "device": "cpu"}
+    return make_engine(section, model, path, tokenizer, place=Place(logs=logs), **limits, **options)
+
+
 @pytest.fixture(scope="module")
 def make(saved, tmp_path_factory):
     """Makes an engine; all are closed at the end, and must have left nothing."""
@@ -264,13 +272,8 @@ def make(saved, tmp_path_factory):
     torch.set_num_threads(1)
 
     def make(section=SECTION):
-        path, _, tokenizer = saved
-        place = Place(logs=tmp_path_factory.mktemp("logs"))
-        engine = make_engine(
-            section, ModelSection(path=path), path, tokenizer, max_model_len=100, seed=0, device="cpu", place=place
-        )
-        made.append(engine)
-        return engine
+        made.append(start_engine(saved, tmp_path_factory.mktemp("logs"), section))
+        return made[-1]
 
     yield make
     for engine in made:

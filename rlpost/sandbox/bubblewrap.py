@@ -1,6 +1,6 @@
 """One program in a sandbox of its own: bubblewrap's namespaces, and limits on everything that a program can use up.
 
-Inside there is a read-only system, a folder `/work` in memory with the program's files, and no network, no environment, no
+Inside there is a read-only system, a folder `/sandbox` in memory with the program's files, and no network, no environment, no
 other process, no way to make further namespaces. The whole of it is killed when the program ends, exceeds a limit, or its
 deadline passes, and when the process that asked for it dies.
 
@@ -30,6 +30,8 @@ import psutil
 
 from rlpost.errors import RewardError
 
+HOME = "/sandbox"
+"""Where a program's files lie, in the sandbox. What the machine has under this name cannot be seen there."""
 _LOOK_EVERY_S = 0.02
 _MIB = 2**20
 _NOBODY = 65534
@@ -93,7 +95,7 @@ def run(
 ) -> Result:
     """Runs `command` in a new sandbox and waits for its end.
 
-    `files`: by name, relative to `/work`, where the program starts. `python3` is this interpreter without any package. Output
+    `files`: by name, relative to HOME, where the program starts. `python3` is this interpreter without any package. Output
     that is not UTF-8 is replaced. Raises Unavailable where there is no sandbox, ValueError for a file name that leads out.
     """
     limits = limits or Limits()
@@ -186,7 +188,7 @@ def _bubblewrap(descriptors: Mapping[str, int], limits: Limits) -> list[str]:
         elif Path(name).is_dir():
             system.append(("--ro-bind", name, name))
     size = str(limits.files_mib * _MIB)
-    given = [("--file", str(descriptor), f"/work/{_inside(name)}") for name, descriptor in descriptors.items()]
+    given = [("--file", str(descriptor), f"{HOME}/{_inside(name)}") for name, descriptor in descriptors.items()]
     return [
         program,
         *(
@@ -205,16 +207,16 @@ def _bubblewrap(descriptors: Mapping[str, int], limits: Limits) -> list[str]:
             f"{prefix}/bin:/usr/bin:/bin",
             "--setenv",
             "HOME",
-            "/work",
+            HOME,
             "--setenv",
             "LANG",
             "C.UTF-8",
         ),
         *("--setenv", "PYTHONDONTWRITEBYTECODE", "1"),
         *(word for words in system for word in words),
-        *("--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", "/work", "--size", size, "--tmpfs", "/tmp"),
+        *("--proc", "/proc", "--dev", "/dev", "--size", size, "--tmpfs", HOME, "--size", size, "--tmpfs", "/tmp"),
         *(word for words in given for word in words),
-        *("--remount-ro", "/proc", "--remount-ro", "/", "--chdir", "/work", "--"),
+        *("--remount-ro", "/proc", "--remount-ro", "/", "--chdir", HOME, "--"),
     ]
 
 

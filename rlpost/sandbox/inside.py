@@ -40,11 +40,11 @@ def one(program: str, case: dict[str, Any], seconds: float, limit: int) -> dict[
     out = _read(reader, deadline, limit)
     os.close(reader)
     late = out is None or not _ended(pid, deadline)
-    for kill in (os.kill, os.killpg):  # the case itself, and what it has left behind
-        try:
-            kill(pid, signal.SIGKILL)
-        except OSError:
-            pass
+    os.kill(pid, signal.SIGKILL)  # it has not been waited for, so the number is still its own
+    try:
+        os.killpg(pid, signal.SIGKILL)  # what it has left behind
+    except ProcessLookupError:
+        pass  # it was killed before it had made a group of its own, so it has started nothing either
     _, status = os.waitpid(pid, 0)
     if late or out is None:
         return {"time": True}
@@ -114,12 +114,8 @@ def _own_descriptors(stdin: str, writer: int, *, whole: bool) -> int:
     for descriptor, number in ((given, 0), (writer if whole else nowhere, 1), (nowhere, 2)):
         os.dup2(descriptor, number)
     answer = 1 if whole else os.dup(writer)
-    for number in range(3, 64):  # the sandbox allows no more
-        if number != answer:
-            try:
-                os.close(number)
-            except OSError:
-                pass
+    os.closerange(3, max(3, answer))
+    os.closerange(max(3, answer + 1), 64)  # the sandbox allows no more
     sys.stdin, sys.stdout, sys.stderr = (open(n, "w" if n else "r", closefd=False) for n in range(3))  # noqa: SIM115
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
     sys.argv = [PROGRAM]
@@ -127,5 +123,5 @@ def _own_descriptors(stdin: str, writer: int, *, whole: bool) -> int:
 
 
 if __name__ == "__main__":
-    os.chdir("/work")
+    os.chdir("/sandbox")
     main()

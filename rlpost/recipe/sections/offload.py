@@ -23,8 +23,22 @@ class OffloadSection(Section):
     torch's is used, and the run says so."""
 
 
-class _Way(OffloadSection):
-    """What the ways have that are settled: all but `auto`."""
+class _Settled(OffloadSection):
+    """What all ways but `auto` have: `gpu_of`, `every` and `resident`, too."""
+
+    @property
+    def state_on(self) -> Literal["host", "accelerator"]:
+        """Where the state is at home."""
+        return "host"
+
+    @property
+    def parks_state(self) -> bool:
+        """Whether the state leaves the accelerator while completions are sampled."""
+        return False
+
+
+class _Way(_Settled):
+    """All pieces alike, through the accelerator."""
 
     @property
     def gpu_of(self) -> int:
@@ -37,16 +51,6 @@ class _Way(OffloadSection):
     @property
     def resident(self) -> float:
         return 0.0
-
-    @property
-    def state_on(self) -> Literal["host", "accelerator"]:
-        """Where the state is at home."""
-        return "host"
-
-    @property
-    def parks_state(self) -> bool:
-        """Whether the state leaves the accelerator while completions are sampled."""
-        return False
 
 
 class _OnAccelerator(_Way):
@@ -88,7 +92,7 @@ class StreamedOffload(_Way):
     type: Literal["streamed"] = "streamed"
 
 
-class InterleavedOffload(OffloadSection):
+class InterleavedOffload(_Settled):
     """Some pieces pass through the accelerator, and the CPU updates the others meanwhile."""
 
     type: Literal["interleaved"] = "interleaved"
@@ -99,14 +103,6 @@ class InterleavedOffload(OffloadSection):
     resident: float = Field(0.0, ge=0.0, lt=1.0)
     """The share of the state that stays on the accelerator beside its copy on the host (12 bytes a parameter on both): it is
     updated without passing over the link. `gpu_of` and `every` are of the rest."""
-
-    @property
-    def state_on(self) -> Literal["host", "accelerator"]:
-        return "host"
-
-    @property
-    def parks_state(self) -> bool:
-        return False
 
     @model_validator(mode="after")
     def _no_more_than_all(self) -> InterleavedOffload:
