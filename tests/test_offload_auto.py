@@ -112,6 +112,11 @@ def recipe_of(write_recipe, tmp_path, **offload):
     return load_recipe(write_recipe(tmp_path, {"learner.offload": {"type": "auto", **offload}})).recipe
 
 
+def test_rates_that_cannot_be_written_end_no_run(tmp_path):
+    forecast = Forecast(predict(1000, RESIDENT, H100, KIND), H100, {}, tmp_path / "removed" / NAME)
+    assert [forecast.observe(0.1)["offload/measured_s"] for _ in range(3)] == [0.1] * 3
+
+
 def test_what_else_takes_memory_is_not_there_for_the_state(write_recipe, tmp_path):
     recipe = recipe_of(write_recipe, tmp_path)
     size, _ = find_model_size(recipe.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -54,10 +55,11 @@ class Forecast:
         return metrics
 
     def save(self) -> None:
-        """Keeps the rates for later starts and for `rlpost plan`."""
+        """Keeps the rates for later starts and for `rlpost plan`. Where they cannot be written the run goes on: a full disk is
+        said by what must be saved."""
         if self.file is None:
             return
-        found = {
+        kept = {
             "machine": self.machine,
             "rates": asdict(self.refitted),
             "rates_at_start": asdict(self.rates),
@@ -66,8 +68,9 @@ class Forecast:
             "slower_than_at_start": self.factor,
         }
         part = self.file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(found, indent=1) + "\n")
-        part.replace(self.file)
+        with contextlib.suppress(OSError):
+            part.write_text(json.dumps(kept, indent=1) + "\n")
+            part.replace(self.file)
 
 
 @dataclass(frozen=True, slots=True)
