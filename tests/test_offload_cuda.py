@@ -8,6 +8,7 @@ import pytest
 import torch
 from offload_machine import Case, same
 
+from rlpost.offload.arithmetic import OwnArithmetic, build_kernel, differing, gpu_kernel
 from rlpost.offload.backends import CudaDevice, run_on_lanes
 from rlpost.offload.program import Program
 
@@ -53,3 +54,14 @@ def test_streams_are_made_once():
     before = dict(CudaDevice._streams)
     case.run(lambda program: run_on_lanes(program, CudaDevice()))
     assert before == CudaDevice._streams
+
+
+def test_the_triton_kernel_has_the_c_kernels_bits_on_the_gpu(tmp_path):
+    from rlpost.offload import adamw_triton  # needs triton, which a machine without a GPU may lack
+
+    device = torch.device("cuda")
+    library, why = build_kernel(tmp_path)
+    assert library is not None, why
+    kernel, why = gpu_kernel(library, device)
+    assert kernel is not None, why
+    assert differing(OwnArithmetic(library), OwnArithmetic(library, adamw_triton.update), device) == 0

@@ -61,6 +61,7 @@ def test_all_that_is_simulated_is_updated_once():
         assert sum(op.size for op in steps) == BILLION
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("machine", "limit"), [("4 x H100", 0.13), ("4 x A100", 0.13)])
 def test_both_published_sweeps_are_met_with_the_rates_of_their_logs(machine, limit):
     """One number a machine is fitted, the bandwidth of its memory; without such a limit the error is three times as large."""

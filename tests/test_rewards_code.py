@@ -177,6 +177,7 @@ def test_a_run_learns_by_execution(write_recipe, tmp_path):
     assert row["rewards/code/mean"] == 0.0 and row["scores/code/scored"] == 8
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("program", "right"),
     [

@@ -139,6 +139,7 @@ def test_same_requests_give_the_same_completions_and_touch_no_global_random_stat
     assert {c.finish for c in first} == {"stop", "length"}, "the tiny model should show both endings"
 
 
+@pytest.mark.thorough
 def test_samples_do_not_depend_on_the_batch(saved, engine):
     wanted = [c.token_ids for c in engine.sample(requests(), SETTINGS)]
     assert [c.token_ids for c in engine.sample(requests()[::-1], SETTINGS)] == wanted[::-1]

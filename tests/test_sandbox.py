@@ -173,6 +173,7 @@ ENDED = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ENDED)
 def test_each_is_ended_within_its_limits_and_leaves_nothing(name):
     code, ends = ENDED[name]
