@@ -8,7 +8,8 @@ Every repeat visits all arms in another order; a visit makes the engine anew, st
 backward, update (`engine.step`, with norm and clipping) and the gathering of all weights that a sync begins with. An arm that
 cannot start, dies or hangs is written down with the reason. The reference is ZeRO-3 without offload: losses and the bits of
 weights and master weights are compared with its own. On a CPU there is no link and no other kernel, so its times say nothing
-of what offload is worth. NOT RUN ON A GPU YET.
+of what offload is worth. What is measured is kept as it comes, beside --out (`.jsonl`), and a benchmark that is stopped (Ctrl-C,
+SIGTERM) still writes what it has.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import importlib.metadata
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -53,18 +55,24 @@ def visits(count: int, repeats: int, seed: int = 0) -> list[tuple[int, int]]:
     return found
 
 
-def measure(form: dict[str, Any], wanted: list[tuple[int, int]], environment: dict[str, str]) -> list[dict[str, Any]]:
-    """What the processes wrote down of these visits. They are started again, without the arm that was under way, when they end
-    early or nothing comes for `limit` seconds."""
+def measure(
+    form: dict[str, Any], wanted: list[tuple[int, int]], environment: dict[str, str], kept: Path
+) -> list[dict[str, Any]]:
+    """What the processes wrote down of these visits, into the file `kept`. They are started again, without the arm that was
+    under way, when they end early or nothing comes for `limit` seconds. A stop (Ctrl-C, SIGTERM) ends the measuring only."""
     lines: list[dict[str, Any]] = []
-    until = time.time() + 60 * form["minutes"]
+    until, stopped = time.time() + 60 * form["minutes"], False
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text("")
     with tempfile.TemporaryDirectory() as folder:
-        while wanted and time.time() < until:
-            results, job = Path(folder) / "results.jsonl", Path(folder) / "job.json"
-            results.write_text("")
-            job.write_text(json.dumps({**form, "visits": wanted, "results": str(results), "until": until}))
-            why = _start(job, results, form, environment)
-            found = [json.loads(line) for line in results.read_text().splitlines()]
+        while wanted and time.time() < until and not stopped:
+            job, before = Path(folder) / "job.json", len(kept.read_text())
+            job.write_text(json.dumps({**form, "visits": wanted, "results": str(kept.resolve()), "until": until}))
+            try:
+                why = _start(job, kept, form, environment)
+            except (KeyboardInterrupt, SystemExit):
+                why, stopped = "the benchmark was stopped", True
+            found = [json.loads(line) for line in kept.read_text()[before:].splitlines() if line.endswith("}")]
             lines += found
             if any("ended" in line for line in found):
                 break
@@ -115,17 +123,27 @@ def _start(job: Path, results: Path, form: dict[str, Any], environment: dict[str
             command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
         size, since, early = -1, time.monotonic(), ""
-        while process.poll() is None:
-            time.sleep(0.2)
-            now = results.stat().st_size
-            if now != size:
-                size, since = now, time.monotonic()
-            elif time.monotonic() - since > form["limit"]:
-                early = f"nothing came of it for {form['limit']:.0f} s, so it was ended"
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                now = results.stat().st_size
+                if now != size:
+                    size, since = now, time.monotonic()
+                elif time.monotonic() - since > form["limit"]:
+                    early = f"nothing came of it for {form['limit']:.0f} s, so it was ended"
+                    break
+        finally:  # it has a session of its own, so that a stop of this process does not reach it
+            if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    tail = " ".join(log.read_text().split())[-600:]
-    return early or f"its process ended with code {process.returncode}: {tail}"
+    return early or f"its process ended with code {process.returncode}: {cause(log.read_text())}"
+
+
+def cause(log: str) -> str:
+    """The first line that names an error, with what follows; else the end of the log. A launcher's own words come last, and
+    say nothing of the cause."""
+    said = re.search(r"^.*\b\w*(?:Error|Exception): .*$", log, re.MULTILINE)
+    return " ".join((log[said.start() :][:600] if said else log[-600:]).split())
 
 
 def summary(lines: list[dict[str, Any]], form: dict[str, Any], *, gpu: bool) -> dict[str, Any]:
@@ -221,7 +239,8 @@ def main() -> None:
         environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     environment.setdefault("TORCH_EXTENSIONS_DIR", str((options.out.parent / "extensions").resolve()))
     form["cpu_adam"] = build_cpu_adam(environment, form["build"])
-    lines = measure(form, wanted, environment)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    lines = measure(form, wanted, environment, options.out.with_suffix(".jsonl"))
     result = {
         "what": "random 1.5B on one GPU" if options.gpu else "harness only: a tiny model on a CPU, which has no link",
         "machine": described,

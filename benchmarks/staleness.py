@@ -80,7 +80,7 @@ def draw(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
         )
     axes.set_xlabel("rollout")
     axes.set_ylabel("mean reward")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,7 @@ def test_on_a_gpu_only_what_is_all_updated_there_must_have_the_bits():
     assert result["arms"]["ours, all by the CPU"]["link_gb_s"] == {"up": 4 / 1.5, "down": 2 / 1.5}
 
 
-def test_an_arm_that_ends_its_process_is_left_out_and_the_others_go_on(monkeypatch):
+def test_an_arm_that_ends_its_process_is_left_out_and_the_others_go_on(monkeypatch, tmp_path):
     starts = []
 
     def start(job, results, form, environment) -> str:
@@ -106,7 +106,7 @@ def test_an_arm_that_ends_its_process_is_left_out_and_the_others_go_on(monkeypat
 
     monkeypatch.setattr(offload, "_start", start)
     wanted = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 2), (1, 3)]
-    lines = measure(FORM, wanted, {})
+    lines = measure(FORM, wanted, {}, tmp_path / "kept.jsonl")
     assert starts[1] == [[0, 3], [1, 0], [1, 3]] and len(starts) == 2
     result = summary(lines, FORM, gpu=False)["arms"]
     names = list(result)
@@ -114,10 +114,28 @@ def test_an_arm_that_ends_its_process_is_left_out_and_the_others_go_on(monkeypat
     assert [result[names[i]]["visits"] for i in (0, 1, 3)] == [2, 1, 2]
 
 
-def test_processes_that_do_not_come_up_end_the_measurement(monkeypatch):
+def test_processes_that_do_not_come_up_end_the_measurement(monkeypatch, tmp_path):
     monkeypatch.setattr(offload, "_start", lambda *_: "no such module")
     with pytest.raises(RuntimeError, match="did not come up: no such module"):
-        measure(FORM, [(0, 0)], {})
+        measure(FORM, [(0, 0)], {}, tmp_path / "kept.jsonl")
+
+
+def test_a_measurement_that_is_stopped_keeps_what_it_has(monkeypatch, tmp_path):
+    def start(job, results, form, environment) -> str:
+        lines = [ABOUT, {"begun": 0, "repeat": 0}, visit(0, 0), {"begun": 1, "repeat": 0}]
+        results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(offload, "_start", start)
+    result = summary(measure(FORM, [(0, 0), (0, 1)], {}, tmp_path / "kept.jsonl"), FORM, gpu=False)["arms"]
+    first, second, *_ = result.values()
+    assert first["visits"] == 1 and second == {"ran": False, "why": "the benchmark was stopped"}
+
+
+def test_what_a_process_died_of_is_told_before_its_launchers_own_words():
+    log = "a warning\n[rank0]: ModuleNotFoundError: No module named 'x'\n" + 50 * "launcher: many lines\n"
+    assert offload.cause(log).startswith("[rank0]: ModuleNotFoundError: No module named 'x'")
+    assert offload.cause("no more\nmemory") == "no more memory"
 
 
 @pytest.mark.engine

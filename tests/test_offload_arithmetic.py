@@ -208,7 +208,7 @@ for n in (0, 1, 1023, 1025):
 @needs_compiler
 @pytest.mark.thorough
 def test_the_triton_kernel_has_the_c_kernels_bits_in_tritons_interpreter():
-    """It has not run on a GPU. The interpreter is switched on before triton is imported, so in a process of its own."""
+    """On a GPU: `test_offload_cuda`. The interpreter is switched on before triton is imported, so in a process of its own."""
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-W", "ignore", "-c", IN_THE_INTERPRETER]

@@ -1,4 +1,4 @@
-"""Programs on CUDA's streams, made late. NOT RUN YET: no GPU was at hand when this was written."""
+"""On a GPU: programs on CUDA's streams, made late, and the kernel of AdamW. They passed on an H100 (torch 2.11, CUDA 13.0)."""
 
 from __future__ import annotations
 
