@@ -8,8 +8,8 @@ Every repeat visits all arms in another order; a visit makes the engine anew, st
 backward, update (`engine.step`, with norm and clipping) and the gathering of all weights that a sync begins with. An arm that
 cannot start, dies or hangs is written down with the reason. The reference is ZeRO-3 without offload: losses and the bits of
 weights and master weights are compared with its own. On a CPU there is no link and no other kernel, so its times say nothing
-of what offload is worth. What is measured is kept as it comes, beside --out (`.jsonl`), and a benchmark that is stopped (Ctrl-C,
-SIGTERM) still writes what it has.
+of what offload is worth. What is measured is kept as it comes, beside --out (`.jsonl`), and a benchmark that is stopped
+(Ctrl-C, SIGTERM) still writes what it has.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The kernel of `adamw.c` in Triton, for the accelerator: the same float32 operations, rounded to nearest in the same order.
 
 Imported only where it is used. Its bits were the C kernel's on an H100 (`tests/test_offload_cuda.py`), and are in Triton's
-interpreter, on a CPU. `rlpost.offload.arithmetic.make_arithmetic` compares the two on the GPU at every start, and takes torch's kernel
-where they differ.
+interpreter, on a CPU. `rlpost.offload.arithmetic.make_arithmetic` compares the two on the GPU at every start, and takes
+torch's kernel where they differ.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
