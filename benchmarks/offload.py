@@ -15,6 +15,7 @@ of what offload is worth. What is measured is kept as it comes, beside --out (`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -27,6 +28,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.measure import ROOT, machine, show, spread, table, write_result
 from benchmarks.offload_arms import REFERENCE, arms
@@ -132,9 +135,11 @@ def _start(job: Path, results: Path, form: dict[str, Any], environment: dict[str
                 elif time.monotonic() - since > form["limit"]:
                     early = f"nothing came of it for {form['limit']:.0f} s, so it was ended"
                     break
-        finally:  # it has a session of its own, so that a stop of this process does not reach it
+        finally:  # it and its workers have sessions of their own, so that a stop of this process reaches none of them
             if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+                for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        each.kill()
                 process.wait()
     return early or f"its process ended with code {process.returncode}: {cause(log.read_text())}"
 
