@@ -24,8 +24,9 @@ from rlpost.rollout.place import Place
 from rlpost.rollout.remote.adapters import Adapters
 from rlpost.rollout.remote.broadcast import Sender, buckets
 from rlpost.rollout.remote.client import Client, ServerLost, ServerRefused, answers, run
-from rlpost.rollout.remote.lanes import Job, Lane, Server
-from rlpost.rollout.remote.replies import BadReply, read_sample, read_scores, sampling_body, scoring_body
+from rlpost.rollout.remote.lanes import Job, Server
+from rlpost.rollout.remote.replies import read_sample, read_scores, sampling_body, scoring_body
+from rlpost.rollout.remote.round import Round
 from rlpost.rollout.remote.weights import WeightFiles
 from rlpost.rollout.sync_errors import held_wrongly, incomplete, not_compared
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-_HEARTBEATS = 12  # within one deadline
 
 
 class RemoteEngine:
@@ -364,8 +364,17 @@ class RemoteEngine:
             if not self._living():
                 with self._mending:  # two threads may find out at once
                     self._replace()
-            run(self._round(job))
+            run(self._round().answer(job))
         return job.results()
+
+    def _round(self) -> Round:
+        return Round(
+            self._living(),
+            deadline_s=self._settings.deadline_s,
+            forget=not self._in_flight,
+            given_at=lambda: self._given_at,
+            lose=self._lose,
+        )
 
     def _living(self) -> list[Server]:
         for server in self.servers:
@@ -419,77 +428,6 @@ class RemoteEngine:
 
     def _client(self, server: Server) -> Client:
         return Client(server.address, deadline_s=self._settings.deadline_s)
-
-    async def _round(self, job: Job[Any]) -> None:
-        """Every open request of the job, until all are answered or no server is left."""
-        living = self._living()
-        async with AsyncExitStack() as stack:
-            lanes = [Lane(server, await stack.enter_async_context(self._client(server))) for server in living]
-            beats = [asyncio.create_task(self._heartbeat(lane)) for lane in lanes]
-            try:
-                # Prefixes that are cached from earlier calls would change which tokens are computed together, and so how they
-                # are rounded. Where others use the same server they cannot be removed: salts keep them from being used.
-                own = [lane for lane in lanes if lane.server.process is not None and not self._in_flight]
-                await asyncio.gather(*(self._forget(lane) for lane in own))
-                await asyncio.gather(*(self._one(job, number, lanes) for number in job.open))
-            finally:
-                for beat in beats:
-                    beat.cancel()
-                await asyncio.gather(*beats, return_exceptions=True)
-
-    async def _forget(self, lane: Lane) -> None:
-        try:
-            await lane.client.call("/reset_prefix_cache")
-        except (ServerLost, ServerRefused) as error:
-            self._give_up(lane, str(error))
-
-    async def _one(self, job: Job[Any], number: int, lanes: Sequence[Lane]) -> None:
-        """Has one request answered, by the server with the fewest under way; where that one is lost, by another.
-
-        The request stays open when no server is left."""
-        while living := [lane for lane in lanes if lane.open]:
-            lane = min(living, key=lambda lane: lane.running)
-            lane.running += 1
-            try:
-                async with lane.slots:
-                    reply = await lane.unless_lost(lane.client.generate(job.bodies[number]))
-                job.replies[number] = job.read(reply, number)
-                return
-            except ServerRefused as error:
-                raise RolloutError(
-                    f"{lane.server.name} refused a request: {error}. If it was not started by this run, it must be started "
-                    "with this recipe: `rlpost serve RECIPE`."
-                ) from error
-            except BadReply as error:
-                self._give_up(lane, f"a reply cannot be right: {error}")
-            except ServerLost as error:
-                self._give_up(lane, str(error))
-            finally:
-                lane.running -= 1
-
-    async def _heartbeat(self, lane: Lane) -> None:
-        """Asks the engine, through all of its processes, whether it lives and works, for as long as it is waited for."""
-        deadline, steps, at = self._settings.deadline_s, -1, time.monotonic()
-        while lane.open:
-            await asyncio.sleep(deadline / _HEARTBEATS)
-            try:
-                told = await lane.client.ping()
-            except (ServerLost, ServerRefused) as error:
-                self._give_up(lane, str(error))
-                break
-            made = sum(worker.get("steps", 0) for worker in told if isinstance(worker, dict))
-            if made != steps or not lane.running:
-                steps, at = made, time.monotonic()
-            elif time.monotonic() - max(at, self._given_at) > deadline:
-                self._give_up(
-                    lane, f"it answers, and computes nothing: {lane.running} requests wait since {deadline:g} s"
-                )
-        lane.lost.set()  # another thread may have found out
-
-    def _give_up(self, lane: Lane, why: str) -> None:
-        if lane.open:
-            self._lose(lane.server, why)
-        lane.lost.set()
 
 
 async def _send_away(client: Client) -> None:

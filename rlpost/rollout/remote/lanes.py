@@ -42,6 +42,10 @@ class Job(Generic[T]):
         self.bodies, self.read = bodies, read
         self.replies: dict[int, T] = {}
 
+    def take(self, number: int, reply: Any) -> None:
+        """A server's reply to request `number`. Raises BadReply when it cannot be right."""
+        self.replies[number] = self.read(reply, number)
+
     @property
     def open(self) -> list[int]:
         return [i for i in range(len(self.bodies)) if i not in self.replies]
