@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,6 +23,10 @@ class SamplingRequest:
 
     token_ids: tuple[int, ...]
     seed: int
+
+
+# Is told of the completion of request i as soon as it is there, in an order of its own and in another thread.
+Finished = Callable[[int, Completion], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +59,11 @@ class RolloutEngine(Protocol):
 
     name: str
 
-    def sample(self, requests: Sequence[SamplingRequest], settings: SamplingSettings) -> list[Completion]:
-        """One completion a request, in the order of the requests."""
+    def sample(
+        self, requests: Sequence[SamplingRequest], settings: SamplingSettings, *, finished: Finished | None = None
+    ) -> list[Completion]:
+        """One completion a request, in the order of the requests. An engine that has them one by one, as servers do, tells
+        `finished` of each at once; what it raises ends the call. Others leave it alone."""
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int = 0) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlpost.experience import Completion
-    from rlpost.rollout.engine import SamplingRequest, SamplingSettings
+    from rlpost.rollout.engine import Finished, SamplingRequest, SamplingSettings
 
 
 class NoEngine:
@@ -19,7 +19,9 @@ class NoEngine:
 
     name = "none"
 
-    def sample(self, requests: Sequence[SamplingRequest], settings: SamplingSettings) -> list[Completion]:
+    def sample(
+        self, requests: Sequence[SamplingRequest], settings: SamplingSettings, *, finished: Finished | None = None
+    ) -> list[Completion]:
         raise RolloutError(_NOTHING)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int = 0) -> None:

@@ -21,7 +21,7 @@ from rlpost.recipe.sections.rollout import SyncSection
 
 if TYPE_CHECKING:
     from rlpost.experience import Completion
-    from rlpost.rollout.engine import RolloutEngine, SamplingRequest, SamplingSettings
+    from rlpost.rollout.engine import Finished, RolloutEngine, SamplingRequest, SamplingSettings
 
 PIECE = 2**16  # numbers that share a key, and fit a processor's cache; part of what the noise is a function of
 _PIECES = 256  # at once on a GPU
@@ -51,8 +51,10 @@ class RoundedEngine:
         """As the engine's own. Tensors in another precision than float32 pass as they are."""
         self.engine.load_weights(rounded(weights, self._seed, version), version)
 
-    def sample(self, requests: Sequence[SamplingRequest], settings: SamplingSettings) -> list[Completion]:
-        return self.engine.sample(requests, settings)
+    def sample(
+        self, requests: Sequence[SamplingRequest], settings: SamplingSettings, *, finished: Finished | None = None
+    ) -> list[Completion]:
+        return self.engine.sample(requests, settings, finished=finished)
 
     def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
         return self.engine.logprobs(sequences)

@@ -20,7 +20,7 @@ from rlpost.policy.weights import weight_names
 from rlpost.recipe.sections.rollout import TransformersEngine
 from rlpost.rollout.decoding import CachedDecoding, WholeDecoding
 from rlpost.rollout.drawing import Row, draw, make_truncation
-from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
+from rlpost.rollout.engine import Finished, SamplingRequest, SamplingSettings, check_lengths
 from rlpost.rollout.sync_errors import incomplete, refusal
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ class TransformersRolloutEngine:
         return cls(model, tokenizer, batch_size=engine_settings.batch_size, max_model_len=max_model_len)
 
     @torch.inference_mode()
-    def sample(self, requests: Sequence[SamplingRequest], settings: SamplingSettings) -> list[Completion]:
+    def sample(
+        self, requests: Sequence[SamplingRequest], settings: SamplingSettings, *, finished: Finished | None = None
+    ) -> list[Completion]:
         """One completion a request, in the order of the requests. Raises RolloutError for prompts that are too long."""
         check_lengths([len(request.token_ids) for request in requests], self._max_model_len)
         truncation = make_truncation(settings)

@@ -12,7 +12,7 @@ from rlpost.errors import RolloutError
 from rlpost.experience import Completion
 from rlpost.policy.precision import sampler_dtype
 from rlpost.recipe.sections.rollout import VllmEngine
-from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
+from rlpost.rollout.engine import Finished, SamplingRequest, SamplingSettings, check_lengths
 from rlpost.rollout.process_state import memory_binding_kept, process_group_kept, random_state_kept, threads_kept
 from rlpost.rollout.sync_errors import incomplete, not_replaced
 from rlpost.rollout.vllm_errors import explain_startup
@@ -144,7 +144,9 @@ class VllmRolloutEngine:
         with random_state_kept(), threads_kept(), stance:
             yield
 
-    def sample(self, requests: Sequence[SamplingRequest], settings: SamplingSettings) -> list[Completion]:
+    def sample(
+        self, requests: Sequence[SamplingRequest], settings: SamplingSettings, *, finished: Finished | None = None
+    ) -> list[Completion]:
         """One completion a request, in the order of the requests. Raises RolloutError for prompts that are too long."""
         check_lengths([len(request.token_ids) for request in requests], self._max_model_len)
         if not requests:

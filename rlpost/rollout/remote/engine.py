@@ -18,7 +18,7 @@ from rlpost.errors import EngineLost, RolloutError
 from rlpost.experience import Completion
 from rlpost.policy.names import WeightNames
 from rlpost.recipe.sections.rollout import VllmEngine
-from rlpost.rollout.engine import SamplingRequest, SamplingSettings, check_lengths
+from rlpost.rollout.engine import Finished, SamplingRequest, SamplingSettings, check_lengths
 from rlpost.rollout.fingerprint import compare, from_json
 from rlpost.rollout.place import Place
 from rlpost.rollout.remote.adapters import Adapters
@@ -95,7 +95,9 @@ class RemoteEngine:
         """Of the weights that the servers were given last."""
         return self._versions[-1]
 
-    def sample(self, requests: Sequence[SamplingRequest], settings: SamplingSettings) -> list[Completion]:
+    def sample(
+        self, requests: Sequence[SamplingRequest], settings: SamplingSettings, *, finished: Finished | None = None
+    ) -> list[Completion]:
         """One completion a request, in the order of the requests. Raises RolloutError for prompts that are too long, EngineLost
         when no server is left."""
         check_lengths([len(request.token_ids) for request in requests], self._max_model_len)
@@ -110,6 +112,7 @@ class RemoteEngine:
             lambda reply, _: read_sample(
                 reply, vocabulary=self._vocabulary, longest=longest, versions=self._versions[first:]
             ),
+            finished,
         )
 
     def logprobs(self, sequences: Sequence[tuple[int, ...]]) -> list[list[float]]:
@@ -356,10 +359,15 @@ class RemoteEngine:
             self._told_unseen = True
             _log.warning(not_compared(found.unseen, len(self._files.sent)))
 
-    def _all(self, bodies: Sequence[dict[str, Any]], read: Callable[[Any, int], T]) -> list[T]:
-        """What `read` makes of the reply to each of `bodies`, in their order. A lost worker is replaced. Raises EngineLost
-        when no server is left."""
-        job = Job(bodies, read)
+    def _all(
+        self,
+        bodies: Sequence[dict[str, Any]],
+        read: Callable[[Any, int], T],
+        finished: Callable[[int, T], None] | None = None,
+    ) -> list[T]:
+        """What `read` makes of the reply to each of `bodies`, in their order; `finished` is told of each at once. A lost worker
+        is replaced. Raises EngineLost when no server is left."""
+        job = Job(bodies, read, finished)
         while job.open:
             if not self._living():
                 with self._mending:  # two threads may find out at once

@@ -38,13 +38,20 @@ class Server:
 class Job(Generic[T]):
     """Requests of one call, and what was read of their replies."""
 
-    def __init__(self, bodies: Sequence[dict[str, Any]], read: Callable[[Any, int], T]) -> None:
-        self.bodies, self.read = bodies, read
+    def __init__(
+        self,
+        bodies: Sequence[dict[str, Any]],
+        read: Callable[[Any, int], T],
+        finished: Callable[[int, T], None] | None = None,
+    ) -> None:
+        self.bodies, self._read, self._finished = bodies, read, finished
         self.replies: dict[int, T] = {}
 
     def take(self, number: int, reply: Any) -> None:
         """A server's reply to request `number`. Raises BadReply when it cannot be right."""
-        self.replies[number] = self.read(reply, number)
+        taken = self.replies[number] = self._read(reply, number)
+        if self._finished is not None:
+            self._finished(number, taken)
 
     @property
     def open(self) -> list[int]:
