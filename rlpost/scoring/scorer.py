@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -149,15 +150,18 @@ class Scorer:
         )
 
     def _replies(self, jobs: Sequence[Task]) -> Iterator[tuple[list[Place], Reply]]:
-        """Each call's places and reply. Calls that shared a process which was lost are made again, alone."""
+        """Each call's places and reply, as they come. Calls that shared a process which was lost are made again, alone."""
         again: list[Task] = []
-        for (job, places), result in zip(jobs, self._pool.run([job for job, _ in jobs]), strict=True):
-            function, lost = self.functions[job.calls[0].reward], isinstance(result, Killed | Died)
-            for call, place, reply in zip(job.calls, places, _as_replies(job, result), strict=True):
-                if len(job.calls) > 1 and (lost or reply.disturbed):
-                    again.append((_job([call], function), [place]))
-                else:
-                    yield place, reply
+        handles = [self._pool.submit(job) for job, _ in jobs]
+        with contextlib.closing(self._pool.results(handles)) as results:  # what is left is ended with an error
+            for i, result in results:
+                job, places = jobs[i]
+                function, lost = self.functions[job.calls[0].reward], isinstance(result, Killed | Died)
+                for call, place, reply in zip(job.calls, places, _as_replies(job, result), strict=True):
+                    if len(job.calls) > 1 and (lost or reply.disturbed):
+                        again.append((_job([call], function), [place]))
+                    else:
+                        yield place, reply
         if again:
             yield from self._replies(again)
 

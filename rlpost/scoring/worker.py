@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import threading
@@ -16,6 +18,7 @@ from rlpost.errors import RewardError
 from rlpost.scoring.contract import Call, Reply, RewardFunction
 from rlpost.scoring.event_loop import run_async
 from rlpost.scoring.files import know, settle
+from rlpost.scoring.frames import read, write
 from rlpost.scoring.load import import_reward
 from rlpost.scoring.outcome import failure, run_plain
 from rlpost.scoring.surroundings import Printed, Surroundings, open_pipes
@@ -28,10 +31,13 @@ _printed: list[Printed] = []  # standard output and error, as rewards see them
 _surroundings: list[Surroundings] = []  # those that every call is to find
 
 
-def initialize(specs: Sequence[str]) -> None:
-    """Sets a scoring process up. Never raises: a function that cannot be loaded is reported by its first call."""
+def initialize(specs: Sequence[str], memory: int | None) -> None:
+    """Sets a scoring process up. Never raises: a function that cannot be loaded is reported by its first call.
+
+    `memory`: the bytes that this process, and each that it starts, may take for itself (not counting files that are mapped)."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # dies at once, also inside C code
-    os.setpgid(0, 0)  # the whole group is killed with this process: see Worker.terminate
+    if memory is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     # Process pools of a reward start as they do in a program of its own: this process's way of starting is not theirs.
     multiprocessing.set_start_method(None, force=True)
@@ -44,6 +50,21 @@ def initialize(specs: Sequence[str]) -> None:
         except RewardError as error:
             _rewards.append(str(error))
     _surroundings.append(Surroundings(pipes=pipes))
+
+
+def main(jobs: int, replies: int) -> None:
+    """The life of a scoring process: what it is to do comes over one descriptor, what became of it goes over another. It ends
+    when the trainer closes the first, or is gone."""
+    with (
+        os.fdopen(jobs, "rb") as asked,
+        os.fdopen(replies, "wb") as answers,
+        contextlib.suppress(EOFError, BrokenPipeError),
+    ):
+        specs, memory = read(asked)
+        initialize(specs, memory)
+        write(answers, "ready")
+        while True:
+            write(answers, run(read(asked)))
 
 
 def run(calls: Sequence[Call]) -> list[Reply]:
@@ -75,11 +96,6 @@ def _run(reward: RewardFunction, calls: Sequence[Call]) -> list[Reply]:
             for stream in _printed:
                 stream.end(reward.name)
             faulthandler.cancel_dump_traceback_later()
-
-
-def ready() -> str:
-    """Says that the process is up."""
-    return "ready"
 
 
 def _folder(spec: str) -> Path | None:
