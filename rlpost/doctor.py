@@ -37,7 +37,6 @@ _CORE = (
     "omegaconf",
     "typer",
     "rich",
-    "pebble",
     "filelock",
     "jinja2",
     "matplotlib",

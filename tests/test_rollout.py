@@ -98,6 +98,26 @@ def test_groups_come_in_order_from_one_call_and_do_not_depend_on_the_other_promp
     assert sample_groups(one, [], 3, SETTINGS, run_seed=1, step=2) == []
 
 
+def test_a_group_is_told_when_its_last_completion_is_there():
+    class OneByOne(Recorder):
+        def sample(self, requests, settings, *, finished=None):
+            made = super().sample(requests, settings)
+            for i in (4, 0, 2, 5, 1, 3):  # any order
+                finished(i, made[i])
+            return made
+
+    told = []
+    groups = sample_groups(
+        OneByOne(), [prompt("x"), prompt("y"), prompt("x")], 2, SETTINGS, run_seed=1, step=2, finished=told.append
+    )
+    assert [groups.index(group) for group in told] == [2, 0, 1]
+    assert all(
+        a is b
+        for group in told
+        for a, b in zip(group.completions, groups[groups.index(group)].completions, strict=True)
+    )
+
+
 def test_an_engine_that_loses_completions_is_found_out():
     with pytest.raises(RolloutError, match="returned 2 completions for 3 requests"):
         sample_groups(Recorder(lose=1), [prompt("x")], 3, SETTINGS, run_seed=1, step=2)

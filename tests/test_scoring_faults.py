@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 
 import pytest
 from test_scoring import group, score, scorer, verdicts
@@ -354,5 +355,115 @@ def test_no_completion_is_to_blame_for_a_call_that_hangs_as_a_whole(hangs):
 
 
 def test_a_verifier_that_hangs_on_most_completions_is_broken_whatever_a_hang_is_worth(hangs):
-    with pytest.raises(RewardError, match=r"failed on 2 of 3 completions \(2 hung\)"):
+    with pytest.raises(
+        RewardError, match=r"failed on 2 of 3 completions \(2 (hung|timed_out; without waiting for 1 more)\)"
+    ):
         score(str(hangs), group("hang", "hang", "right"), deadline_s=0.5, timeout_score=0, max_failed_share=0.5)
+
+
+LEAVING = """
+import os, signal, subprocess, sys, threading, time
+
+def act(text):
+    if text == "child holds the pipes":
+        if os.fork() == 0:
+            time.sleep(30)
+            os._exit(0)
+        os._exit(0)
+    if text == "half a frame":
+        for fd in range(3, 40):
+            try:
+                os.write(fd, b"\\0" * 7)
+            except OSError:
+                pass
+        os._exit(0)
+    if text == "later":
+        threading.Timer(0.3, os._exit, (0,)).start()
+    if text == "kill the group":
+        os.killpg(0, signal.SIGKILL)
+    if text == "much":
+        return float(len(bytearray(2 * 2**30)) > 0)
+    if text == "hang":
+        time.sleep(600)
+    if text == "pid":
+        return float(os.getpid())
+    if text == "asked":
+        with open(os.environ["RLPOST_ASKED"], "a") as file:
+            file.write("x")
+        time.sleep(0.05)
+    return 1.0
+
+def reward(completions, **columns):
+    return [act(c[0]["content"]) for c in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def leaving(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rewards") / "leaving.py"
+    file.write_text(LEAVING)
+    return file
+
+
+def test_a_death_is_noticed_at_once_however_it_comes(leaving):
+    texts = ["child holds the pipes", "half a frame", "kill the group"]
+    with scorer(f"{leaving}:reward", workers=2, deadline_s=120) as s:
+        verdicts(s, "started")
+        began = time.monotonic()
+        found = verdicts(s, *(text for one in texts for text in ("right", one)), "right")
+        assert time.monotonic() - began < 30, "a deadline was waited for"
+    assert [one.outcome for one in found] == [Outcome.SCORED, Outcome.CRASHED] * 3 + [Outcome.SCORED]
+    assert "exit code 0" in found[1].detail and "exit code 0" in found[3].detail and "SIGKILL" in found[5].detail
+
+
+def test_many_deaths_at_once_cost_their_own_completions(leaving):
+    with scorer(f"{leaving}:reward", workers=4, deadline_s=120) as s:
+        verdicts(s, *["started"] * 8)
+        began = time.monotonic()
+        found = verdicts(s, *["kill the group"] * 12, *["right"] * 12)
+        assert time.monotonic() - began < 60
+    assert [one.outcome for one in found] == [Outcome.CRASHED] * 12 + [Outcome.SCORED] * 12
+
+
+def test_a_process_that_dies_with_nothing_to_do_costs_no_completion(leaving):
+    with scorer(f"{leaving}:reward", workers=1, deadline_s=60) as s:
+        first = verdicts(s, "pid")[0].value
+        os.kill(int(first), signal.SIGKILL)
+        time.sleep(0.5)
+        again = verdicts(s, "pid", "right")
+        assert again[0].outcome is Outcome.SCORED and again[0].value != first and again[1].value == 1.0
+        verdicts(s, "later")
+        time.sleep(1.0)
+        assert verdicts(s, "right")[0].value == 1.0
+
+
+def test_a_worker_may_take_so_much_memory_and_no_more(leaving):
+    rewards = [RewardSection(function=f"{leaving}:reward")]
+    with Scorer(rewards, ScoringSection(workers=1, max_failed_share=1.0, memory_gib=1.0)) as s:
+        found = verdicts(s, "much", "right")
+    assert found[0].outcome is Outcome.CRASHED and "MemoryError" in found[0].detail and found[1].value == 1.0
+
+
+def test_what_cannot_become_few_failures_any_more_is_not_waited_for(leaving):
+    rewards = [RewardSection(function=f"{leaving}:reward", deadline_s=0.5)]
+    with Scorer(rewards, ScoringSection(workers=2, max_failed_share=0.1)) as s:
+        verdicts(s, "started")
+        began = time.monotonic()
+        with pytest.raises(RewardError, match=r"of 200 completions \(\d+ timed_out; without waiting for 1\d\d more\)"):
+            verdicts(s, *["hang"] * 200)
+        assert time.monotonic() - began < 40, "200 hangs of half a second on two processes take 50 s"
+        assert verdicts(s, "right")[0].value == 1.0
+
+
+def test_a_group_that_was_begun_ahead_is_scored_once_and_as_any_other(leaving, monkeypatch, tmp_path):
+    monkeypatch.setenv("RLPOST_ASKED", str(tmp_path / "asked"))
+    with scorer(f"{leaving}:reward", workers=2, deadline_s=60) as s:
+        groups = [group("asked", "asked"), group("right"), group("asked")]
+        s.ahead(groups[2], 5, 9)
+        s.ahead(groups[0], 5, 9)
+        s.ahead(groups[1], 4, 9)  # of another step: made anew
+        found = s.score(groups, 5, 9)
+        assert [[row[0].value for row in one.scores] for one in found] == [[1.0, 1.0], [1.0], [1.0]]
+        assert (tmp_path / "asked").read_text() == "xxx" and not s._begun
+        s.score(groups, 5, 9)
+        assert (tmp_path / "asked").read_text() == "xxx" * 2, "what was begun serves one `score`"

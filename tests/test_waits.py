@@ -22,7 +22,9 @@ REASONS = {
     "rlpost/run/serve.py": "a server is there until it is ended",
     "rlpost/sandbox/bubblewrap.py": "a process that was killed",
     "rlpost/sandbox/inside.py": "what a test case writes, up to its deadline: every turn looks at the clock",
-    "rlpost/scoring/pool.py": "processes that were killed",
+    "rlpost/scoring/pool.py": "jobs have deadlines, and who waits for one looks whether the thread of the pool lives",
+    "rlpost/scoring/process.py": "a task beside those that have limits: it ends with the process",
+    "rlpost/scoring/worker.py": "a process that waits for calls, and ends when the trainer closes its pipe or is gone",
     "rlpost/source/ahead.py": "a rollout beside the learner, under the watchdog of the phase `wait` and of its own phases",
 }
 

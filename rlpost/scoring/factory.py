@@ -39,6 +39,8 @@ class GroupScorer(ChecksColumns, Protocol):
         self, groups: Sequence[Group], step: int = 0, max_steps: int = 0, *, more: bool = False
     ) -> list[Group]: ...
 
+    def ahead(self, group: Group, step: int = 0, max_steps: int = 0) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -108,6 +110,11 @@ class JoinedScorers:
             rows = [sum(row, ()) for row in zip(*(part[g].scores for part in scored), strict=True)]
             made.append(replace(group, scores=tuple(tuple(row[i] for i in self._order) for row in rows)))
         return made
+
+    def ahead(self, group: Group, step: int = 0, max_steps: int = 0) -> None:
+        """Begins with the group where a part can."""
+        for part in self.parts:
+            part.ahead(group, step, max_steps)
 
     def close(self) -> None:
         for part in self.parts:

@@ -154,6 +154,9 @@ class _Owner:
         except asyncio.CancelledError:
             pass
         finally:
+            # A process that was being ended already when the pool was stopped.
+            if left := asyncio.all_tasks(self._loop):
+                self._loop.run_until_complete(asyncio.wait(left, timeout=10.0))
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
 

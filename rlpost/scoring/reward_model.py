@@ -56,6 +56,9 @@ class RewardModel:
     def check(self, columns: Collection[str]) -> None:
         """A reward model needs no columns."""
 
+    def ahead(self, group: Group, step: int = 0, max_steps: int = 0) -> None:
+        """All groups go through the model together."""
+
     def score(self, groups: Sequence[Group], step: int = 0, max_steps: int = 0, *, more: bool = False) -> list[Group]:
         """The same groups with one score a completion; `step` and `max_steps` change nothing.
 

@@ -4,26 +4,48 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
 from rlpost.errors import RewardError
-from rlpost.experience import Group, Outcome, Score
+from rlpost.experience import Completion, Group, Outcome, Score
 from rlpost.recipe.secrets import hide
 from rlpost.recipe.sections.base import unknown_choice
 from rlpost.scoring.contract import Call, Reply, RewardFunction, TrainerState
 from rlpost.scoring.keywords import Sample, keywords
 from rlpost.scoring.load import check_arguments, check_signature, load_reward
-from rlpost.scoring.pool import Died, Job, Killed, Result, WorkerPool
+from rlpost.scoring.pool import Died, Handle, Job, Killed, Result, WorkerPool
 
 if TYPE_CHECKING:
     from rlpost.recipe.sections.reward import RewardSection, ScoringSection
 
 Place = tuple[int, int]  # which of the flattened samples, which reward
-Task = tuple[Job, list[list[Place]]]  # a job, and for each of its calls the places that its verdicts go to
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A job, for each of its calls the places that its verdicts go to, and its handle where it was handed in already."""
+
+    job: Job
+    places: list[list[Place]]
+    handle: Handle | None = None
+
+    def at(self, first: int) -> Task:
+        """The same for samples that stand behind `first` others."""
+        return replace(self, places=[[(s + first, r) for s, r in places] for places in self.places])
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What was handed in of a group before the others were there. It holds the completions, so that no others get their ids."""
+
+    state: TrainerState
+    completions: tuple[Completion, ...]
+    tasks: list[Task]
+
 
 ASYNC_CHUNK = 64  # async calls that share a process at the most
 
@@ -40,6 +62,10 @@ class FailureTally:
         """A new step begins."""
         self.kinds.clear()
         self.samples.clear()
+
+    def hopeless(self, name: str, failed: int, samples: int) -> bool:
+        """Whether so many failures of a call under way, with `samples` in all, are too many whatever comes of the rest."""
+        return self.kinds[name].total() + failed > self.max_failed_share * (self.samples[name] + samples)
 
     def too_many(self, name: str, failed: Sequence[Score], samples: int) -> bool:
         """Counts one call's failed scores; whether failures of this call have made a larger share than allowed."""
@@ -76,7 +102,9 @@ class Scorer:
         self.slowest: dict[str, float] = {}
         self.logged: dict[str, float] = {}
         self._failures = FailureTally(scoring.max_failed_share)
-        self._pool = WorkerPool([f.spec for f in self.functions], scoring.workers)
+        memory = None if scoring.memory_gib is None else int(scoring.memory_gib * 2**30)
+        self._pool = WorkerPool([f.spec for f in self.functions], scoring.workers, memory)
+        self._begun: dict[tuple[int, tuple[int, ...]], Begun] = {}  # by reward and completions' ids
         if self.functions:
             self._pool.start()
 
@@ -100,18 +128,30 @@ class Scorer:
         """
         samples: list[Sample] = [(group, completion) for group in groups for completion in group.completions]
         state = TrainerState(step, max_steps)
+        if not more:
+            self._failures.clear()
         jobs = [job for r in range(len(self.sections)) for job in self._jobs(r, groups, state)]
         self.slowest = dict.fromkeys(self.names, 0.0)
         logged: dict[str, list[float]] = {}
-        scores = self._ask(jobs, logged)
+        scores = self._ask(jobs, logged, of=len(samples))
         self._blame(jobs, samples, state, scores)
         self.logged = {name: sum(values) / len(values) for name, values in logged.items()}
         self.counts = {
             name: Counter(scores[s, r].outcome for s in range(len(samples))) for r, name in enumerate(self.names)
         }
-        self._check_failures(scores, len(samples), more)
+        self._check_failures(scores, len(samples))
         rows = iter(tuple(scores[s, r] for r in range(len(self.names))) for s in range(len(samples)))
         return [replace(group, scores=tuple(next(rows) for _ in group.completions)) for group in groups]
+
+    def ahead(self, group: Group, step: int = 0, max_steps: int = 0) -> None:
+        """Begins to score a group whose `score` will be asked for later, with the same completions. Nothing is said of it
+        before. From any thread. `step`, `max_steps`: as `score` will be given them; else it is scored anew."""
+        state = TrainerState(step, max_steps)
+        for r, settings in enumerate(self.sections):
+            if settings.needs_all_groups or not group.completions:
+                continue
+            tasks = [replace(t, handle=self._pool.submit(t.job)) for t in self._fresh(r, [group], state)]
+            self._begun[r, _ids(group)] = Begun(state, group.completions, tasks)
 
     def close(self) -> None:
         """Ends the processes."""
@@ -125,8 +165,25 @@ class Scorer:
     ) -> None:
         self.close()
 
-    def _jobs(self, r: int, groups: Sequence[Group], state: TrainerState) -> Iterator[Task]:
-        """The calls of reward r as jobs, each with the places that its calls' verdicts go to."""
+    def _jobs(self, r: int, groups: Sequence[Group], state: TrainerState) -> list[Task]:
+        """The calls of reward r as jobs, those that were begun ahead among them."""
+        made: list[Task] = []
+        rest: list[Group] = []
+        behind: list[int] = []  # of each of the rest's samples the place among all
+        first = 0
+        for group in groups:
+            begun = self._begun.pop((r, _ids(group)), None)
+            if begun is not None and begun.state == state:
+                made += [task.at(first) for task in begun.tasks]
+            else:
+                rest.append(group)
+                behind += range(first, first + len(group.completions))
+            first += len(group.completions)
+        fresh = self._fresh(r, rest, state)
+        return made + [replace(t, places=[[(behind[s], r) for s, r in one] for one in t.places]) for t in fresh]
+
+    def _fresh(self, r: int, groups: Sequence[Group], state: TrainerState) -> Iterator[Task]:
+        """The calls of reward r as jobs, their places counted from the first of these groups."""
         settings, function = self.sections[r], self.functions[r]
         calls, places, first = [], [], 0
         for samples in _split(groups, settings.call):
@@ -135,7 +192,7 @@ class Scorer:
             first += len(samples)
         size = min(ASYNC_CHUNK, -(-len(calls) // self.scoring.workers)) if function.is_async else 1
         for i in range(0, len(calls), max(size, 1)):
-            yield _job(calls[i : i + size], function), places[i : i + size]
+            yield Task(_job(calls[i : i + size], function), places[i : i + size])
 
     def _call(self, r: int, samples: Sequence[Sample], state: TrainerState) -> Call:
         """One call of reward r."""
@@ -149,17 +206,17 @@ class Scorer:
             guarded=settings.completions == "auto",
         )
 
-    def _replies(self, jobs: Sequence[Task]) -> Iterator[tuple[list[Place], Reply]]:
+    def _replies(self, jobs: Sequence[Task]) -> Generator[tuple[list[Place], Reply], None, None]:
         """Each call's places and reply, as they come. Calls that shared a process which was lost are made again, alone."""
         again: list[Task] = []
-        handles = [self._pool.submit(job) for job, _ in jobs]
+        handles = [task.handle or self._pool.submit(task.job) for task in jobs]
         with contextlib.closing(self._pool.results(handles)) as results:  # what is left is ended with an error
             for i, result in results:
-                job, places = jobs[i]
+                job, places = jobs[i].job, jobs[i].places
                 function, lost = self.functions[job.calls[0].reward], isinstance(result, Killed | Died)
                 for call, place, reply in zip(job.calls, places, _as_replies(job, result), strict=True):
                     if len(job.calls) > 1 and (lost or reply.disturbed):
-                        again.append((_job([call], function), [place]))
+                        again.append(Task(_job([call], function), [place]))
                     else:
                         yield place, reply
         if again:
@@ -175,8 +232,8 @@ class Scorer:
         """
         late = [
             places
-            for job, several in jobs
-            for call, places in zip(job.calls, several, strict=True)
+            for task in jobs
+            for call, places in zip(task.job.calls, task.places, strict=True)
             if self.sections[call.reward].timeout_score is not None
             and all(scores[place].outcome is Outcome.TIMED_OUT for place in places)
         ]
@@ -195,15 +252,23 @@ class Scorer:
         """One call for these places of one reward."""
         r = places[0][1]
         call = self._call(r, [samples[s] for s, _ in places], state)
-        return _job([call], self.functions[r]), [places]
+        return Task(_job([call], self.functions[r]), [places])
 
-    def _ask(self, jobs: Sequence[Task], logged: dict[str, list[float]]) -> dict[Place, Score]:
-        """Makes the calls; what functions gave to `log_metric` is added to `logged`."""
+    def _ask(self, jobs: Sequence[Task], logged: dict[str, list[float]], of: int | None = None) -> dict[Place, Score]:
+        """Makes the calls; what functions gave to `log_metric` is added to `logged`. `of`: the number of completions where all
+        of them are asked for; then no more is waited for once too many have failed."""
         scores: dict[Place, Score] = {}
-        for places, reply in self._replies(jobs):
-            self._take(places, reply, scores)
-            for name, value in reply.logged:
-                logged.setdefault(name, []).append(value)
+        failed = [0] * len(self.names)
+        with contextlib.closing(self._replies(jobs)) as replies:  # after an error nothing is left running
+            for places, reply in replies:
+                self._take(places, reply, scores)
+                if of is not None:
+                    r = places[0][1]
+                    failed[r] += self._surely_failed(r, [scores[place] for place in places])
+                    if self._failures.hopeless(self.names[r], failed[r], of):
+                        self._check_failures(scores, of)
+                for name, value in reply.logged:
+                    logged.setdefault(name, []).append(value)
         return scores
 
     def _take(self, places: list[Place], reply: Reply, scores: dict[Place, Score]) -> None:
@@ -215,18 +280,27 @@ class Scorer:
         for place, (outcome, value, detail) in zip(places, reply.verdicts, strict=True):
             scores[place] = Score(Outcome(outcome), value, hide(detail))
 
-    def _check_failures(self, scores: Mapping[Place, Score], samples: int, more: bool) -> None:
-        if not more:
-            self._failures.clear()
+    def _surely_failed(self, r: int, scores: Sequence[Score]) -> int:
+        """How many of a call's scores have failed whatever is found out about them later: of a call that timed out, one
+        completion may be to blame."""
+        late = all(score.outcome is Outcome.TIMED_OUT for score in scores)
+        if late and self.sections[r].timeout_score is not None:
+            return 1
+        return sum(score.failed for score in scores)
+
+    def _check_failures(self, scores: Mapping[Place, Score], samples: int) -> None:
+        """`scores`: of all `samples` completions, or of those that are known."""
         for r, name in enumerate(self.names):
             # A function that hangs on most completions is broken, whatever a hang is worth.
-            failed = [score for s in range(samples) if (score := scores[s, r]).failed or score.outcome is Outcome.HUNG]
+            known = [score for s in range(samples) if (score := scores.get((s, r))) is not None]
+            failed = [score for score in known if score.failed or score.outcome is Outcome.HUNG]
             if self._failures.too_many(name, failed, samples):
                 kinds, total = self._failures.kinds[name], self._failures.samples[name]
                 said = ", ".join(f"{n} {kind.value}" for kind, n in kinds.most_common())
+                waiting = f"; without waiting for {samples - len(known)} more" if len(known) < samples else ""
                 raise RewardError(
                     f"The reward {name!r} ({self.functions[r].spec}) failed on {kinds.total()} of {total} completions "
-                    f"({said}), more than scoring.max_failed_share={self.scoring.max_failed_share:g} allows. For "
+                    f"({said}{waiting}), more than scoring.max_failed_share={self.scoring.max_failed_share:g} allows. For "
                     f"example: {failed[0].detail or failed[0].outcome.value}. Try it alone with `rlpost rewards try`."
                 )
 
@@ -237,6 +311,10 @@ def _names(sections: Sequence[RewardSection], functions: Sequence[RewardFunction
     if double:
         raise RewardError(f"Two rewards are named {double[0]!r}: give each its own `name` in the recipe's `rewards`.")
     return names
+
+
+def _ids(group: Group) -> tuple[int, ...]:
+    return tuple(map(id, group.completions))
 
 
 def _split(groups: Sequence[Group], call: Literal["sample", "group", "batch"]) -> Iterator[list[Sample]]:

@@ -61,11 +61,18 @@ class Collector:
         return [self.parts.prompts[indices[place]] for place in own_places(self.parts.recipe, self.parts.processes)]
 
     def _sample_together(self, prompts: Sequence[Prompt], level: int = 0) -> list[Group]:
-        """G completions of each prompt, not scored yet; on all processes at once."""
-        return self.parts.processes.together(lambda: self._sample(prompts, level))
+        """G completions of each prompt, on all processes at once. Groups are begun to be scored while others are sampled."""
+        last = total_optimizer_steps(self.parts.recipe.learner)
 
-    def _sample(self, prompts: Sequence[Prompt], level: int = 0) -> list[Group]:
-        """The same on this process alone."""
+        def finished(group: Group) -> None:
+            self.parts.scorer.ahead(group, self.parts.optimizer_step, last)
+
+        return self.parts.processes.together(lambda: self._sample(prompts, level, finished))
+
+    def _sample(
+        self, prompts: Sequence[Prompt], level: int = 0, finished: Callable[[Group], None] | None = None
+    ) -> list[Group]:
+        """The same on this process alone; without `finished` nothing is begun to be scored."""
         parts, recipe = self.parts, self.parts.recipe
         return sample_groups(
             parts.engine,
@@ -75,6 +82,7 @@ class Collector:
             run_seed=recipe.seed,
             step=self.rollout,
             level=level,
+            finished=finished,
         )
 
     def _score_together(self, groups: Sequence[Group], *, more: bool = False) -> list[Group]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from rlpost.recipe.sections.base import Section
+from rlpost.recipe.sections.base import Section, unknown_choice
 
 
 class RewardSection(Section):
@@ -35,6 +35,17 @@ class RewardSection(Section):
     """What one call sees: one completion (a crash costs one), its whole group, or the whole batch."""
     accuracy: bool = True
     """Whether this reward says if the answer is right (format and length rewards do not); used by guidance and gates."""
+
+    @property
+    def needs_all_groups(self) -> bool:
+        """Whether a call sees more than one group, so that none can be begun before all are sampled."""
+        match self.call:
+            case "sample" | "group":
+                return False
+            case "batch":
+                return True
+            case _:
+                raise unknown_choice("rewards.call", self.call)
 
 
 class RewardModelSection(Section):
@@ -92,6 +103,9 @@ class ScoringSection(Section):
     max_failed_share: float = Field(0.5, gt=0, le=1)
     """Stop when a larger share of a step's scores timed out, crashed or was unparsable: the reward is broken. Of all of the
     step's scores so far, those of hinted and refilled groups included."""
+    memory_gib: float | None = Field(None, gt=0)
+    """Memory in GiB that a worker process, and each process that it starts, may take for itself: more is a MemoryError in the
+    reward. null: as much as there is."""
     threshold: float = 1.0
     """A completion is right when its accuracy rewards sum to at least this, and wrong below it: for evaluation, guidance and
     gate alike, unless one of them has a `threshold` of its own. Lower it for rewards that give partial credit."""
