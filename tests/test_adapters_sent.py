@@ -124,6 +124,9 @@ def test_a_worker_samples_by_the_newest_adapter_alone(saved, tmp_path, one_threa
         assert second != first
         assert max(gap(policy, r, c) for r, c in zip(requests(), second, strict=True)) < 2e-4
         assert {version for c in second for version, _ in c.versions} <= {7}
+        whole = [r.token_ids + c.token_ids for r, c in zip(requests(), second, strict=True)]
+        for sequence, scores in zip(whole, engine.logprobs(whole), strict=True):  # at once, which ended vLLM's engine
+            assert max(abs(a - b) for a, b in zip(direct(policy.causal_lm, sequence), scores, strict=True)) < 2e-4
         assert models(engine) & {old, engine._adapters.name} == {engine._adapters.name}, "the old one is gone"
         assert [p.name for p in engine._files.folder.iterdir() if p.is_dir()] == [engine._adapters.name]
         engine.servers[0].process.end()

@@ -92,6 +92,10 @@ CASES = [
         ["model.lora.rank=600", "512"],
     ),
     (
+        ["rollout.sync.lora=adapter", "model.lora={targets: [q_proj, lm_head]}", "rollout.engine={where: worker}"],
+        ["model.lora.targets=['lm_head']", "lora=merged"],
+    ),
+    (
         [
             "rollout.sync.lora=adapter",
             "model.lora={}",

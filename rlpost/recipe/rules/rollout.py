@@ -152,6 +152,8 @@ def adapter_problems(r: Recipe) -> Iterator[str]:
         yield f"{asked} needs adapters to send: set model.lora, or leave the key out"
     elif lora.rank > MAX_RANK:
         yield f"{asked} with model.lora.rank={lora.rank}: vLLM takes {MAX_RANK} at the most. Lower it, or set lora=merged"
+    elif head := [target for target in lora.targets if "lm_head" in target]:
+        yield f"{asked} with model.lora.targets={head}: vLLM scores by the output layer without adapters. Set lora=merged"
     if not isinstance(engine, VllmEngine) or engine.where == "colocated":
         yield f"{asked} is for vLLM as a worker or on servers. Set rollout.engine.where=worker, or lora=merged"
     if r.rollout.in_flight:

@@ -23,6 +23,7 @@ from rlpost.rollout.remote.held import HeldWeights
 from rlpost.rollout.sync_errors import not_replaced
 from rlpost.rollout.vllm_generators import keep_generators
 from rlpost.rollout.vllm_logprobs import report_whole_distribution
+from rlpost.rollout.vllm_lora import no_adapter_on_logits
 from rlpost.rollout.vllm_reload import begin_replacing, end_replacing
 
 
@@ -163,6 +164,7 @@ class Extension:
         if not hasattr(self, "_rlpost_whole"):
             self._rlpost_whole = report_whole_distribution(self)
             keep_generators(self)
+            no_adapter_on_logits(self)
             self._rlpost_count_steps()
         return {"whole": self._rlpost_whole}
 
