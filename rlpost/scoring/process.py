@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,12 +26,34 @@ class ProcessEnded(Exception):
     """The process ended, or can no longer be talked to; its text says how."""
 
 
+class _Frames(asyncio.Protocol):
+    """Puts what comes over a pipe together to frames. Many may come at once, and each is then taken without waiting."""
+
+    def __init__(self) -> None:
+        self.whole: deque[bytes] = deque()
+        self._part = bytearray()
+        self.news = asyncio.Event()  # something came, or nothing can come any more
+        self.closed = False
+
+    def data_received(self, data: bytes) -> None:
+        self._part += data
+        while len(self._part) >= SIZE.size and len(self._part) >= (end := SIZE.size + SIZE.unpack_from(self._part)[0]):
+            self.whole.append(bytes(self._part[SIZE.size : end]))
+            del self._part[:end]
+        if self.whole:
+            self.news.set()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.closed = True
+        self.news.set()
+
+
 class ScoringProcess:
     """A fresh interpreter: nothing of the trainer (threads, CUDA, torch) is in it. It leads a process group of its own, so
     that Ctrl-C never reaches it, and all that it started is killed with it."""
 
-    def __init__(self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, pipes: Sequence[Any]) -> None:
-        self._process, self._reader = process, reader
+    def __init__(self, process: asyncio.subprocess.Process, frames: _Frames, pipes: Sequence[Any]) -> None:
+        self._process, self._frames = process, frames
         self._replies, self._jobs = pipes
         self._ended = asyncio.ensure_future(process.wait())
 
@@ -53,12 +76,10 @@ class ScoringProcess:
         finally:
             os.close(theirs_in)
             os.close(theirs_out)
-        loop, reader = asyncio.get_running_loop(), asyncio.StreamReader()
-        replies, _ = await loop.connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(ours_in, "rb")
-        )
+        loop, frames = asyncio.get_running_loop(), _Frames()
+        replies, _ = await loop.connect_read_pipe(lambda: frames, os.fdopen(ours_in, "rb"))
         jobs, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, os.fdopen(ours_out, "wb"))
-        made = cls(process, reader, (replies, jobs))
+        made = cls(process, frames, (replies, jobs))
         made.send((tuple(specs), memory))
         return made
 
@@ -66,10 +87,10 @@ class ScoringProcess:
     def alive(self) -> bool:
         return not self._ended.done()
 
-    async def unless_ended(self, action: asyncio.Future[Any]) -> None:
-        """Waits for `action`, or for the end of the process."""
+    async def unless_ended(self, action: asyncio.Future[Any], seconds: float | None = None) -> None:
+        """Waits for `action`, for the end of the process, or so long."""
         try:
-            await asyncio.wait((action, self._ended), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((action, self._ended), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             action.cancel()
 
@@ -80,25 +101,18 @@ class ScoringProcess:
     async def receive(self, seconds: float) -> Any:
         """The next thing that the process says. Raises TimeoutError when nothing comes in time, ProcessEnded as soon as
         nothing can come any more, however it ended, and whoever else holds its pipes."""
-        frame = asyncio.ensure_future(self._frame())
-        try:
-            await asyncio.wait((frame, self._ended), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            if not frame.done() and self._ended.done():
-                await asyncio.wait((frame,), timeout=_FLUSH_S)
-            if not frame.done() and not self._ended.done():
-                raise TimeoutError
-            if frame.done() and frame.exception() is None:
-                return frame.result()
-            raise ProcessEnded(await self._how())
-        finally:
-            frame.cancel()
-            await asyncio.gather(frame, return_exceptions=True)
-
-    async def _frame(self) -> Any:
-        size = SIZE.unpack(await self._reader.readexactly(SIZE.size))[0]
-        return pickle.loads(
-            await self._reader.readexactly(size)
-        )  # of our own process, whose reward runs with the same rights
+        if not self._frames.whole:
+            self._frames.news.clear()
+            if not self._frames.closed:
+                await self.unless_ended(asyncio.ensure_future(self._frames.news.wait()), seconds)
+            if not self._frames.whole and not self.alive:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._frames.news.wait(), _FLUSH_S)
+        if self._frames.whole:
+            return pickle.loads(self._frames.whole.popleft())  # its reward runs with the same rights as the trainer
+        if self.alive and not self._frames.closed:
+            raise TimeoutError
+        raise ProcessEnded(await self._how())
 
     async def _how(self) -> str:
         await asyncio.wait((self._ended,), timeout=_FLUSH_S)
