@@ -353,6 +353,21 @@ def test_a_worker_gives_the_bits_of_the_engine_in_process(worker, expected, save
 
 
 @engine_test
+@engine_test
+def test_completions_are_told_one_by_one_while_others_are_sampled(worker, expected, saved):
+    worker.load_weights(saved[1].named_parameters(), 0)
+    told = []
+
+    def finished(number, completion):
+        told.append((time.monotonic(), number, completion))
+
+    made = worker.sample(requests(), SETTINGS, finished=finished)
+    ended = time.monotonic()
+    assert sorted(number for _, number, _ in told) == list(range(len(made)))
+    assert all(completion is made[number] for _, number, completion in told)
+    assert ended - told[0][0] > told[-1][0] - told[0][0] > 0, "the first was told before the last was there"
+
+
 def test_weights_that_are_missing_stop_the_sync(worker, saved):
     weights = [(n, p) for n, p in saved[1].named_parameters() if "layers.1.mlp.up_proj" not in n]
     with pytest.raises(RolloutError, match=r"1 of the model's weights did not reach .*layers\.1\.mlp\.up_proj"):
