@@ -105,7 +105,7 @@ class ScoringProcess:
             self._frames.news.clear()
             if not self._frames.closed:
                 await self.unless_ended(asyncio.ensure_future(self._frames.news.wait()), seconds)
-            if not self._frames.whole and not self.alive:
+            if not self._frames.whole and not self._frames.closed and not self.alive:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._frames.news.wait(), _FLUSH_S)
         if self._frames.whole:
@@ -122,7 +122,8 @@ class ScoringProcess:
 
     async def kill(self) -> None:
         """Ends the process and all that it started."""
-        for fallen in _descendants(self._process.pid):
+        # Once it has ended, its number may be another's; of its group only what is left of it has that number.
+        for fallen in _descendants(self._process.pid) if self.alive else ():
             with contextlib.suppress(psutil.Error):
                 fallen.kill()
         with contextlib.suppress(ProcessLookupError, PermissionError):
