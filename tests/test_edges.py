@@ -61,8 +61,8 @@ def edges(monkeypatch):
         now[0] = min(version, len(EDGES) - 1)
         load(self, tensors, version)
 
-    def spoilt_sample(self, requests, settings):
-        done = sample(self, requests, settings)
+    def spoilt_sample(self, requests, settings, **options):
+        done = sample(self, requests, settings, **options)
         return [spoilt_completion(EDGES[now[0]], i, one) for i, one in enumerate(done)]
 
     def spoilt_scores(self, groups, *arguments, **keywords):
