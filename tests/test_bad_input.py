@@ -111,12 +111,12 @@ REWARDS = {
     "ends_the_program": ("import sys\nsys.exit(2)\n", ("sys.exit(2)", "graded.py", "__main__"), {}),
     "always_raises": (
         "def reward(completions, **c):\n    raise KeyError('gold')\n",
-        ("'graded'", "8 of 8", "KeyError: 'gold'", "max_failed_share", "rewards try"),
+        ("'graded'", "of 8 completions", "KeyError: 'gold'", "max_failed_share", "rewards try"),
         {},
     ),
     "always_nan": (
         "def reward(completions, **c):\n    return [float('nan')]\n",
-        ("8 unparsable", "returned nan", "max_failed_share"),
+        ("5 unparsable", "returned nan", "max_failed_share"),
         {},
     ),
     "always_hangs": (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -467,3 +468,11 @@ def test_a_group_that_was_begun_ahead_is_scored_once_and_as_any_other(leaving, m
         assert (tmp_path / "asked").read_text() == "xxx" and not s._begun
         s.score(groups, 5, 9)
         assert (tmp_path / "asked").read_text() == "xxx" * 2, "what was begun serves one `score`"
+
+
+def test_a_process_whose_trainer_is_gone_before_it_is_up_says_nothing(leaving):
+    """Its words would stand behind the run's own message."""
+    code = f"from rlpost.scoring.pool import WorkerPool; import os; WorkerPool(['{leaving}:reward'], 2).start(); "
+    code += "import time; time.sleep(0.3); os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout + done.stderr == ""

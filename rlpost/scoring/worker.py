@@ -55,11 +55,8 @@ def initialize(specs: Sequence[str], memory: int | None) -> None:
 def main(jobs: int, replies: int) -> None:
     """The life of a scoring process: what it is to do comes over one descriptor, what became of it goes over another. It ends
     when the trainer closes the first, or is gone."""
-    with (
-        os.fdopen(jobs, "rb") as asked,
-        os.fdopen(replies, "wb") as answers,
-        contextlib.suppress(EOFError, BrokenPipeError),
-    ):
+    gone = contextlib.suppress(EOFError, BrokenPipeError)  # around the pipes: closing one writes what is left
+    with gone, os.fdopen(jobs, "rb") as asked, os.fdopen(replies, "wb") as answers:
         specs, memory = read(asked)
         initialize(specs, memory)
         write(answers, "ready")
