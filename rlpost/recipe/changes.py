@@ -73,7 +73,7 @@ DECISIONS: dict[str, dict[Effect, str]] = {
         NONE: "name deadline_s device batch_tokens trust_remote_code",
         ROLLOUT: "type function path weight arguments call accuracy dtype label text max_tokens completions timeout_score",
     },
-    "scoring": {NONE: "workers max_failed_share", ROLLOUT: "threshold"},
+    "scoring": {NONE: "workers memory_gib max_failed_share", ROLLOUT: "threshold"},
     "method": {LATER: "preset masks", ROLLOUT: "guidance gate controller pairs", RUN: "critic"},
     "method.advantage": {ROLLOUT: "center scale combine eps unbiased"},
     "method.ratio": {LATER: "level"},
