@@ -24,6 +24,8 @@ from rlpost.tracking import metrics as metrics_module
 from rlpost.tracking.columns import DRAWN, Columns, highest, thinned
 from rlpost.tracking.metrics import MetricsWriter, drop_partial_line, iter_metrics, keep_rows, read_metrics, step_of
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):

@@ -11,6 +11,8 @@ import torch
 from rlpost.errors import RecipeError
 from rlpost.offload.known import KNOWN, fingerprints, refuse_unknown
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module")
 def source() -> str:

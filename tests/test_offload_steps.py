@@ -13,6 +13,8 @@ from rlpost.offload.layout import Piece, pattern
 from rlpost.offload.program import LANES, Program, Use, build_update
 from rlpost.offload.races import Race, describe_race, gaps, implied, races
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

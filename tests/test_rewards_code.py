@@ -13,6 +13,8 @@ from rlpost.sandbox import problem
 from rlpost.sandbox.programs import Assertion, Call, Stream, cases_of_check, passed, same_text
 from rlpost.scoring import Unparsable
 
+pytestmark = pytest.mark.thorough
+
 code = runpy.run_path(str(REPOSITORY / "rewards" / "code.py"))
 reward, cases_of, program_of = code["reward"], code["cases_of"], code["program_of"]
 needs_sandbox = pytest.mark.skipif(problem() is not None, reason=f"no sandbox on this machine: {problem()}")

@@ -353,7 +353,6 @@ def test_a_worker_gives_the_bits_of_the_engine_in_process(worker, expected, save
 
 
 @engine_test
-@engine_test
 def test_completions_are_told_one_by_one_while_others_are_sampled(worker, expected, saved):
     worker.load_weights(saved[1].named_parameters(), 0)
     told = []
@@ -368,6 +367,7 @@ def test_completions_are_told_one_by_one_while_others_are_sampled(worker, expect
     assert ended - told[0][0] > told[-1][0] - told[0][0] > 0, "the first was told before the last was there"
 
 
+@engine_test
 def test_weights_that_are_missing_stop_the_sync(worker, saved):
     weights = [(n, p) for n, p in saved[1].named_parameters() if "layers.1.mlp.up_proj" not in n]
     with pytest.raises(RolloutError, match=r"1 of the model's weights did not reach .*layers\.1\.mlp\.up_proj"):

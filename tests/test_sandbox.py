@@ -16,7 +16,10 @@ import pytest
 import rlpost.sandbox.bubblewrap as sandbox
 from rlpost.sandbox import End, Limits, Unavailable, problem, run
 
-pytestmark = pytest.mark.skipif(problem() is not None, reason=f"no sandbox on this machine: {problem()}")
+pytestmark = [
+    pytest.mark.skipif(problem() is not None, reason=f"no sandbox on this machine: {problem()}"),
+    pytest.mark.thorough,
+]
 LIMITS = Limits(seconds=4.0, cpu_seconds=2, memory_mib=128, processes=8, files_mib=4, output_kib=16)
 SECRET = "planted-in-the-environment-and-in-a-file"
 
