@@ -71,7 +71,7 @@ class Call:
 class Reply:
     """What one call came to: a verdict (outcome, value, detail) a completion, or how the contract was broken.
 
-    `disturbed`: neither, perhaps: a call that ran beside it ended or cancelled the event loop that both shared.
+    `disturbed`: neither, perhaps: a call beside it, or before it, ended or cancelled the event loop that both shared.
     """
 
     verdicts: tuple[tuple[str, float | None, str], ...] = ()

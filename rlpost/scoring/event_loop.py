@@ -23,26 +23,26 @@ def run_async(reward: RewardFunction, calls: Sequence[Call]) -> list[Reply]:
     """All calls' replies, in their order.
 
     A call that exits, or stops, closes or cancels what all calls run in, takes those with it that have not come back yet.
-    Where there are several, who it was is not known: their replies are `disturbed`.
+    Where there are several, or were others in this loop before (which may have left a timer or a task), who it was is not
+    known: their replies are `disturbed`.
     """
     done: dict[int, Reply] = {}
+    shared = len(calls) > 1 or bool(_loops)
     loop, start = _loop(), time.perf_counter()
     why: BaseException | None = None
     try:
-        loop.run_until_complete(_run_all(reward, calls, done))
+        loop.run_until_complete(_run_all(reward, calls, done, shared=shared))
     except BaseException as error:  # SystemExit of a task that the function started, a stopped loop, a cancelled task
         why, done = error, dict(done)
         _discard(loop)
     lost = why or asyncio.CancelledError()
-    return [
-        done.get(i) or replace(failure(lost, call, start), disturbed=len(calls) > 1) for i, call in enumerate(calls)
-    ]
+    return [done.get(i) or replace(failure(lost, call, start), disturbed=shared) for i, call in enumerate(calls)]
 
 
-async def _run_all(reward: RewardFunction, calls: Sequence[Call], done: dict[int, Reply]) -> None:
+async def _run_all(reward: RewardFunction, calls: Sequence[Call], done: dict[int, Reply], *, shared: bool) -> None:
     async def one(i: int, call: Call) -> None:
         outcome = await _run_one(reward, call)
-        done[i] = replace(outcome, disturbed=False) if len(calls) == 1 else outcome
+        done[i] = replace(outcome, disturbed=outcome.disturbed and shared)
 
     # A function may have cancelled its own task just before it came back: no reply then, and no error here.
     await asyncio.gather(*(one(i, call) for i, call in enumerate(calls)), return_exceptions=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from rlpost.errors import RewardError
 from rlpost.scoring.contract import Call, Reply
+from rlpost.scoring.frames import to_replies
 from rlpost.scoring.process import ProcessEnded, ScoringProcess
 
 if TYPE_CHECKING:
@@ -175,7 +176,9 @@ class _Owner:
                 if not self._jobs:  # one that ended with nothing to do is replaced when there is something
                     self._news.clear()
                     await self._news.wait()
-            except (ProcessEnded, TimeoutError, OSError) as error:
+            except (
+                Exception
+            ) as error:  # ProcessEnded, TimeoutError, OSError; whatever it is, it must not end the thread
                 self._failed += 1
                 if self._failed >= ATTEMPTS * self._workers:
                     self._refuse(error)
@@ -236,7 +239,7 @@ class _Owner:
     async def _answer(self, process: ScoringProcess, job: Job) -> tuple[Result, bool]:
         """What became of a job that the process has, and whether the process is lost."""
         try:
-            return await process.receive(job.kill_after_s), False
+            return to_replies(await process.receive(job.kill_after_s), job.calls), False
         except TimeoutError:
             return Killed(), True
         except ProcessEnded as error:

@@ -19,6 +19,7 @@ from rlpost.scoring.frames import SIZE, packed
 from rlpost.scoring.surroundings import LOST_PIPES
 
 _FLUSH_S = 1.0  # what a process wrote before it ended is in its pipe already
+_LARGEST = 2**31  # bytes of a frame: a text that was taken for a length is more
 _MAIN = "import sys; sys.path[:] = {path!r}; from rlpost.scoring.worker import main; main({jobs}, {replies})"
 
 
@@ -34,13 +35,16 @@ class _Frames(asyncio.Protocol):
         self._part = bytearray()
         self.news = asyncio.Event()  # something came, or nothing can come any more
         self.closed = False
+        self.torn = False  # the reward wrote into the pipe, too
 
     def data_received(self, data: bytes) -> None:
         self._part += data
         while len(self._part) >= SIZE.size and len(self._part) >= (end := SIZE.size + SIZE.unpack_from(self._part)[0]):
             self.whole.append(bytes(self._part[SIZE.size : end]))
             del self._part[:end]
-        if self.whole:
+        if len(self._part) >= SIZE.size and SIZE.unpack_from(self._part)[0] > _LARGEST:
+            self.torn = self.closed = True
+        if self.whole or self.torn:
             self.news.set()
 
     def connection_lost(self, _: Exception | None) -> None:
@@ -67,7 +71,13 @@ class ScoringProcess:
         flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]  # as multiprocessing starts its own
         try:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, *flags, "-c", code, pass_fds=(theirs_in, theirs_out), process_group=0
+                sys.executable,
+                *flags,
+                "-c",
+                code,
+                stdin=subprocess.DEVNULL,  # a reward that asks for input fails at once, and takes nothing of the trainer's
+                pass_fds=(theirs_in, theirs_out),
+                process_group=0,
             )
         except BaseException:
             os.close(ours_in)
@@ -98,8 +108,8 @@ class ScoringProcess:
         """Returns at once; what the pipe does not hold yet is written when the process reads. Raises what pickling raises."""
         self._jobs.write(packed(pickle.dumps(what)))
 
-    async def receive(self, seconds: float) -> Any:
-        """The next thing that the process says. Raises TimeoutError when nothing comes in time, ProcessEnded as soon as
+    async def receive(self, seconds: float) -> bytes:
+        """The next frame that the process sends. Raises TimeoutError when nothing comes in time, ProcessEnded as soon as
         nothing can come any more, however it ended, and whoever else holds its pipes."""
         if not self._frames.whole:
             self._frames.news.clear()
@@ -109,12 +119,14 @@ class ScoringProcess:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._frames.news.wait(), _FLUSH_S)
         if self._frames.whole:
-            return pickle.loads(self._frames.whole.popleft())  # its reward runs with the same rights as the trainer
+            return self._frames.whole.popleft()
         if self.alive and not self._frames.closed:
             raise TimeoutError
         raise ProcessEnded(await self._how())
 
     async def _how(self) -> str:
+        if self._frames.torn:
+            return "the reward wrote into the pipe to the trainer"
         await asyncio.wait((self._ended,), timeout=_FLUSH_S)
         if not self._ended.done():
             return "it closed the pipes to the trainer"

@@ -27,11 +27,13 @@ Place = tuple[int, int]  # which of the flattened samples, which reward
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A job, for each of its calls the places that its verdicts go to, and its handle where it was handed in already."""
+    """A job, for each of its calls the places that its verdicts go to, its handle where it was handed in already, and whether
+    it was run before."""
 
     job: Job
     places: list[list[Place]]
     handle: Handle | None = None
+    again: bool = False
 
     def at(self, first: int) -> Task:
         """The same for samples that stand behind `first` others."""
@@ -207,7 +209,8 @@ class Scorer:
         )
 
     def _replies(self, jobs: Sequence[Task]) -> Generator[tuple[list[Place], Reply], None, None]:
-        """Each call's places and reply, as they come. Calls that shared a process which was lost are made again, alone."""
+        """Each call's places and reply, as they come. Calls that shared a process which was lost, or an event
+        loop that was disturbed, are made again, alone."""
         again: list[Task] = []
         handles = [task.handle or self._pool.submit(task.job) for task in jobs]
         with contextlib.closing(self._pool.results(handles)) as results:  # what is left is ended with an error
@@ -215,8 +218,8 @@ class Scorer:
                 job, places = jobs[i].job, jobs[i].places
                 function, lost = self.functions[job.calls[0].reward], isinstance(result, Killed | Died)
                 for call, place, reply in zip(job.calls, places, _as_replies(job, result), strict=True):
-                    if len(job.calls) > 1 and (lost or reply.disturbed):
-                        again.append(Task(_job([call], function), [place]))
+                    if (lost and len(job.calls) > 1) or (reply.disturbed and not jobs[i].again):
+                        again.append(Task(_job([call], function), [place], again=True))
                     else:
                         yield place, reply
         if again:

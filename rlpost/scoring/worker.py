@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import resource
 import signal
 import sys
@@ -18,7 +19,7 @@ from rlpost.errors import RewardError
 from rlpost.scoring.contract import Call, Reply, RewardFunction
 from rlpost.scoring.event_loop import run_async
 from rlpost.scoring.files import know, settle
-from rlpost.scoring.frames import read, write
+from rlpost.scoring.frames import from_replies, read, write
 from rlpost.scoring.load import import_reward
 from rlpost.scoring.outcome import failure, run_plain
 from rlpost.scoring.surroundings import Printed, Surroundings, open_pipes
@@ -57,11 +58,11 @@ def main(jobs: int, replies: int) -> None:
     when the trainer closes the first, or is gone."""
     gone = contextlib.suppress(EOFError, BrokenPipeError)  # around the pipes: closing one writes what is left
     with gone, os.fdopen(jobs, "rb") as asked, os.fdopen(replies, "wb") as answers:
-        specs, memory = read(asked)
+        specs, memory = pickle.loads(read(asked))
         initialize(specs, memory)
-        write(answers, "ready")
+        write(answers, b"ready")
         while True:
-            write(answers, run(read(asked)))
+            write(answers, from_replies(run(pickle.loads(read(asked)))))
 
 
 def run(calls: Sequence[Call]) -> list[Reply]:
