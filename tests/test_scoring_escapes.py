@@ -10,7 +10,9 @@ import time
 import pytest
 from test_scoring import scorer, verdicts
 
+from rlpost.errors import RewardError
 from rlpost.experience import Outcome
+from rlpost.scoring import describe_reward
 
 pytestmark = pytest.mark.engine
 
@@ -93,3 +95,39 @@ def test_what_an_async_call_leaves_in_the_loop_costs_no_later_call(afterwards, t
     with scorer(f"{afterwards}:soon", workers=1, deadline_s=60) as s:
         assert [one.outcome for one in verdicts(s, text)] == [Outcome.SCORED]
         assert [(one.outcome, one.detail) for one in verdicts(s, "right")] == [(Outcome.SCORED, "")]
+
+
+LEAVES = {
+    "timer": "import os, threading\nthreading.Timer(0.5, lambda: os._exit(0)).start()",
+    "interrupt": "import _thread, threading\nthreading.Timer(0.5, _thread.interrupt_main).start()",
+    "at exit": "import atexit, os\natexit.register(lambda: os._exit(0))",
+    "for ever": "import threading, time\nthreading.Thread(target=time.sleep, args=(600,)).start()",
+    "loops": (
+        "import asyncio\nclass Policy(asyncio.DefaultEventLoopPolicy):\n"
+        "    def new_event_loop(self):\n        raise RuntimeError\n"
+        "asyncio.set_event_loop_policy(Policy())"
+    ),
+}
+
+
+@pytest.mark.parametrize("leaves", LEAVES)
+def test_what_a_file_leaves_when_it_is_imported_cannot_end_the_trainer(tmp_path, leaves):
+    file = tmp_path / "leaves.py"
+    file.write_text(f"{LEAVES[leaves]}\ndef reward(completions, **columns):\n    return [1.0]\n")
+    code = "import sys, time; sys.path.insert(0, sys.argv[1]); from test_scoring import group, score\n"
+    code += f"score('{file}', group('a', 'b'), workers=1, deadline_s=60); time.sleep(0.7); print('came to its end')\n"
+    code += "sys.exit(7)"
+    command = [sys.executable, "-c", code, os.path.dirname(__file__)]  # noqa: PTH120
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
+    assert (done.returncode, done.stdout) == (7, "came to its end\n")
+
+
+def test_a_file_that_crashes_or_hangs_when_it_is_imported_is_refused(tmp_path, monkeypatch):
+    file = tmp_path / "falls.py"
+    file.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n")
+    with pytest.raises(RewardError, match=r"cannot be imported: it ends the program \(signal SIGSEGV\)"):
+        describe_reward(str(file))
+    file.write_text("import time\ntime.sleep(600)\n")
+    monkeypatch.setattr("rlpost.scoring.describe.IMPORT_S", 2.0)
+    with pytest.raises(RewardError, match="cannot be imported: it takes longer than 2 s"):
+        describe_reward(str(file))

@@ -15,7 +15,7 @@ from test_scoring import group, score, scorer, verdicts
 from rlpost.errors import RewardError
 from rlpost.experience import Outcome
 from rlpost.recipe.sections.reward import RewardSection, ScoringSection
-from rlpost.scoring import Scorer, load_reward
+from rlpost.scoring import Scorer, describe_reward
 from rlpost.scoring.tryout import run_tryout, try_reward
 
 pytestmark = pytest.mark.engine
@@ -249,7 +249,7 @@ def test_a_file_does_nothing_to_the_trainer_when_it_is_imported(tmp_path):
     )
     before = os.getcwd(), signal.getsignal(signal.SIGINT), sys.stdout, sys.getrecursionlimit()  # noqa: PTH109
     method, left = multiprocessing.get_start_method(allow_none=True), signal.getitimer(signal.ITIMER_REAL)[0]
-    load_reward(str(file))
+    describe_reward(str(file))
     assert before == (os.getcwd(), signal.getsignal(signal.SIGINT), sys.stdout, sys.getrecursionlimit())  # noqa: PTH109
     assert multiprocessing.get_start_method(allow_none=True) == method
     assert abs(signal.getitimer(signal.ITIMER_REAL)[0] - left) < 5 and (left or signal.alarm(0) == 0)
@@ -268,8 +268,8 @@ def test_a_file_does_nothing_to_the_trainer_when_it_is_imported(tmp_path):
 def test_a_file_that_ends_the_program_is_refused(tmp_path, end):
     file = tmp_path / "ends.py"
     file.write_text(f"{end}\ndef reward(completions): ...\n")
-    with pytest.raises(RewardError if "Keyboard" not in end else KeyboardInterrupt):
-        load_reward(str(file))
+    with pytest.raises(RewardError, match="cannot be imported"):
+        describe_reward(str(file))
 
 
 def test_a_file_may_close_what_it_opened_itself(tmp_path):

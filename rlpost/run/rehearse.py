@@ -54,11 +54,12 @@ class Signatures:
 
     def check(self, columns: Collection[str]) -> None:
         """Raises RewardError for a function that needs what neither the columns nor its arguments provide."""
-        from rlpost.scoring.load import check_signature, load_reward
+        from rlpost.scoring.describe import describe_reward
+        from rlpost.scoring.load import check_signature
 
         for reward in self.recipe.rewards:
             if isinstance(reward, RewardSection):
-                check_signature(load_reward(reward.function, self.base), columns, reward.arguments)
+                check_signature(describe_reward(reward.function, self.base), columns, reward.arguments)
 
 
 def rehearse(loaded: LoadedRecipe, zero_stage: int = 0) -> Rehearsal:

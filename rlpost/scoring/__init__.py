@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlpost.scoring.contract import RewardFunction, TrainerState, Unparsable
+from rlpost.scoring.describe import describe_reward
 from rlpost.scoring.load import check_signature, list_rewards, load_reward
 from rlpost.scoring.scorer import Scorer
 
@@ -12,6 +13,7 @@ __all__ = [
     "TrainerState",
     "Unparsable",
     "check_signature",
+    "describe_reward",
     "list_rewards",
     "load_reward",
 ]

@@ -40,11 +40,11 @@ class TrainerState:
 
 @dataclass(frozen=True, slots=True)
 class RewardFunction:
-    """A loaded reward function. `spec` loads the same function in any process, whatever its working directory."""
+    """What the trainer knows of a reward function. `spec` loads the same function in any process, whatever its working
+    directory."""
 
     spec: str
     name: str
-    function: Callable[..., Any]
     is_async: bool
     parameters: frozenset[str]  # that can be given by keyword
     required: frozenset[str]  # those of them without a default
@@ -53,6 +53,13 @@ class RewardFunction:
     def wants(self, keyword: str) -> bool:
         """Whether the function is to be given `keyword`."""
         return keyword in self.parameters or (self.takes_any and keyword not in EXTRAS)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedReward(RewardFunction):
+    """And the function itself, in a process that may call it."""
+
+    function: Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,13 @@ from dataclasses import replace
 from typing import Any, cast
 
 from rlpost.experience import Outcome
-from rlpost.scoring.contract import Call, Reply, RewardFunction
+from rlpost.scoring.contract import Call, LoadedReward, Reply
 from rlpost.scoring.outcome import failure, forks_ended, keywords, reply, same
 
 _loops: list[asyncio.AbstractEventLoop] = []  # the one in use
 
 
-def run_async(reward: RewardFunction, calls: Sequence[Call]) -> list[Reply]:
+def run_async(reward: LoadedReward, calls: Sequence[Call]) -> list[Reply]:
     """All calls' replies, in their order.
 
     A call that exits, or stops, closes or cancels what all calls run in, takes those with it that have not come back yet.
@@ -39,7 +39,7 @@ def run_async(reward: RewardFunction, calls: Sequence[Call]) -> list[Reply]:
     return [done.get(i) or replace(failure(lost, call, start), disturbed=shared) for i, call in enumerate(calls)]
 
 
-async def _run_all(reward: RewardFunction, calls: Sequence[Call], done: dict[int, Reply], *, shared: bool) -> None:
+async def _run_all(reward: LoadedReward, calls: Sequence[Call], done: dict[int, Reply], *, shared: bool) -> None:
     async def one(i: int, call: Call) -> None:
         outcome = await _run_one(reward, call)
         done[i] = replace(outcome, disturbed=outcome.disturbed and shared)
@@ -48,7 +48,7 @@ async def _run_all(reward: RewardFunction, calls: Sequence[Call], done: dict[int
     await asyncio.gather(*(one(i, call) for i, call in enumerate(calls)), return_exceptions=True)
 
 
-async def _run_one(reward: RewardFunction, call: Call) -> Reply:
+async def _run_one(reward: LoadedReward, call: Call) -> Reply:
     logged: list[tuple[str, float]] = []
     start = time.perf_counter()
     timer = asyncio.timeout(call.deadline_s)

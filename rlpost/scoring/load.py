@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 import inspect
-import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 from rlpost.errors import RewardError
 from rlpost.recipe.places import candidates
-from rlpost.scoring.contract import BUILTINS, EXTRAS, RewardFunction
+from rlpost.scoring.contract import BUILTINS, EXTRAS, LoadedReward, RewardFunction
 from rlpost.scoring.files import module_name
-from rlpost.scoring.surroundings import Surroundings
 
 DEFAULT_FUNCTION = "reward"
 _BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
-def load_reward(spec: str, base: Path | None = None) -> RewardFunction:
-    """Loads the function that `spec` names.
+def load_reward(spec: str, base: Path | None = None) -> LoadedReward:
+    """Loads the function that `spec` names, in the process that is to call it: what its code does when it is imported, it
+    does there. `describe_reward` looks at it from outside.
 
     Args:
         spec: `path/to/file.py:function` (a relative path is looked for in the working directory, then in `base`),
@@ -33,31 +31,6 @@ def load_reward(spec: str, base: Path | None = None) -> RewardFunction:
     Raises:
         RewardError: nothing by that name, the code fails when it is imported, or it is no reward function.
     """
-    # What a reward's file does to its process when it is imported is not done to the trainer.
-    with Surroundings().kept(), _no_sudden_end():
-        return import_reward(spec, base)
-
-
-@contextlib.contextmanager
-def _no_sudden_end() -> Iterator[None]:
-    """A file that calls os._exit while it is imported is refused like one that calls sys.exit; the trainer would be gone
-    without a word."""
-    process, leave = os.getpid(), os._exit
-
-    def refuse(status: int) -> NoReturn:
-        if os.getpid() != process:  # children that the file starts end as they do
-            leave(status)
-        raise SystemExit(status)
-
-    os._exit = refuse
-    try:
-        yield
-    finally:
-        os._exit = leave
-
-
-def import_reward(spec: str, base: Path | None = None) -> RewardFunction:
-    """`load_reward` in the process that will call the function: what the file sets up for its process stays."""
     if not spec.strip():
         raise RewardError(f"A reward needs a function. {_known_rewards(base)}")
     place, _, function_name = spec.strip().partition(":")
@@ -144,8 +117,6 @@ def _import_file(file: Path, spec: str) -> ModuleType:
     try:
         return importlib.import_module(module_name(file))
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
         raise RewardError(f"The reward {spec} cannot be imported: {_why(error)} ({file}).") from error
 
 
@@ -162,8 +133,6 @@ def _import_module(place: str, function_name: str, spec: str, base: Path | None)
     try:
         return importlib.import_module(place)
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
         hint = _nearest(place, known) if isinstance(error, ModuleNotFoundError) else ""
         raise RewardError(
             f"The reward {spec} cannot be imported: {_why(error)}.{hint} A reward is named "
@@ -191,7 +160,7 @@ def _get_function(module: ModuleType, name: str, spec: str) -> Callable[..., Any
     )
 
 
-def _describe(function: Callable[..., Any], spec: str, name: str) -> RewardFunction:
+def _describe(function: Callable[..., Any], spec: str, name: str) -> LoadedReward:
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError) as error:
@@ -210,7 +179,7 @@ def _describe(function: Callable[..., Any], spec: str, name: str) -> RewardFunct
             f"Its parameters are {_join([p.name for p in parameters])}."
         )
     empty = inspect.Parameter.empty
-    return RewardFunction(
+    return LoadedReward(
         spec=spec,
         name=name,
         function=function,

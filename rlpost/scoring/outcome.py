@@ -15,7 +15,7 @@ from typing import Any
 
 from rlpost.experience import Outcome
 from rlpost.scoring import formats
-from rlpost.scoring.contract import LARGEST_REWARD, Call, Reply, RewardFunction, Unparsable
+from rlpost.scoring.contract import LARGEST_REWARD, Call, LoadedReward, Reply, Unparsable
 from rlpost.scoring.files import shown_name
 from rlpost.scoring.formats import Chat, explain, misread
 
@@ -29,7 +29,7 @@ _WAY_OUT = (
 _FORMATS = formats.__file__  # whose errors are about the line that used a completion
 
 
-def run_plain(reward: RewardFunction, call: Call) -> Reply:
+def run_plain(reward: LoadedReward, call: Call) -> Reply:
     """One call of a plain function."""
     logged: list[tuple[str, float]] = []
     start = time.perf_counter()
@@ -62,7 +62,7 @@ def forks_ended() -> Iterator[None]:
             os._exit(code)
 
 
-def keywords(reward: RewardFunction, call: Call, logged: list[tuple[str, float]]) -> dict[str, Any]:
+def keywords(reward: LoadedReward, call: Call, logged: list[tuple[str, float]]) -> dict[str, Any]:
     """The call's keywords, with those added that exist only in this process."""
 
     def log_metric(name: str, value: float) -> None:

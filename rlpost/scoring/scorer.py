@@ -15,8 +15,9 @@ from rlpost.experience import Completion, Group, Outcome, Score
 from rlpost.recipe.secrets import hide
 from rlpost.recipe.sections.base import unknown_choice
 from rlpost.scoring.contract import Call, Reply, RewardFunction, TrainerState
+from rlpost.scoring.describe import describe_reward
 from rlpost.scoring.keywords import Sample, keywords
-from rlpost.scoring.load import check_arguments, check_signature, load_reward
+from rlpost.scoring.load import check_arguments, check_signature
 from rlpost.scoring.pool import Died, Handle, Job, Killed, Result, WorkerPool
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Scorer:
     """
 
     def __init__(self, rewards: Sequence[RewardSection], scoring: ScoringSection, base: Path | None = None) -> None:
-        """Loads and checks the functions, and starts the processes without waiting for them.
+        """Looks at the functions and checks them, and starts the processes without waiting for them.
 
         Args:
             rewards: the recipe's `rewards`.
@@ -96,7 +97,7 @@ class Scorer:
         """
         self.sections = tuple(rewards)
         self.scoring = scoring
-        self.functions: tuple[RewardFunction, ...] = tuple(load_reward(r.function, base) for r in rewards)
+        self.functions: tuple[RewardFunction, ...] = tuple(describe_reward(r.function, base) for r in rewards)
         self.names = _names(self.sections, self.functions)
         for settings, function in zip(self.sections, self.functions, strict=True):
             check_arguments(function, settings.arguments)

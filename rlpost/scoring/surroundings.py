@@ -22,6 +22,8 @@ from typing import Any, TextIO
 LOST_PIPES = 199
 """Exit code of a scoring process whose reward closed the pipes that lead to the trainer."""
 
+CHECK_PARENT_S = 0.5
+
 MAX_LINES = 50  # that a call may print
 MAX_CHARACTERS = 10_000
 
@@ -29,6 +31,13 @@ Identity = tuple[int, int] | None  # of what a descriptor leads to: its device a
 
 _SPARE_FROM = 200  # spare descriptors lie above those that programs usually close in a row
 _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+
+
+def die_with(parent: int) -> None:
+    """Ends this process, and those it started, soon after the trainer is gone, however it went."""
+    while os.getppid() == parent:
+        time.sleep(CHECK_PARENT_S)
+    os.killpg(0, signal.SIGKILL)
 
 
 class Surroundings:

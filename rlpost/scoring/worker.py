@@ -16,18 +16,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlpost.errors import RewardError
-from rlpost.scoring.contract import Call, Reply, RewardFunction
+from rlpost.scoring.contract import Call, LoadedReward, Reply
 from rlpost.scoring.event_loop import run_async
 from rlpost.scoring.files import know, settle
 from rlpost.scoring.frames import from_replies, read, write
-from rlpost.scoring.load import import_reward
+from rlpost.scoring.load import load_reward
 from rlpost.scoring.outcome import failure, run_plain
-from rlpost.scoring.surroundings import Printed, Surroundings, open_pipes
+from rlpost.scoring.surroundings import Printed, Surroundings, die_with, open_pipes
 
 GRACE_S = 15.0  # a process whose trainer is gone ends itself so long after the call's deadline
-CHECK_PARENT_S = 0.5
 
-_rewards: list[RewardFunction | str] = []  # a string is why the function could not be loaded here
+_rewards: list[LoadedReward | str] = []  # a string is why the function could not be loaded here
 _printed: list[Printed] = []  # standard output and error, as rewards see them
 _surroundings: list[Surroundings] = []  # those that every call is to find
 
@@ -39,7 +38,7 @@ def initialize(specs: Sequence[str], memory: int | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # dies at once, also inside C code
     if memory is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=die_with, args=(os.getppid(),), daemon=True).start()
     # Process pools of a reward start as they do in a program of its own: this process's way of starting is not theirs.
     multiprocessing.set_start_method(None, force=True)
     pipes = open_pipes()
@@ -47,7 +46,7 @@ def initialize(specs: Sequence[str], memory: int | None) -> None:
     know(filter(None, map(_folder, specs)))
     for spec in specs:
         try:
-            _rewards.append(import_reward(spec))
+            _rewards.append(load_reward(spec))
         except RewardError as error:
             _rewards.append(str(error))
     _surroundings.append(Surroundings(pipes=pipes))
@@ -77,7 +76,7 @@ def run(calls: Sequence[Call]) -> list[Reply]:
         return [failure(error, call, time.perf_counter()) for call in calls]
 
 
-def _run(reward: RewardFunction, calls: Sequence[Call]) -> list[Reply]:
+def _run(reward: LoadedReward, calls: Sequence[Call]) -> list[Reply]:
     if folder := _folder(reward.spec):
         settle(folder)
     with Path(os.devnull).open("w") as nowhere:
@@ -100,10 +99,3 @@ def _folder(spec: str) -> Path | None:
     """The folder of a reward's file; None for a module's."""
     file = Path(spec.rpartition(":")[0])
     return file.parent if file.suffix == ".py" else None
-
-
-def _die_with(parent: int) -> None:
-    """Ends this process, and those it started, soon after the trainer is gone, however it went."""
-    while os.getppid() == parent:
-        time.sleep(CHECK_PARENT_S)
-    os.killpg(0, signal.SIGKILL)

@@ -170,7 +170,8 @@ def _evaluation(r: Recipe, _: Setting) -> Iterator[str]:
 def _rewards(r: Recipe, s: Setting) -> Iterator[str]:
     if not r.rewards and not r.data.has_pairs and r.method.samples:
         yield f"rewards is empty, but method.preset={r.method.preset} learns from rewards. Name at least one function or model"
-    from rlpost.scoring.load import check_arguments, load_reward
+    from rlpost.scoring.describe import describe_reward
+    from rlpost.scoring.load import check_arguments
 
     names: list[str] = []
     for i, reward in enumerate(r.rewards):
@@ -178,7 +179,7 @@ def _rewards(r: Recipe, s: Setting) -> Iterator[str]:
             names.append(reward.name)
             continue
         try:
-            loaded = load_reward(reward.function, s.base)
+            loaded = describe_reward(reward.function, s.base)
             check_arguments(loaded, reward.arguments)
         except RewardError as error:
             yield f"rewards.{i}.function: {error}".rstrip(".")
