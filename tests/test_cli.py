@@ -18,10 +18,9 @@ from rlpost.recipe.load import LoadedRecipe
 def recipe(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
-    (tmp_path / "mine.py").write_text("def reward(completions, **columns):\n    return [0.0 for _ in completions]\n")
     (tmp_path / "r.yaml").write_text(
         "name: r\nmodel: {path: nobody/model}\ndata: {train: {type: arithmetic, size: 200}}\n"
-        "rewards: [{function: ./mine.py}]\nmethod: {preset: grpo}\n"
+        "rewards: [{function: number}]\nmethod: {preset: grpo}\n"
     )
     return tmp_path / "r.yaml"
 

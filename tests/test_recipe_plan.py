@@ -24,12 +24,11 @@ SIZE = ModelSize(1_000_000, 2, 64, 128, 32, 1000, exact=True)
 @pytest.fixture
 def loaded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.py").write_text("def reward(completions, **columns):\n    return [0.0 for _ in completions]\n")
     path = tmp_path / "r.yaml"
     path.write_text(
         "name: r\nmodel: {path: nobody/tiny-7B-it}\ndata: {train: {type: arithmetic, size: 164}, max_prompt_tokens: 100}\n"
         "rollout: {prompts_per_step: 8, completions_per_prompt: 4, max_completion_tokens: 50}\n"
-        "rewards: [{function: ./mine.py, weight: 2}]\nmethod: {preset: grpo}\n"
+        "rewards: [{function: number, weight: 2}]\nmethod: {preset: grpo}\n"
         "learner: {rollouts: 25, minibatches: 2, epochs: 3, micro_batch_tokens: 500}\n"
     )
     return lambda *overrides: load_recipe(path, overrides)
@@ -208,7 +207,7 @@ def test_a_model_that_is_elsewhere(loaded):
 
 def test_order_of_slots(loaded):
     order = make_plan(loaded("method.preset=dapo", "learner.minibatches=1", "learner.epochs=1")).order
-    assert order[0] == "sample completions" and order[1] == "score: 2 x ./mine.py"
+    assert order[0] == "sample completions" and order[1] == "score: 2 x number"
     assert any("sampled anew" in step for step in order)
     assert "clip never acts" in order[-1]
 

@@ -22,7 +22,7 @@ def base(tmp_path, monkeypatch):
     (tmp_path / "model" / "config.json").write_text("{}")
     (tmp_path / "r.yaml").write_text(
         "name: r\nmodel: {path: ./model}\ndata: {train: {type: arithmetic, size: 200}}\n"
-        "rewards: [{function: ./mine.py}]\nmethod: {preset: grpo}\n"
+        "rewards: [{function: number}]\nmethod: {preset: grpo}\n"
     )
     return tmp_path
 
