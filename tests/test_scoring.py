@@ -98,11 +98,19 @@ def names(completions, **kwargs):
 '''
 
 
-@pytest.fixture(scope="module")
-def moods(tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("rewards") / "moods.py"
-    file.write_text(MOODS)
-    return file
+def reward_file(name: str, text: str):
+    """A fixture: the path of a file of rewards."""
+
+    @pytest.fixture(scope="module", name=name)
+    def written(tmp_path_factory) -> Path:
+        file = tmp_path_factory.mktemp("rewards") / f"{name}.py"
+        file.write_text(text)
+        return file
+
+    return written
+
+
+moods = reward_file("moods", MOODS)
 
 
 def group(*texts: str, demonstration: str | None = None, finish="stop", **columns) -> Group:

@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from test_scoring import scorer, verdicts
+from test_scoring import reward_file, scorer, verdicts
 
 from rlpost.errors import RewardError
 from rlpost.experience import Outcome
@@ -62,11 +62,7 @@ async def soon(completions, **columns):
 """
 
 
-@pytest.fixture(scope="module")
-def afterwards(tmp_path_factory):
-    file = tmp_path_factory.mktemp("rewards") / "afterwards.py"
-    file.write_text(AFTERWARDS)
-    return file
+afterwards = reward_file("afterwards", AFTERWARDS)
 
 
 @pytest.mark.parametrize("text", ["text", "pickle"])

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from test_scoring import group, score, scorer, verdicts
+from test_scoring import group, reward_file, score, scorer, verdicts
 
 from rlpost.errors import RewardError
 from rlpost.experience import Outcome
@@ -137,11 +137,7 @@ PASSING += ["start method", "recursion", "forked", "forked exit"]
 IN_LOOP = ["cancel itself", "cancel all", "stop", "close", "call exit", "child", "task group", "nested"]
 
 
-@pytest.fixture(scope="module")
-def acts(tmp_path_factory):
-    file = tmp_path_factory.mktemp("rewards") / "acts.py"
-    file.write_text(ACTS)
-    return file
+acts = reward_file("acts", ACTS)
 
 
 def between(texts):
@@ -399,11 +395,7 @@ def reward(completions, **columns):
 """
 
 
-@pytest.fixture(scope="module")
-def leaving(tmp_path_factory):
-    file = tmp_path_factory.mktemp("rewards") / "leaving.py"
-    file.write_text(LEAVING)
-    return file
+leaving = reward_file("leaving", LEAVING)
 
 
 def test_a_death_is_noticed_at_once_however_it_comes(leaving):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import queue
 import signal
 import threading
@@ -151,9 +152,8 @@ class _Owner:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         asyncio.set_event_loop(self._loop)
         try:
-            self._loop.run_until_complete(self._main)
-        except asyncio.CancelledError:
-            pass
+            with contextlib.suppress(asyncio.CancelledError):  # that is how `stop` ends it
+                self._loop.run_until_complete(self._main)
         finally:
             # A process that was being ended already when the pool was stopped.
             if left := asyncio.all_tasks(self._loop):
@@ -178,7 +178,7 @@ class _Owner:
                     await self._news.wait()
             except (
                 Exception
-            ) as error:  # ProcessEnded, TimeoutError, OSError; whatever it is, it must not end the thread
+            ) as error:  # mostly one of a start; whatever it is, the thread must go on for the other processes
                 self._failed += 1
                 if self._failed >= ATTEMPTS * self._workers:
                     self._refuse(error)
