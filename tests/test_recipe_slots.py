@@ -24,9 +24,8 @@ DATA = "data: {train: {type: arithmetic, size: 64, low: 0, high: 20}, held_out: 
 
 def recipe(folder: Path, preset: str) -> Path:
     path = folder / "recipe.yaml"
-    (folder / "mine.py").write_text("def mine(completions, **columns):\n    return [0.0 for _ in completions]\n")
     path.write_text(
-        f"name: x\nmodel: {{path: org/model-135M}}\n{DATA}rewards: [{{function: mine.py:mine}}]\n"
+        f"name: x\nmodel: {{path: org/model-135M}}\n{DATA}rewards: [{{function: number}}]\n"
         f"method: {{preset: {preset}}}\nlearner: {{rollouts: 2}}\nevaluation: {{prompts: 0}}\n"
     )
     return path

@@ -14,6 +14,8 @@ from rlpost.recipe.load import load_recipe
 from rlpost.recipe.plan.describe import make_plan, print_plan
 from rlpost.run import rehearse
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture
 def plan(write_recipe, tmp_path):
